@@ -28,8 +28,17 @@ from mllm_protector.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
-WITHOUT_INFLUENCE = ("tracker.", "fit.log_every")
-"""Beginnings of keys that change no result."""
+WITHOUT_INFLUENCE = (
+    "checkpoint.",
+    "fit.compile",
+    "fit.gradient_checkpointing",
+    "fit.log_every",
+    "fit.micro_batch",
+    "fit.packing",
+    "resume",
+    "tracker.",
+)
+"""Beginnings of keys that change no result beyond the rounding of sums."""
 
 OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
 
@@ -108,6 +117,7 @@ def quiet_libraries() -> None:
     enable_progress_bars()  # the line above had switched off the hub's as well
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when peft imports it
     if int(os.environ.get("RANK", "0")) > 0:
         logging.disable(logging.INFO)
 

@@ -7,14 +7,14 @@ from mllm_protector.config import build, clear_errors, quiet_libraries
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval_mmsafety")
-@clear_errors()
 def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
-    from mllm_protector.evaluation.run import evaluate  # here, so that --help needs no torch
+    with clear_errors():
+        from mllm_protector.evaluation.run import evaluate  # here, so that --help needs no torch
 
-    quiet_libraries()
-    arguments = build(cfg, evaluate)
-    evaluate(**arguments)
+        quiet_libraries()
+        arguments = build(cfg, evaluate)
+        evaluate(**arguments)
 
 
 if __name__ == "__main__":

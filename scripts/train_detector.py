@@ -7,15 +7,15 @@ from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_l
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_detector")
-@clear_errors()
 def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
-    from mllm_protector.training.detector import train_detector  # here, so that --help needs no torch
+    with clear_errors():
+        from mllm_protector.training.detector import train_detector  # here, so that --help needs no torch
 
-    quiet_libraries()
-    arguments = build(cfg, train_detector)
-    claim_output_dir(cfg)
-    train_detector(**arguments)
+        quiet_libraries()
+        arguments = build(cfg, train_detector)
+        claim_output_dir(cfg)
+        train_detector(**arguments)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_l
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_detoxifier")
-@clear_errors()
 def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
-    from mllm_protector.training.detoxifier import train_detoxifier  # here, so that --help needs no torch
+    with clear_errors():
+        from mllm_protector.training.detoxifier import train_detoxifier  # here, so that --help needs no torch
 
-    quiet_libraries()
-    arguments = build(cfg, train_detoxifier)
-    claim_output_dir(cfg)
-    train_detoxifier(**arguments)
+        quiet_libraries()
+        arguments = build(cfg, train_detoxifier)
+        claim_output_dir(cfg)
+        train_detoxifier(**arguments)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,49 @@ and the number of processes changes where an example is computed but not which s
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from mllm_protector.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatchLimit:
+    """The most that one forward pass of one process may hold: a matter of memory and speed.
+
+    An example that alone exceeds ``tokens`` gets a pass of its own.
+
+    Attributes:
+        tokens: positions, padding included; ``None`` for no limit.
+        examples: ``None`` for no limit.
+        packed: the texts stand end to end in one row, so that nothing is padded.
+    """
+
+    tokens: int | None = None
+    examples: int | None = None
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing fits.
+
+        Raises:
+            InputError: naming the limit.
+        """
+        for name in ("tokens", "examples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: must be at least 1")
+
+    def positions(self, count: int, *, longest: int, total: int) -> int:
+        """What so many examples of ``total`` tokens take up: padding included if there is any."""
+        return total if self.packed else longest * count
+
+    def allows(self, count: int, *, longest: int, total: int) -> bool:
+        """Whether so many examples of ``total`` tokens fit into one forward pass."""
+        if count <= 1:
+            return True
+        if self.examples is not None and count > self.examples:
+            return False
+        return self.tokens is None or self.positions(count, longest=longest, total=total) <= self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,57 +64,117 @@ class GlobalStep:
 
 
 def plan_epoch(
-    lengths: Sequence[int], *, batch_size: int, accumulation: int, processes: int, seed: int, epoch: int
+    lengths: Sequence[int], *, batch_size: int, limit: MicroBatchLimit, processes: int, seed: int, epoch: int
 ) -> list[GlobalStep]:
     """Shuffle the examples and deal them to steps, processes and forward passes.
 
-    Each example occurs exactly once; the last step is smaller where the numbers do not divide. A step of
-    N examples is the same set of examples for every way of writing N = batch_size x accumulation x processes,
-    and a random one: only *within* a step examples of like length go through the model together, so that
-    little is padded and no batch is all long, or all of one label. (Losses are summed over the step, so how
-    it is divided changes no gradient.)
+    Each example occurs exactly once; the last step is smaller where the numbers do not divide. The examples
+    of a step are random ones, and the same for every limit and every number of processes: only *within* a
+    step examples of like length go through the model together, so that little is padded and no step is all
+    long, or all of one label. (Losses are summed over the step, so how it is divided changes no gradient.)
 
     Args:
         lengths: of the examples, in tokens.
-        batch_size: examples in one forward pass of one process.
-        accumulation: forward passes of each process in one step.
+        batch_size: examples in one step, over all processes.
+        limit: of one forward pass of one process.
         processes: how many work together.
         seed: of the run.
         epoch: gives another order.
     """
     order = list(range(len(lengths)))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    size = batch_size * accumulation * processes
     return [
-        _deal(
-            sorted(order[start : start + size], key=lambda index: lengths[index]),
-            batch_size=batch_size,
-            processes=processes,
-        )
-        for start in range(0, len(order), size)
+        _deal(_longest_first(order[start : start + batch_size], lengths), lengths, limit, processes)
+        for start in range(0, len(order), batch_size)
     ]
 
 
-def steps_per_epoch(count: int, *, batch_size: int, accumulation: int, processes: int) -> int:
-    """The number of steps in a plan."""
-    return -(-count // (batch_size * accumulation * processes))
+def steps_per_epoch(count: int, *, batch_size: int) -> int:
+    """The number of steps in a plan for ``count`` examples."""
+    return -(-count // batch_size)
 
 
-def by_length(lengths: Sequence[int], *, batch_size: int) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:
     """Indices in batches of like length, the longest first: what does not fit into memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    yield from _fill(_longest_first(range(len(lengths)), lengths), lengths, limit)
 
 
-def _deal(indices: list[int], *, batch_size: int, processes: int) -> GlobalStep:
-    slots = -(-len(indices) // (batch_size * processes))
-    hands = slots * processes
-    base, extra = divmod(len(indices), hands)
-    chunks, position = [], 0
-    for hand in range(hands):
-        width = base + (hand < extra)
-        chunks.append(tuple(indices[position : position + width]))
-        position += width
-    # Neighbours in length go to the processes in turn, so that none waits long for another.
-    return GlobalStep(tuple(tuple(chunks[process::processes]) for process in range(processes)))
+def _longest_first(indices: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda index: lengths[index], reverse=True)
+
+
+def _fill(indices: Sequence[int], lengths: Sequence[int], limit: MicroBatchLimit) -> Iterator[list[int]]:
+    """Neighbours together, the longest first, as many as the limit allows."""
+    chunk: list[int] = []
+    total = 0
+    for index in indices:
+        total += lengths[index]
+        if chunk and not limit.allows(len(chunk) + 1, longest=lengths[chunk[0]], total=total):
+            yield chunk
+            chunk, total = [], lengths[index]
+        chunk.append(index)
+    if chunk:
+        yield chunk
+
+
+def _deal(
+    indices: Sequence[int], lengths: Sequence[int], limit: MicroBatchLimit, processes: int
+) -> GlobalStep:
+    """Divide a step's examples, the longest first, into passes that the processes make side by side."""
+    divide = _pack if limit.packed else _partition
+    chunks = divide(indices, lengths, limit, processes)
+    sizes = [_size(chunk, lengths, limit) for chunk in chunks]
+    order = _longest_first(range(len(chunks)), sizes)
+    hands = [tuple(chunks[i]) for i in order] + [()] * (-len(chunks) % processes)
+    # Neighbours in size go to the processes in turn, so that none waits long for another.
+    return GlobalStep(tuple(tuple(hands[process::processes]) for process in range(processes)))
+
+
+def _partition(
+    indices: Sequence[int], lengths: Sequence[int], limit: MicroBatchLimit, processes: int
+) -> list[list[int]]:
+    """Runs of neighbours: no more than the processes can share evenly, the largest as small as can be."""
+    hands = _round_up(len(list(_fill(indices, lengths, limit))), processes)
+    high = limit.tokens or _size(indices, lengths, limit)
+    low = min(lengths[indices[0]], high)
+    while low < high:
+        middle = (low + high) // 2
+        if len(list(_fill(indices, lengths, replace(limit, tokens=middle)))) <= hands:
+            high = middle
+        else:
+            low = middle + 1
+    return list(_fill(indices, lengths, replace(limit, tokens=low)))
+
+
+def _pack(
+    indices: Sequence[int], lengths: Sequence[int], limit: MicroBatchLimit, processes: int
+) -> list[list[int]]:
+    """The longest first, each to the emptiest bin: bins of like size, as few as the limit allows."""
+    by_tokens = -(-_size(indices, lengths, limit) // limit.tokens) if limit.tokens else 1
+    by_examples = -(-len(indices) // limit.examples) if limit.examples else 1
+    count = _round_up(max(by_tokens, by_examples), processes)
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for index in indices:
+            emptiest = min(range(count), key=sizes.__getitem__)
+            bins[emptiest].append(index)
+            sizes[emptiest] += lengths[index]
+        if all(
+            limit.allows(len(chosen), longest=size, total=size)
+            for chosen, size in zip(bins, sizes, strict=True)
+        ):
+            return bins
+        count += processes  # ends at one example a bin, which is always allowed
+
+
+def _size(indices: Sequence[int], lengths: Sequence[int], limit: MicroBatchLimit) -> int:
+    return limit.positions(
+        len(indices),
+        longest=max(lengths[i] for i in indices) if indices else 0,
+        total=sum(lengths[i] for i in indices),
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

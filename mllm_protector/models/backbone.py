@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from transformers import (
@@ -21,7 +21,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from mllm_protector.data.packing import moved
 from mllm_protector.errors import InputError
+from mllm_protector.models.quantization import (
+    Quantization,
+    is_quantized,
+    keep_trainable,
+    quantization_settings,
+)
 
 Task = Literal["SEQ_CLS", "CAUSAL_LM"]
 
@@ -38,6 +45,7 @@ class Backbone:
         dtype: of the loaded weights, one of ``DTYPES``. What is trained is kept in float32.
         attention: transformers' ``attn_implementation``; ``None`` lets transformers choose.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
+        quantization: ``8bit`` or ``4bit`` weights, on which only adapters can be trained; ``None`` for none.
     """
 
     name: str
@@ -45,15 +53,20 @@ class Backbone:
     dtype: str = "float32"
     attention: str | None = None
     trust_remote_code: bool = False
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         """Refuse what transformers would stumble over later.
 
         Raises:
-            InputError: an unknown dtype.
+            InputError: an unknown dtype or quantisation.
         """
         if self.dtype not in DTYPES:
             raise InputError(f"dtype={self.dtype}: use {' or '.join(DTYPES)}")
+        if self.quantization not in (None, *get_args(Quantization)):
+            raise InputError(
+                f"quantization={self.quantization}: use {' or '.join(get_args(Quantization))}, or null"
+            )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -77,13 +90,16 @@ class Backbone:
             and compute in float32.
 
         Raises:
-            InputError: the model cannot be loaded or has no sequence classification form.
+            InputError: the model cannot be loaded, or not in so few bits, or has no sequence classification
+                form.
         """
+        arguments = self._arguments(classifier=True)
         with loading(self.name):
             self._look_up()
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                self.name, num_labels=1, output_loading_info=True, **self._arguments()
+                self.name, num_labels=1, output_loading_info=True, **arguments
             )
+        keep_trainable(model)
         model.config.pad_token_id = pad_id
         model.config.id2label = {0: "HARMFUL"}
         model.config.label2id = {"HARMFUL": 0}
@@ -91,6 +107,11 @@ class Backbone:
         fresh = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
         for name in fresh:
             layer = model.get_submodule(name)
+            if is_quantized(layer):
+                raise InputError(
+                    f"{self.name}: its new layer {name} cannot be kept out of the quantisation; "
+                    "use backbone.quantization=null"
+                )
             if isinstance(layer, torch.nn.Linear):
                 model.set_submodule(name, Float32Linear.of(layer))
         return model, fresh
@@ -101,11 +122,13 @@ class Backbone:
         Raises:
             InputError: the model cannot be loaded, or its head is not in the checkpoint.
         """
+        arguments = self._arguments(classifier=False)
         with loading(self.name):
             self._look_up()
             model, report = AutoModelForCausalLM.from_pretrained(
-                self.name, output_loading_info=True, **self._arguments()
+                self.name, output_loading_info=True, **arguments
             )
+        keep_trainable(model)
         if missing := sorted(report["missing_keys"]):
             raise InputError(f"{self.name}: not a whole causal language model, {missing[0]} is missing")
         return model
@@ -118,13 +141,19 @@ class Backbone:
     def _origin(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def _arguments(self) -> dict[str, Any]:
-        return {
+    def _arguments(self, *, classifier: bool) -> dict[str, Any]:
+        dtype = getattr(torch, self.dtype)
+        arguments = {
             **self._origin(),
-            "dtype": getattr(torch, self.dtype),
+            "dtype": dtype,
             "attn_implementation": self.attention,
             "use_safetensors": True,
         }
+        if self.quantization is not None:
+            arguments["quantization_config"] = quantization_settings(
+                self.quantization, dtype, classifier=classifier
+            )
+        return arguments
 
 
 class Float32Linear(torch.nn.Linear):
@@ -166,7 +195,16 @@ class FullTuning:
     kind: str = "full"
 
     def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
-        """The same model in float32."""
+        """The same model in float32.
+
+        Raises:
+            InputError: it is quantised; such weights cannot be trained.
+        """
+        if is_quantized(model):
+            raise InputError(
+                "tuning=full: the weights of a quantised backbone cannot be trained; "
+                "use tuning=lora or backbone.quantization=null"
+            )
         return model.float()  # type: ignore[no-any-return]
 
 
@@ -230,8 +268,7 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 def to_device(batch: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A batch where the model is."""
-    device = device_of(model)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return moved(batch, device_of(model))
 
 
 @contextmanager

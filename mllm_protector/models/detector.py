@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mllm_protector.data.batching import by_length
+from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
@@ -23,12 +23,20 @@ from mllm_protector.models.guard_file import (
     save_part,
 )
 
+BATCH_TOKENS = 4096
+"""Positions that are scored at once."""
+
 
 class HarmDetector:
     """A trained detector, ready to score."""
 
     def __init__(
-        self, model: torch.nn.Module, encoder: DetectorEncoder, guard: GuardFile, *, batch_size: int = 32
+        self,
+        model: torch.nn.Module,
+        encoder: DetectorEncoder,
+        guard: GuardFile,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         """Bind weights, encoder and settings.
 
@@ -36,12 +44,12 @@ class HarmDetector:
             model: a sequence classifier with one output, or one wrapped by PEFT.
             encoder: the renderer that it was trained with.
             guard: threshold, temperature and the rest.
-            batch_size: answers in one forward pass.
+            batch_tokens: positions in one forward pass, padding included.
         """
         self.model = model
         self.encoder = encoder
         self.guard = guard
-        self.batch_size = batch_size
+        self.limit = MicroBatchLimit(tokens=batch_tokens)
 
     @property
     def threshold(self) -> float:
@@ -51,7 +59,7 @@ class HarmDetector:
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """P(harmful) in [0, 1] of each answer to its query."""
         ids = self.encoder.encode(queries=queries, answers=answers)
-        logits = score_logits(self.model, self.encoder, ids, batch_size=self.batch_size)
+        logits = score_logits(self.model, self.encoder, ids, limit=self.limit)
         return to_scores(logits, temperature=self.guard.temperature or 1.0)
 
     def identity(self) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def load_detector(
     *,
     base: str | None = None,
     device: str | None = None,
-    batch_size: int = 32,
+    batch_tokens: int = BATCH_TOKENS,
     trust_remote_code: bool = False,
 ) -> HarmDetector:
     """Load a trained detector.
@@ -85,7 +93,7 @@ def load_detector(
         folder: what ``train_detector`` wrote.
         base: where the backbone of an adapter is now, if not where it was at training.
         device: ``None`` takes the GPU if there is one.
-        batch_size: answers in one forward pass.
+        batch_tokens: positions in one forward pass, padding included.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:
@@ -107,11 +115,11 @@ def load_detector(
         tokenizer, pad_id=guard.pad_id, max_length=guard.max_length, prompt=guard.prompt
     )
     trained.to(device_to_use).eval()
-    return HarmDetector(trained, encoder, guard, batch_size=batch_size)
+    return HarmDetector(trained, encoder, guard, batch_tokens=batch_tokens)
 
 
 def score_logits(
-    model: torch.nn.Module, encoder: DetectorEncoder, rows: Sequence[list[int]], *, batch_size: int
+    model: torch.nn.Module, encoder: DetectorEncoder, rows: Sequence[list[int]], *, limit: MicroBatchLimit
 ) -> list[float]:
     """The logit of each row of ids, batched by length so that little is padded.
 
@@ -119,11 +127,11 @@ def score_logits(
         model: maps (B, T) ids and mask to logits (B, 1).
         encoder: pads the rows.
         rows: rendered pairs.
-        batch_size: rows in one forward pass.
+        limit: of one forward pass.
     """
     logits = [0.0] * len(rows)
     with inference(model):
-        for chosen in by_length([len(row) for row in rows], batch_size=batch_size):
+        for chosen in by_length([len(row) for row in rows], limit):
             output = model(**to_device(encoder.pad([rows[index] for index in chosen]), model))
             for index, logit in zip(chosen, output.logits[:, 0].float().tolist(), strict=True):
                 logits[index] = logit

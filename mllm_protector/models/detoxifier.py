@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from mllm_protector.data.batching import by_length
+from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
 from mllm_protector.models.guard_file import (
@@ -33,7 +33,7 @@ class Detoxifier:
         guard: GuardFile,
         *,
         max_new_tokens: int | None = None,
-        batch_size: int = 16,
+        batch_size: int = 32,
     ) -> None:
         """Bind weights, encoder and settings.
 
@@ -68,7 +68,7 @@ class Detoxifier:
         prompts = self.encoder.encode(queries=queries, answers=answers, reserve=self.max_new_tokens)
         texts = [""] * len(prompts)
         with inference(self.model):
-            for chosen in by_length([len(ids) for ids in prompts], batch_size=self.batch_size):
+            for chosen in by_length([len(ids) for ids in prompts], MicroBatchLimit(examples=self.batch_size)):
                 batch = to_device(self.encoder.pad_prompts([prompts[index] for index in chosen]), self.model)
                 written = self.model.generate(  # type: ignore[operator]
                     **batch, generation_config=self._decoding
@@ -101,7 +101,7 @@ def load_detoxifier(
     base: str | None = None,
     device: str | None = None,
     max_new_tokens: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     trust_remote_code: bool = False,
 ) -> Detoxifier:
     """Load a trained detoxifier.

@@ -6,6 +6,7 @@ a sha256 of each weight file. It is written last, so a half-written folder never
 """
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -117,16 +118,34 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
 
 
 def save_part(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, guard: GuardFile, folder: Path
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    guard: GuardFile,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a trained part: standard weights and tokenizer, then ``guard.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # An adapter of an earlier run goes too: transformers would put it on whatever model is beside it.
+    """Write a trained part: standard weights and tokenizer, then ``guard.json``.
+
+    Args:
+        model: a transformers model, or one wrapped by PEFT.
+        tokenizer: goes beside it.
+        guard: what the part says of itself.
+        folder: made if it is not there.
+        weights: the model's state dict, where the model itself has only a share of it.
+    """
+    fresh = folder / ".saving"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    model.save_pretrained(fresh, state_dict=weights)  # type: ignore[operator]
+    tokenizer.save_pretrained(fresh)
+    guard.write(fresh)
+    # All is on the disk before anything earlier goes. An adapter of an earlier run goes too: transformers
+    # would put it on whatever model is beside it.
     for name in (FILE_NAME, *ADAPTER_FILES):
         (folder / name).unlink(missing_ok=True)
-    model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer.save_pretrained(folder)
-    guard.write(folder)
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == FILE_NAME):
+        path.replace(folder / path.name)
+    fresh.rmdir()
 
 
 def part_backbone(

@@ -11,17 +11,22 @@ import torch
 from accelerate.utils import set_seed
 
 from mllm_protector import prompts
+from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.encoding import Batch, DetectorEncoder, EncodedAnswer, choose_pad_id
+from mllm_protector.data.packing import is_packed, pack_answers
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
 from mllm_protector.models.detector import score_logits, to_scores
 from mllm_protector.models.guard_file import GuardFile, library_versions, save_part
+from mllm_protector.models.packing import model_inputs, packed_logits, use_packed_attention
 from mllm_protector.records import labelled_answers
 from mllm_protector.training import loop
+from mllm_protector.training.checkpoint import CheckpointConfig, Resume
 from mllm_protector.training.keeping import require_metric
 from mllm_protector.training.processes import Processes, first_process_first
+from mllm_protector.training.settings import FitConfig
 from mllm_protector.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -30,17 +35,17 @@ THRESHOLD = 0.5
 
 
 def detector_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Binary cross-entropy of the one logit, summed over the batch; a scalar.
+    """Binary cross-entropy of the one logit of each text, summed over the batch; a scalar.
 
     Source: paper section 3 (plain BCE; the official code adds it twice and a ranking term besides).
 
     Args:
-        model: maps ids and mask, both (B, T) int64, to logits (B, 1).
-        batch: with ``labels`` (B,) float32, 1.0 for harmful.
+        model: a sequence classifier with one output, or one wrapped by PEFT.
+        batch: padded or packed, with ``labels`` (S,) float32, 1.0 for harmful.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+    logits = packed_logits(model, batch) if is_packed(batch) else model(**model_inputs(batch)).logits
     return torch.nn.functional.binary_cross_entropy_with_logits(
-        logits.float(), batch["labels"], reduction="sum"
+        logits[:, 0].float(), batch["labels"], reduction="sum"
     )
 
 
@@ -49,7 +54,9 @@ def train_detector(
     data: Source,
     backbone: Callable[[], Backbone],
     tuning: Tuning,
-    fit: loop.FitConfig,
+    fit: FitConfig,
+    checkpoint: CheckpointConfig,
+    resume: Resume,
     tracker: Tracker,
     max_length: int,
     prompt: str | None,
@@ -63,6 +70,8 @@ def train_detector(
         backbone: makes the pretrained model's description; called once.
         tuning: adapters or everything.
         fit: how to optimise.
+        checkpoint: when to write where a stopped training can go on.
+        resume: ``auto`` goes on with a stopped training in ``output_dir``, ``never`` starts over.
         tracker: takes the figures.
         max_length: longest question and answer in tokens; longer ones are cut and counted.
         prompt: a template with ``{query}`` and ``{answer}``, or ``None`` for ours.
@@ -93,6 +102,8 @@ def train_detector(
     pretrained, fresh = base.load_classifier(pad_id=encoder.pad_id)
     require_length(pretrained, max_length)
     model = tuning.prepare(pretrained, "SEQ_CLS", fresh)
+    if fit.packing:
+        use_packed_attention(model)
     encoded = encoder.encode_records(train)
     encoded_validation = encoder.encode_records(validation)
     if encoder.truncated:
@@ -104,9 +115,9 @@ def train_detector(
         )
 
     def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
-        return _validate(model, encoder, encoded_validation, processes, batch_size=2 * fit.batch_size)
+        return _validate(model, encoder, encoded_validation, processes, limit=fit.validation_batch)
 
-    def save(target: Path, metrics: dict[str, float]) -> None:
+    def save(target: Path, metrics: dict[str, float], weights: loop.Weights) -> None:
         guard = GuardFile(
             kind="detector",
             tuning=tuning.kind,
@@ -121,18 +132,27 @@ def train_detector(
             metrics=metrics,
             versions=library_versions(),
         )
-        save_part(model, tokenizer, guard, target)
+        save_part(model, tokenizer, guard, target, weights)
 
     fitted = loop.fit(
         model,
         train=encoded,
-        collate=encoder,
+        collate=pack_answers if fit.packing else encoder,
         loss_fn=detector_loss,
         evaluate=evaluate,
         save=save,
         config=fit,
+        checkpoint=checkpoint,
+        resume=resume,
         tracker=tracker,
         output_dir=folder,
+        identity={
+            "data": splits.fingerprint,
+            "base": asdict(base),
+            "tuning": tuning.kind,
+            "prompt": encoder.prompt,
+            "max_length": max_length,
+        },
         seed=seed,
     )
     return fitted.write(folder, examples=len(train), validation_examples=len(validation))
@@ -144,9 +164,9 @@ def _validate(
     rows: Sequence[EncodedAnswer],
     processes: Processes[float],
     *,
-    batch_size: int,
+    limit: MicroBatchLimit,
 ) -> dict[str, float]:
-    mine = score_logits(model, encoder, [row.ids for row in processes.mine(rows)], batch_size=batch_size)
+    mine = score_logits(model, encoder, [row.ids for row in processes.mine(rows)], limit=limit)
     scores = to_scores(processes.gather(mine, len(rows)), temperature=1.0)
     if not all(map(math.isfinite, scores)):
         raise RunError("a validation score is not a number; lower fit.learning_rate or look at the data")

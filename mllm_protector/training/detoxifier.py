@@ -12,16 +12,20 @@ from accelerate.utils import set_seed
 
 from mllm_protector import prompts
 from mllm_protector.data.encoding import DetoxifierEncoder, choose_pad_id
+from mllm_protector.data.packing import pack_corrections
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
 from mllm_protector.models.guard_file import GuardFile, library_versions, save_part
+from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.records import AnswerPair, Correction, corrections
 from mllm_protector.training import loop
+from mllm_protector.training.checkpoint import CheckpointConfig, Resume
 from mllm_protector.training.keeping import require_metric
-from mllm_protector.training.language_loss import mean_loss, summed_loss
+from mllm_protector.training.language_loss import LanguageLoss, mean_loss
 from mllm_protector.training.processes import Processes, first_process_first
+from mllm_protector.training.settings import FitConfig
 from mllm_protector.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -36,7 +40,9 @@ def train_detoxifier(
     both_harmful: Literal["drop", "safer"],
     backbone: Callable[[], Backbone],
     tuning: Tuning,
-    fit: loop.FitConfig,
+    fit: FitConfig,
+    checkpoint: CheckpointConfig,
+    resume: Resume,
     tracker: Tracker,
     max_length: int,
     prompt: str | None,
@@ -52,6 +58,8 @@ def train_detoxifier(
         backbone: makes the pretrained model's description; called once.
         tuning: adapters or everything.
         fit: how to optimise.
+        checkpoint: when to write where a stopped training can go on.
+        resume: ``auto`` goes on with a stopped training in ``output_dir``, ``never`` starts over.
         tracker: takes the figures.
         max_length: longest prompt and rewrite together in tokens; longer ones are cut and counted.
         prompt: a template with ``{query}`` and ``{answer}``, or ``None`` for ours.
@@ -90,6 +98,9 @@ def train_detoxifier(
     pretrained = base.load_causal_lm()
     require_length(pretrained, max_length)
     model = tuning.prepare(pretrained, "CAUSAL_LM", [])
+    if fit.packing:
+        use_packed_attention(model)
+    loss_of = LanguageLoss(model)
     encoded = encoder.encode_records(train)
     encoded_validation = encoder.encode_records(validation)
     shuffled = encoder.encode_records(shuffle_rejected(validation, seed))
@@ -99,16 +110,16 @@ def train_detoxifier(
         )
 
     def evaluate(model: torch.nn.Module, processes: Processes[tuple[float, int]]) -> dict[str, float]:
-        batch_size = 2 * fit.batch_size
-        loss = mean_loss(model, encoded_validation, encoder, processes, batch_size=batch_size)
-        control = mean_loss(model, shuffled, encoder, processes, batch_size=batch_size)
+        limit = fit.validation_batch
+        loss = mean_loss(model, loss_of, encoded_validation, encoder, processes, limit=limit)
+        control = mean_loss(model, loss_of, shuffled, encoder, processes, limit=limit)
         return {
             "loss": loss,
             "perplexity": perplexity(loss),
             "perplexity_shuffled_rejected": perplexity(control),
         }
 
-    def save(target: Path, metrics: dict[str, float]) -> None:
+    def save(target: Path, metrics: dict[str, float], weights: loop.Weights) -> None:
         guard = GuardFile(
             kind="detoxifier",
             tuning=tuning.kind,
@@ -125,18 +136,27 @@ def train_detoxifier(
             metrics=metrics,
             versions=library_versions(),
         )
-        save_part(model, tokenizer, guard, target)
+        save_part(model, tokenizer, guard, target, weights)
 
     fitted = loop.fit(
         model,
         train=encoded,
-        collate=encoder,
-        loss_fn=summed_loss,
+        collate=pack_corrections if fit.packing else encoder,
+        loss_fn=loss_of,
         evaluate=evaluate,
         save=save,
         config=fit,
+        checkpoint=checkpoint,
+        resume=resume,
         tracker=tracker,
         output_dir=folder,
+        identity={
+            "data": splits.fingerprint,
+            "base": asdict(base),
+            "tuning": tuning.kind,
+            "prompt": encoder.prompt,
+            "max_length": max_length,
+        },
         seed=seed,
     )
     return fitted.write(folder, examples=len(train), validation_examples=len(validation))

@@ -7,7 +7,8 @@ from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import gather_object
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from mllm_protector.errors import RunError
 
@@ -34,6 +35,21 @@ class Processes(Generic[V]):
         parts: list[list[V]] = gather_object([list(values)])
         return [parts[row % self.count][row // self.count] for row in range(total)]
 
+    def from_first(self, value: E) -> E:
+        """The first process's value, on every process; a small one, it travels as a pickle."""
+        values = [value]
+        if self.count > 1:
+            broadcast_object_list(values)
+        return values[0]
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.count == 1:
+            return number
+        together = torch.tensor(number, device=PartialState().device)
+        torch.distributed.all_reduce(together, op=torch.distributed.ReduceOp.MAX)
+        return int(together)
+
 
 def start_accelerator(precision: str) -> Accelerator:
     """Join the other processes, on GPUs if there are any.
@@ -41,6 +57,12 @@ def start_accelerator(precision: str) -> Accelerator:
     Raises:
         RunError: another number of processes than the launcher asked for.
     """
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise RunError(
+            "accelerate launch starts a single process on CPUs; use torchrun --nproc-per-node <processes>"
+        )
+    # Of an earlier training in this process, as in a sweep: it may have had another precision.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.encoding import Batch, EncodedCorrection, collate_targets, encode_texts
 from mllm_protector.data.toy import ToyTurn, mllm_turns
 from mllm_protector.errors import InputError
@@ -19,8 +20,10 @@ from mllm_protector.files import read_json, write_json
 from mllm_protector.models.mllm import HuggingFaceMLLM, load_mllm
 from mllm_protector.models.tiny import save_tiny_llava
 from mllm_protector.training import loop
-from mllm_protector.training.language_loss import mean_loss, summed_loss
+from mllm_protector.training.checkpoint import CheckpointConfig
+from mllm_protector.training.language_loss import LanguageLoss, mean_loss
 from mllm_protector.training.processes import Processes
+from mllm_protector.training.settings import FitConfig
 from mllm_protector.training.tracking import NoTracker
 
 log = logging.getLogger(__name__)
@@ -90,42 +93,52 @@ def _train(folder: Path, *, epochs: int, batch_size: int, learning_rate: float, 
     held_out, train = rows[::16], [row for index, row in enumerate(rows) if index % 16]
     pad_id = mllm.processor.tokenizer.pad_token_id
 
+    loss_of = LanguageLoss(mllm.model)
+    limit = MicroBatchLimit(examples=batch_size)
+
     def collate(chosen: Sequence[EncodedTurn]) -> Batch:
         batch = collate_targets(chosen, pad_id)
         pixels = [row.pixels for row in chosen if row.pixels is not None]
         return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
 
     def evaluate(model: torch.nn.Module, processes: Processes[Any]) -> dict[str, float]:
-        return {"loss": mean_loss(model, held_out, collate, processes, batch_size=batch_size)}
+        return {"loss": mean_loss(model, loss_of, held_out, collate, processes, limit=limit)}
 
-    def save(target: Path, metrics: dict[str, float]) -> None:
-        mllm.model.save_pretrained(target)
+    def save(target: Path, metrics: dict[str, float], weights: loop.Weights) -> None:
+        mllm.model.save_pretrained(target, state_dict=weights)
         mllm.processor.save_pretrained(target)
 
     loop.fit(
         mllm.model,
         train=train,
         collate=collate,
-        loss_fn=summed_loss,
+        loss_fn=loss_of,
         evaluate=evaluate,
         save=save,
-        config=loop.FitConfig(
+        config=FitConfig(
             epochs=epochs,
             max_steps=None,
             batch_size=batch_size,
-            accumulation=1,
+            micro_batch_tokens=None,
+            micro_batch_size=None,
+            packing=False,
             learning_rate=learning_rate,
             schedule="linear",
             warmup=0.1,
             weight_decay=0.01,
             clip_norm=1.0,
             precision="fp32",
+            gradient_checkpointing=False,
+            compile=False,
             validate_every=None,
             best_metric="loss",
             log_every=10,
         ),
+        checkpoint=CheckpointConfig(every_steps=None, every_minutes=None, keep_last=1),
+        resume="never",
         tracker=NoTracker(),
         output_dir=folder,
+        identity={},
         seed=seed,
     )
 

@@ -1,17 +1,20 @@
 """Where training figures go besides ``metrics.jsonl``, which is always written."""
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mllm_protector.errors import RunError
+from mllm_protector.files import write_text
 
 
 class Tracker(Protocol):
     """Takes figures while a model trains. Only the first process calls it."""
 
-    def start(self, output_dir: str, settings: Mapping[str, Any]) -> None:
-        """Called once before the first step."""
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        """Called once before the first step; ``resumed`` if an earlier call for the folder had steps."""
         ...
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -27,7 +30,7 @@ class Tracker(Protocol):
 class NoTracker:
     """Nothing besides ``metrics.jsonl``."""
 
-    def start(self, output_dir: str, settings: Mapping[str, Any]) -> None:
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
         """Do nothing."""
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -43,7 +46,8 @@ class WandbTracker:
 
     Attributes:
         project: the project's name there.
-        mode: ``offline`` writes below ``output_dir`` for a later ``wandb sync``; ``online`` needs a key.
+        mode: ``offline`` writes below ``output_dir`` for a later ``wandb sync`` (with ``--append`` for a
+            training that was resumed); ``online`` needs a key.
         name: of the run; ``None`` lets wandb choose.
     """
 
@@ -52,16 +56,21 @@ class WandbTracker:
     name: str | None
     _run: Any = field(default=None, init=False, repr=False)
 
-    def start(self, output_dir: str, settings: Mapping[str, Any]) -> None:
-        """Open the run.
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        """Open the run, or go on with the one whose id stands in ``output_dir``.
 
         Raises:
             RunError: wandb cannot be reached or has no key.
         """
         import wandb
 
+        path = Path(output_dir) / "wandb_run_id.txt"
+        if not (resumed and path.exists()):
+            write_text(path, secrets.token_hex(8))
         try:
             self._run = wandb.init(
+                id=path.read_text(encoding="utf-8"),
+                resume="allow" if resumed and self.mode == "online" else None,
                 project=self.project,
                 name=self.name,
                 mode=self.mode,

@@ -1,116 +1,147 @@
 import random
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.data.batching import GlobalStep, by_length, plan_epoch, steps_per_epoch
+from mllm_protector.data.batching import GlobalStep, MicroBatchLimit, by_length, plan_epoch, steps_per_epoch
+from mllm_protector.errors import InputError
 
 lengths_of = st.lists(st.integers(1, 500), max_size=200)
-sizes = st.integers(1, 9)
+sizes = st.integers(1, 40)
+processes_of = st.integers(1, 5)
+limits = st.builds(
+    MicroBatchLimit,
+    tokens=st.none() | st.integers(1, 2000),
+    examples=st.none() | st.integers(1, 9),
+    packed=st.booleans(),
+)
+LONG_TAILED = [round(random.Random(index).lognormvariate(4, 0.8)) + 1 for index in range(2048)]
+
+
+NO_LIMIT = MicroBatchLimit()
+
+
+def plan(lengths: Sequence[int], limit: MicroBatchLimit = NO_LIMIT, **changes: int) -> list[GlobalStep]:
+    return plan_epoch(
+        lengths, **{"batch_size": 16, "processes": 1, "seed": 0, "epoch": 1} | changes, limit=limit
+    )
+
+
+def slots(steps: Sequence[GlobalStep]) -> list[tuple[int, ...]]:
+    return [slot for step in steps for shard in step.shards for slot in shard]
 
 
 def examples(step: GlobalStep) -> list[int]:
-    return [index for shard in step.shards for slot in shard for index in slot]
+    return sorted(index for slot in slots([step]) for index in slot)
 
 
-@given(lengths_of, sizes, sizes, sizes, st.integers(0, 99), st.integers(1, 9))
+def positions(steps: Sequence[GlobalStep], lengths: Sequence[int], limit: MicroBatchLimit) -> int:
+    """All that is computed, padding included."""
+    return sum(
+        sum(lengths[i] for i in slot) if limit.packed else len(slot) * max(lengths[i] for i in slot)
+        for slot in slots(steps)
+        if slot
+    )
+
+
+@given(lengths_of, sizes, limits, processes_of, st.integers(0, 99), st.integers(1, 9))
 def test_an_epoch_has_each_example_exactly_once(
-    lengths: list[int], batch_size: int, accumulation: int, processes: int, seed: int, epoch: int
+    lengths: list[int], batch_size: int, limit: MicroBatchLimit, processes: int, seed: int, epoch: int
 ) -> None:
-    plan = plan_epoch(
-        lengths,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        processes=processes,
-        seed=seed,
-        epoch=epoch,
-    )
-    assert sorted(index for step in plan for index in examples(step)) == list(range(len(lengths)))
+    steps = plan(lengths, limit, batch_size=batch_size, processes=processes, seed=seed, epoch=epoch)
+    assert sorted(index for step in steps for index in examples(step)) == list(range(len(lengths)))
 
 
-@given(lengths_of, sizes, sizes, sizes)
-def test_all_processes_have_equally_many_slots_of_at_most_a_batch(
-    lengths: list[int], batch_size: int, accumulation: int, processes: int
+@given(lengths_of, sizes, limits, processes_of)
+def test_all_processes_have_equally_many_slots_within_the_limit(
+    lengths: list[int], batch_size: int, limit: MicroBatchLimit, processes: int
 ) -> None:
-    plan = plan_epoch(
-        lengths, batch_size=batch_size, accumulation=accumulation, processes=processes, seed=0, epoch=1
-    )
-    for step in plan:
+    for step in plan(lengths, limit, batch_size=batch_size, processes=processes):
         assert len(step.shards) == processes
         assert len({len(shard) for shard in step.shards}) == 1
-        assert 1 <= len(step.shards[0]) <= accumulation
-        assert all(len(slot) <= batch_size for shard in step.shards for slot in shard)
+        for slot in slots([step]):
+            if len(slot) > 1:
+                each = [lengths[index] for index in slot]
+                assert len(slot) <= (limit.examples or len(slot))
+                size = sum(each) if limit.packed else max(each) * len(each)
+                assert size <= (limit.tokens or size)
 
 
-@given(lengths_of, sizes, sizes, sizes)
-def test_all_steps_but_the_last_are_full(
-    lengths: list[int], batch_size: int, accumulation: int, processes: int
+@given(lengths_of, sizes, limits, processes_of)
+def test_which_examples_make_a_step_depends_on_its_size_alone(
+    lengths: list[int], batch_size: int, limit: MicroBatchLimit, processes: int
 ) -> None:
-    size = batch_size * accumulation * processes
-    plan = plan_epoch(
-        lengths, batch_size=batch_size, accumulation=accumulation, processes=processes, seed=0, epoch=1
-    )
-    assert all(len(examples(step)) == size for step in plan[:-1])
-    assert len(plan) == steps_per_epoch(
-        len(lengths), batch_size=batch_size, accumulation=accumulation, processes=processes
-    )
-
-
-@given(lengths_of)
-def test_a_step_holds_the_same_examples_however_it_is_divided(lengths: list[int]) -> None:
-    divisions = [(12, 1, 1), (6, 2, 1), (6, 1, 2), (3, 4, 1), (2, 2, 3), (1, 4, 3), (1, 1, 12), (4, 3, 1)]
-    plans = [
-        plan_epoch(lengths, batch_size=b, accumulation=a, processes=p, seed=1, epoch=2)
-        for b, a, p in divisions
-    ]
-    for plan in plans[1:]:
-        assert [sorted(examples(step)) for step in plan] == [sorted(examples(step)) for step in plans[0]]
+    steps = plan(lengths, limit, batch_size=batch_size, processes=processes)
+    plain = plan([7] * len(lengths), batch_size=batch_size)
+    assert [examples(step) for step in steps] == [examples(step) for step in plain]
+    assert all(len(examples(step)) == batch_size for step in steps[:-1])
+    assert len(steps) == steps_per_epoch(len(lengths), batch_size=batch_size)
 
 
 @pytest.mark.parametrize(("seed", "epoch", "same"), [(3, 1, True), (4, 1, False), (3, 2, False)])
 def test_the_order_depends_on_seed_and_epoch_alone(seed: int, epoch: int, same: bool) -> None:
-    division = {"batch_size": 4, "accumulation": 2, "processes": 2}
-    plan = plan_epoch([7] * 100, **division, seed=3, epoch=1)
-    assert (plan_epoch([7] * 100, **division, seed=seed, epoch=epoch) == plan) == same
-
-
-def test_less_is_padded_than_in_batches_at_random() -> None:
-    dice = random.Random(0)
-    lengths = [round(dice.lognormvariate(4, 1)) + 1 for _ in range(2048)]
-
-    def padded(accumulation: int) -> float:
-        size = 64 // accumulation
-        plan = plan_epoch(lengths, batch_size=size, accumulation=accumulation, processes=1, seed=0, epoch=1)
-        slots = [slot for step in plan for shard in step.shards for slot in shard]
-        return sum(len(slot) * max(lengths[index] for index in slot) for slot in slots) / sum(lengths)
-
-    assert padded(8) < 0.5 * padded(1)
-
-
-def test_which_examples_make_a_step_does_not_depend_on_their_lengths() -> None:
-    division = {"batch_size": 4, "accumulation": 2, "processes": 2, "seed": 0, "epoch": 1}
-    equal, growing = plan_epoch([7] * 100, **division), plan_epoch(range(1, 101), **division)
-    assert [sorted(examples(step)) for step in equal] == [sorted(examples(step)) for step in growing]
-
-
-def test_processes_get_passes_of_like_length() -> None:
-    [step] = plan_epoch(range(64), batch_size=4, accumulation=8, processes=2, seed=0, epoch=1)
-    for one, two in zip(*step.shards, strict=True):
-        assert abs(sum(one) - sum(two)) <= 16
+    assert (plan([7] * 100, seed=seed, epoch=epoch) == plan([7] * 100, seed=3, epoch=1)) == same
 
 
 def test_the_examples_are_shuffled() -> None:
-    [step] = plan_epoch([7] * 100, batch_size=100, accumulation=1, processes=1, seed=0, epoch=1)
-    assert examples(step) != sorted(examples(step))
+    [slot] = slots(plan([7] * 100, batch_size=100))
+    assert list(slot) != sorted(slot)
 
 
-@given(lengths_of, sizes)
+@pytest.mark.parametrize(
+    ("limit", "most"),
+    [
+        (MicroBatchLimit(tokens=1024, packed=True), 1.0),
+        (MicroBatchLimit(tokens=1024), 1.15),
+        (MicroBatchLimit(examples=8), 1.25),
+    ],
+)
+def test_little_is_padded(limit: MicroBatchLimit, most: float) -> None:
+    at_random = plan(LONG_TAILED, MicroBatchLimit(), batch_size=8)
+    steps = plan(LONG_TAILED, limit, batch_size=128)
+    assert positions(steps, LONG_TAILED, limit) <= most * sum(LONG_TAILED)
+    assert positions(at_random, LONG_TAILED, MicroBatchLimit()) > 1.8 * sum(LONG_TAILED)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_process_waits_long_for_another(packed: bool) -> None:
+    limit = MicroBatchLimit(tokens=1024, packed=packed)
+    together = 0
+    steps = plan(LONG_TAILED, limit, batch_size=256, processes=4)
+    for step in steps:
+        for side_by_side in zip(*step.shards, strict=True):
+            each = [GlobalStep(((slot,),)) for slot in side_by_side]
+            together += 4 * max(positions([one], LONG_TAILED, limit) for one in each)
+    assert together < 1.06 * positions(steps, LONG_TAILED, limit)
+
+
+def test_packed_passes_are_as_few_as_the_tokens_allow_and_of_like_size() -> None:
+    limit = MicroBatchLimit(tokens=1024, packed=True)
+    for step in plan(LONG_TAILED, limit, batch_size=128):
+        sums = [sum(LONG_TAILED[index] for index in slot) for slot in slots([step])]
+        assert len(sums) <= -(-sum(sums) // 1024) + 1
+        assert max(sums) - min(sums) < 200
+
+
+@given(lengths_of, limits)
 def test_batches_by_length_have_each_index_once_and_the_longest_first(
-    lengths: list[int], batch_size: int
+    lengths: list[int], limit: MicroBatchLimit
 ) -> None:
-    batches = list(by_length(lengths, batch_size=batch_size))
+    batches = list(by_length(lengths, limit))
     order = [index for batch in batches for index in batch]
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+def test_batches_by_length_are_as_large_as_the_limit_allows() -> None:
+    assert list(by_length([9, 9, 5, 4, 4, 1], MicroBatchLimit(tokens=18))) == [[0, 1], [2, 3, 4], [5]]
+    assert list(by_length([9, 9, 5, 4, 4, 1], MicroBatchLimit(examples=4))) == [[0, 1, 2, 3], [4, 5]]
+    assert list(by_length([9, 9, 5, 4], MicroBatchLimit(tokens=18, packed=True))) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("name", ["tokens", "examples"])
+def test_a_limit_under_which_nothing_fits_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}=0: must be at least 1"):
+        MicroBatchLimit(**{name: 0})

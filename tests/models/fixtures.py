@@ -43,7 +43,7 @@ def make_detector(bases: dict[Family, Path]) -> Callable[..., HarmDetector]:
         model = tuning.prepare(pretrained, "SEQ_CLS", fresh)
         _move(model)
         guard = _guard(backbone, tuning, encoder, "detector")
-        return HarmDetector(model, encoder, guard, batch_size=4)
+        return HarmDetector(model, encoder, guard)
 
     return make
 

@@ -11,6 +11,7 @@ from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Tuning
 from mllm_protector.models.detector import HarmDetector, load_detector, score_logits, to_scores
@@ -54,8 +55,8 @@ def rewrite_guard_file(folder: Path, **changes: object) -> None:
 def test_a_score_does_not_depend_on_the_batch(make_detector: Maker, family: Family):
     detector = make_detector(family)
     ids = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
-    alone = score_logits(detector.model, detector.encoder, ids, batch_size=1)
-    together = score_logits(detector.model, detector.encoder, ids, batch_size=len(ids))
+    alone = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit(examples=1))
+    together = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit())
     assert together == pytest.approx(alone, abs=1e-5)
     assert len({round(logit, 4) for logit in alone}) == len(alone)
 
@@ -95,7 +96,7 @@ def test_an_answer_is_never_scored_without_its_question(make_detector: Maker):
 
 def test_a_loaded_detector_scores_exactly_as_the_saved_one(saved: tuple[HarmDetector, Path]):
     detector, folder = saved
-    loaded = load_detector(folder, device="cpu", batch_size=4)
+    loaded = load_detector(folder, device="cpu")
     assert score(loaded) == score(detector)
     assert loaded.threshold == detector.threshold == 0.4
     assert loaded.identity()["weights"] == weight_hashes(folder)
@@ -108,13 +109,13 @@ def test_an_adapter_on_a_bfloat16_base_scores_exactly_as_it_was_saved(
 ):
     detector = make_detector(family, LORA, "bfloat16")
     detector.save(tmp_path)
-    assert score(load_detector(tmp_path, device="cpu", batch_size=4)) == score(detector)
+    assert score(load_detector(tmp_path, device="cpu")) == score(detector)
 
 
 def test_a_detector_that_is_saved_again_scores_the_same(saved: tuple[HarmDetector, Path], tmp_path: Path):
     detector, folder = saved
     load_detector(folder, device="cpu").save(tmp_path)
-    assert score(load_detector(tmp_path, device="cpu", batch_size=4)) == score(detector)
+    assert score(load_detector(tmp_path, device="cpu")) == score(detector)
 
 
 def test_stock_transformers_give_the_same_logits(make_detector: Maker, tmp_path: Path):
@@ -138,7 +139,7 @@ def assert_same_logits(stock: torch.nn.Module, detector: HarmDetector) -> None:
     ids = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
     with torch.no_grad():
         logits = stock(**detector.encoder.pad(ids)).logits[:, 0].tolist()
-    ours = score_logits(detector.model, detector.encoder, ids, batch_size=len(ids))
+    ours = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit())
     assert logits == pytest.approx(ours, abs=1e-6)
 
 

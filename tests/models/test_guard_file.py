@@ -125,19 +125,32 @@ def test_weights_that_were_added_are_refused(folder: Path):
         read_guard_file(folder, "detector")
 
 
-def test_a_save_that_breaks_off_leaves_nothing_that_loads(
-    make_detector: Callable[..., HarmDetector], folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_save_that_breaks_off_leaves_what_was_there(
+    make_detector: Callable[..., HarmDetector], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     detector = make_detector()
+    before = read_guard_file(folder, "detector")
 
     def full(_: object) -> None:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(detector.encoder.tokenizer, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space"):
-        detector.save(folder)
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises(OSError, match="No space"):
+            detector.save(target)
+    assert read_guard_file(folder, "detector") == before
     with pytest.raises(InputError, match="not a trained detector"):
-        read_guard_file(folder, "detector")
+        read_guard_file(tmp_path / "new", "detector")
+
+
+def test_nothing_half_saved_stays_beside_a_saved_part(
+    make_detector: Callable[..., HarmDetector], tmp_path: Path
+):
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / "model.safetensors").write_bytes(b"cut off")
+    make_detector().save(tmp_path)
+    assert not (tmp_path / ".saving").exists()
+    read_guard_file(tmp_path, "detector")
 
 
 def test_an_adapter_of_an_earlier_run_does_not_stay(

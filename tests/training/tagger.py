@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.training import loop
+from mllm_protector.training.checkpoint import CheckpointConfig, Resume
 from mllm_protector.training.keeping import Fitted
 from mllm_protector.training.processes import Processes
+from mllm_protector.training.settings import FitConfig
 from mllm_protector.training.tracking import NoTracker, Tracker
 
 VOCABULARY, TAGS, WIDTH = 13, 3, 8
@@ -27,21 +29,27 @@ WEIGHTS = "model.safetensors"
 Row = list[tuple[int, int]]
 """(token, tag or IGNORED)"""
 
-CONFIG = loop.FitConfig(
+CONFIG = FitConfig(
     epochs=2,
     max_steps=None,
     batch_size=8,
-    accumulation=1,
+    micro_batch_tokens=None,
+    micro_batch_size=None,
+    packing=False,
     learning_rate=1e-2,
     schedule="linear",
     warmup=0.1,
     weight_decay=0.01,
     clip_norm=1.0,
     precision="fp32",
+    gradient_checkpointing=False,
+    compile=False,
     validate_every=None,
     best_metric="loss",
     log_every=1,
 )
+
+NO_CHECKPOINTS = CheckpointConfig(every_steps=None, every_minutes=None, keep_last=2)
 
 
 class Tagger(torch.nn.Module):
@@ -101,15 +109,17 @@ def run(
     loss_fn: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss,
     evaluate: Callable[[torch.nn.Module, Processes[Any]], dict[str, float]] = evaluate,
     tracker: Tracker | None = None,
+    checkpoint: CheckpointConfig = NO_CHECKPOINTS,
+    resume: Resume = "auto",
     seed: int = 0,
     **changes: Any,
 ) -> Fitted:
     """Train, and save the weights and their figures as ``fit`` asks for it."""
     trained = model or make_model()
 
-    def save(target: Path, metrics: dict[str, float]) -> None:
+    def save(target: Path, metrics: dict[str, float], state: loop.Weights) -> None:
         target.mkdir(parents=True, exist_ok=True)
-        save_file(trained.state_dict(), target / WEIGHTS)
+        save_file(state, target / WEIGHTS)
         (target / "figures.json").write_text(json.dumps(metrics))
 
     return loop.fit(
@@ -121,7 +131,10 @@ def run(
         save=save,
         config=replace(CONFIG, **changes),
         tracker=tracker or NoTracker(),
+        checkpoint=checkpoint,
+        resume=resume,
         output_dir=folder,
+        identity={"task": "tags"},
         seed=seed,
     )
 
@@ -136,7 +149,6 @@ def journal(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for each_count in map(int, sys.argv[3:]):
-        run(Path(sys.argv[1]) / str(each_count), count=each_count, batch_size=int(sys.argv[2])).write(
-            Path(sys.argv[1]) / str(each_count)
-        )
+    for each_count in map(int, sys.argv[2:]):
+        folder = Path(sys.argv[1]) / str(each_count)
+        run(folder, count=each_count).write(folder)

@@ -19,10 +19,20 @@ from mllm_protector.models.detector import load_detector
 from mllm_protector.records import AnswerPair, LabelledAnswer, labelled_answers
 from mllm_protector.training.detector import detector_loss, train_detector
 from mllm_protector.training.tracking import NoTracker
-from tests.models.builders import TEXTS, save_tiny_classifier_base
-from tests.training.tagger import CONFIG
+from tests.models.builders import TEXTS, Family, save_tiny_classifier_base
+from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 
 LORA = LoraTuning(rank=2, alpha=4, dropout=0.1, targets=["q_proj", "v_proj"])
+
+LORA_WITHOUT_DROPOUT = replace(LORA, dropout=0.0)
+
+DIVISIONS: list[dict[str, Any]] = [
+    {"packing": True},
+    {"packing": True, "micro_batch_tokens": 120},
+    {"micro_batch_tokens": 120},
+    {"micro_batch_size": 1, "gradient_checkpointing": True},
+]
+"""Settings that must change nothing but memory and speed."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
         "backbone": lambda: Backbone(name=str(base)),
         "tuning": FullTuning(),
         "fit": replace(CONFIG, best_metric="auroc", epochs=3),
+        "checkpoint": NO_CHECKPOINTS,
+        "resume": "auto",
         "tracker": NoTracker(),
         "max_length": 96,
         "prompt": None,
@@ -108,6 +120,28 @@ def test_what_was_trained_loads_and_scores_as_it_was_measured(
     assert detector.guard.metrics == {name: metrics[name] for name in DETECTION_METRICS}
     assert detector.guard.tuning == tuning.kind
     assert detector.guard.data["fingerprint"] == "0" * 64
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    [weights, others] = [load_file(next(folder.glob("*.safetensors"))) for folder in (one, other)]
+    assert weights.keys() == others.keys()
+    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA_WITHOUT_DROPOUT], ids=["full", "lora"])
+@pytest.mark.parametrize("division", DIVISIONS, ids=map(str, DIVISIONS))
+def test_packing_and_the_division_of_a_step_change_no_weights(
+    tmp_path: Path, base: Path, tuning: Tuning, division: dict[str, Any]
+) -> None:
+    short = replace(CONFIG, best_metric="auroc", epochs=3)
+    train(tmp_path / "plain", base, tuning=tuning, fit=short)
+    train(tmp_path / "divided", base, tuning=tuning, fit=replace(short, **division))
+    assert largest_difference(tmp_path / "plain", tmp_path / "divided") < 1e-6
+
+
+def test_packing_an_encoder_is_refused_in_one_line(tmp_path: Path, bases: dict[Family, Path]) -> None:
+    with pytest.raises(InputError, match=r"fit.packing=true: bert .*; use fit.packing=false"):
+        train(tmp_path, bases["bert"], fit=replace(CONFIG, best_metric="auroc", packing=True))
 
 
 def test_a_detector_learns_to_tell_harmful_from_harmless(tmp_path: Path, base: Path) -> None:
@@ -181,7 +215,7 @@ def test_more_tokens_than_the_backbone_has_positions_are_refused(tmp_path: Path,
 def test_scores_that_are_no_numbers_stop_the_run_and_nothing_is_saved(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken: Callable[..., list[float]] = lambda model, encoder, rows, *, batch_size: [math.nan] * len(rows)  # noqa: E731
+    broken: Callable[..., list[float]] = lambda model, encoder, rows, *, limit: [math.nan] * len(rows)  # noqa: E731
     monkeypatch.setattr("mllm_protector.training.detector.score_logits", broken)
     with pytest.raises(RunError, match="score is not a number"):
         train(tmp_path, base)

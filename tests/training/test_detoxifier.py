@@ -5,22 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.data.encoding import IGNORED, EncodedCorrection, collate_targets
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tuning
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.records import AnswerPair, Correction, labelled_answers
 from mllm_protector.training.detoxifier import METRICS, shuffle_rejected, train_detoxifier
-from mllm_protector.training.language_loss import mean_loss, summed_loss, token_losses
-from mllm_protector.training.processes import Processes
 from mllm_protector.training.tracking import NoTracker
 from tests.models.builders import TEXTS, save_tiny_classifier_base
-from tests.training.tagger import CONFIG
-from tests.training.test_detector import Given, Unread, pairs
+from tests.training.tagger import CONFIG, NO_CHECKPOINTS
+from tests.training.test_detector import (
+    DIVISIONS,
+    LORA_WITHOUT_DROPOUT,
+    Given,
+    Unread,
+    largest_difference,
+    pairs,
+)
 
 LORA = LoraTuning(rank=2, alpha=4, dropout=0.1, targets="all-linear")
 
@@ -40,6 +43,8 @@ def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
         "backbone": lambda: Backbone(name=str(base)),
         "tuning": FullTuning(),
         "fit": replace(CONFIG, epochs=3),
+        "checkpoint": NO_CHECKPOINTS,
+        "resume": "auto",
         "tracker": NoTracker(),
         "max_length": 192,
         "prompt": None,
@@ -48,59 +53,6 @@ def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
         "seed": 0,
     }
     return train_detoxifier(**arguments | changes)
-
-
-class Bigrams(torch.nn.Module):
-    """A language model that looks at one token only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table = torch.nn.Embedding(10, 10)
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool) -> Any:
-        class Output:
-            logits = self.table(input_ids)
-
-        return Output()
-
-
-ROWS = [
-    EncodedCorrection(prompt=[1, 2, 3], target=[4, 9]),
-    EncodedCorrection(prompt=[5], target=[6, 7, 8, 9]),
-    EncodedCorrection(prompt=[2, 2], target=[9]),
-]
-
-
-def by_hand(model: Bigrams, row: EncodedCorrection) -> float:
-    """Each token of the target, given the one before it."""
-    before = [row.prompt[-1], *row.target[:-1]]
-    return sum(
-        -math.log(model.table.weight[one].softmax(0)[two].item())
-        for one, two in zip(before, row.target, strict=True)
-    )
-
-
-def test_the_loss_is_summed_over_the_target_and_nothing_else() -> None:
-    model = Bigrams()
-    loss = summed_loss(model, collate_targets(ROWS, pad_id=0))
-    assert loss.item() == pytest.approx(sum(by_hand(model, row) for row in ROWS), rel=1e-5)
-
-
-def test_positions_without_a_label_have_no_loss() -> None:
-    batch = collate_targets(ROWS, pad_id=0)
-    losses = token_losses(Bigrams(), batch)
-    assert losses.shape == (3, 4)
-    assert torch.equal(losses > 0, batch["labels"][:, 1:] != IGNORED)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_the_mean_loss_weighs_each_token_the_same_in_any_batches(batch_size: int) -> None:
-    model = Bigrams()
-    loss = mean_loss(
-        model, ROWS, lambda rows: collate_targets(rows, 0), Processes(0, 1), batch_size=batch_size
-    )
-    assert loss == pytest.approx(sum(by_hand(model, row) for row in ROWS) / 7, rel=1e-5)
 
 
 @given(st.integers(2, 40), st.integers(0, 9))
@@ -125,6 +77,17 @@ def test_what_was_trained_is_saved_with_its_figures_and_corrects(
     detoxifier = load_detoxifier(tmp_path, max_new_tokens=4)
     assert detoxifier.guard.metrics == {name: metrics[name] for name in METRICS}
     assert len(detoxifier.correct(queries=["q", "p"], answers=["a", "b"])) == 2
+
+
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA_WITHOUT_DROPOUT], ids=["full", "lora"])
+@pytest.mark.parametrize("division", DIVISIONS, ids=map(str, DIVISIONS))
+def test_packing_and_the_division_of_a_step_change_no_weights(
+    tmp_path: Path, base: Path, tuning: Tuning, division: dict[str, Any]
+) -> None:
+    plain = train(tmp_path / "plain", base, tuning=tuning)
+    divided = train(tmp_path / "divided", base, tuning=tuning, fit=replace(CONFIG, epochs=3, **division))
+    assert largest_difference(tmp_path / "plain", tmp_path / "divided") < 1e-6
+    assert divided["loss"] == pytest.approx(plain["loss"], abs=1e-5)
 
 
 def test_training_lowers_the_loss(tmp_path: Path, base: Path) -> None:

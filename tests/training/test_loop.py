@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from mllm_protector.data.batching import plan_epoch
+from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
 from mllm_protector.data.encoding import Batch
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.training.processes import Processes, start_accelerator
@@ -49,7 +49,7 @@ class Validations:
 
 
 def test_a_step_follows_the_mean_loss_over_all_its_targets(tmp_path: Path) -> None:
-    run(tmp_path, epochs=1, batch_size=2, accumulation=4, schedule="constant_with_warmup", warmup=0.0)
+    run(tmp_path, epochs=1, micro_batch_size=2, schedule="constant_with_warmup", warmup=0.0)
     model, rows = make_model(), tagger.make_rows(43)
     optimizer = torch.optim.AdamW(
         [
@@ -60,7 +60,7 @@ def test_a_step_follows_the_mean_loss_over_all_its_targets(tmp_path: Path) -> No
     )
     losses, norms = [], []
     for step in plan_epoch(
-        [len(row) for row in rows], batch_size=8, accumulation=1, processes=1, seed=0, epoch=1
+        [len(row) for row in rows], batch_size=8, limit=MicroBatchLimit(), processes=1, seed=0, epoch=1
     ):
         batch = tagger.collate([rows[index] for index in step.shards[0][0]])
         loss = torch.nn.functional.cross_entropy(model(batch["input_ids"]).transpose(1, 2), batch["labels"])
@@ -75,24 +75,30 @@ def test_a_step_follows_the_mean_loss_over_all_its_targets(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("count", [48, 43, 33, 3])
-def test_accumulation_changes_no_weights(tmp_path: Path, count: int) -> None:
-    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
-        folder = tmp_path / str(accumulation)
-        run(folder, count=count, batch_size=batch_size, accumulation=accumulation)
-        assert largest_difference(weights(folder), weights(tmp_path / "1")) < 1e-6
+@pytest.mark.parametrize(
+    "division",
+    [{"micro_batch_size": 4}, {"micro_batch_size": 1}, {"micro_batch_tokens": 20}],
+    ids=["2 passes", "8 passes", "by tokens"],
+)
+def test_how_a_step_is_divided_changes_no_weights(
+    tmp_path: Path, count: int, division: dict[str, int]
+) -> None:
+    run(tmp_path / "whole", count=count)
+    run(tmp_path / "divided", count=count, **division)
+    assert largest_difference(weights(tmp_path / "divided"), weights(tmp_path / "whole")) < 1e-6
 
 
 def test_two_processes_give_the_weights_and_figures_of_one(tmp_path: Path) -> None:
     counts = (43, 33, 1)  # 33: in the last step of an epoch the second process has nothing to do
     subprocess.run(
-        [*TORCHRUN, "-m", "tests.training.tagger", str(tmp_path / "two"), "4", *map(str, counts)],
+        [*TORCHRUN, "-m", "tests.training.tagger", str(tmp_path / "two"), *map(str, counts)],
         check=True,
         cwd=REPOSITORY,
         timeout=120,
     )
     for count in counts:
         one, two = tmp_path / "one", tmp_path / "two" / str(count)
-        fitted = run(one, count=count, batch_size=8).write(one)
+        fitted = run(one, count=count).write(one)
         assert largest_difference(weights(one), weights(two)) < 1e-6
         written = json.loads((two / "metrics.json").read_text())
         assert written["steps"] == fitted["steps"]
@@ -257,7 +263,8 @@ def test_another_number_of_processes_than_asked_for_is_refused(monkeypatch: pyte
         ("epochs", 0),
         ("max_steps", 0),
         ("batch_size", 0),
-        ("accumulation", -1),
+        ("micro_batch_tokens", 0),
+        ("micro_batch_size", -1),
         ("validate_every", 0),
         ("log_every", 0),
         ("learning_rate", 0.0),
@@ -293,8 +300,8 @@ class RecordingTracker:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
-    def start(self, output_dir: str, settings: Mapping[str, Any]) -> None:
-        self.calls.append(("start", output_dir, settings["seed"]))
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        self.calls.append(("start", output_dir, settings["seed"], resumed))
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         self.calls.append((step, *figures))
@@ -306,9 +313,9 @@ class RecordingTracker:
 def test_the_tracker_is_told_everything_in_order(tmp_path: Path) -> None:
     tracker = RecordingTracker()
     run(tmp_path, tracker=tracker, max_steps=1, seed=5)
-    figures = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "epoch")
+    figures = ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "padded_over_real", "epoch")
     assert tracker.calls == [
-        ("start", str(tmp_path), 5),
+        ("start", str(tmp_path), 5, False),
         (1, *(f"train/{name}" for name in figures)),
         (1, "validation/loss"),
         ("finish",),

@@ -52,7 +52,7 @@ def test_online_without_a_key_is_one_clear_line(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         RunError, match=r"^tracker.mode=online: wandb did not start \(.+\); try .*offline$"
     ) as caught:
-        tracker.start(str(tmp_path), {})
+        tracker.start(str(tmp_path), {}, resumed=False)
     assert "\n" not in str(caught.value)
 
 
@@ -64,3 +64,23 @@ def test_without_a_tracker_the_figures_are_in_the_journal_all_the_same(tmp_path:
         (2, "train"),
         (2, "validation"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "resumed", "same", "asked"),
+    [
+        ("online", True, True, "allow"),
+        ("offline", True, True, None),
+        ("online", False, False, None),
+    ],
+)
+def test_a_resumed_training_goes_on_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, resumed: bool, same: bool, asked: str | None
+) -> None:
+    calls: list[dict[str, object]] = []
+    monkeypatch.setattr("wandb.init", lambda **settings: calls.append(settings))
+    tracker = WandbTracker(project="tests", mode=mode, name=None)
+    tracker.start(str(tmp_path), {}, resumed=False)
+    tracker.start(str(tmp_path), {}, resumed=resumed)
+    assert (calls[0]["id"] == calls[1]["id"]) == same
+    assert (calls[0]["resume"], calls[1]["resume"]) == (None, asked)

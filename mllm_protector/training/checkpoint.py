@@ -1,0 +1,263 @@
+"""Where a training can go on after it was stopped. It knows files, not models.
+
+A checkpoint is a folder such as ``step-00000120`` with tensors in safetensors, the rest in JSON, and a
+manifest with the size and sha256 of each file. It is written beside its place and moved there when all of it
+is on the disk, so a killed run never leaves half of one under that name.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mllm_protector.errors import InputError, RunError
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+STATE = "state.json"
+NAME = re.compile(r"step-\d{8,}(\.\d+)?")
+
+Resume = Literal["auto", "never"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When to write checkpoints, besides on SIGTERM and SIGINT.
+
+    Attributes:
+        every_steps: optimisation steps between checkpoints; ``None``: not by steps.
+        every_minutes: minutes between checkpoints; ``None``: not by time.
+        keep_last: so many intact checkpoints are kept.
+    """
+
+    every_steps: int | None
+    every_minutes: float | None
+    keep_last: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InputError: naming the key and its value.
+        """
+        for name in ("every_steps", "keep_last"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: must be at least 1")
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise InputError(f"every_minutes={self.every_minutes}: must be positive, or null")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that was found intact.
+
+    Attributes:
+        folder: where it is.
+        step: optimisation steps done.
+        state: what was written beside the tensors.
+    """
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors of ``<stem>.safetensors``, on the CPU; they are read from the disk when used.
+
+        Raises:
+            RunError: the file cannot be read by this process.
+        """
+        path = self.folder / f"{stem}.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"{path}: cannot be read ({error}); output_dir must be visible to every process"
+            ) from error
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own. Only one process may write."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        """Open nothing yet; ``keep_last`` intact checkpoints are kept."""
+        self.folder = folder
+        self.keep_last = keep_last
+        self._damaged: set[Path] = set()
+
+    def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Write a checkpoint, then remove those that it makes superfluous.
+
+        It takes the place of one of the same step. Those of later steps, which a run left that went on from
+        an earlier one, are removed too.
+
+        Args:
+            step: optimisation steps done.
+            tensors: by the stem of the file they go to; none may share memory.
+            state: anything that JSON takes.
+
+        Raises:
+            RunError: the disk is full or cannot be written to. What was there is untouched.
+        """
+        content = json.dumps(state, allow_nan=False)
+        temporary = self.folder / f".{_name(step)}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            temporary.mkdir()
+            for stem, named in tensors.items():
+                save_file(dict(named), temporary / f"{stem}.safetensors")
+            (temporary / STATE).write_text(content, encoding="utf-8")
+            files = {path.name: _measure(path) for path in sorted(temporary.iterdir())}
+            (temporary / MANIFEST).write_text(_manifest(step, files), encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                _flush(path)
+            target = temporary.rename(self._free_name(step))
+            _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(
+                f"{self.folder}: the checkpoint of step {step} cannot be written ({error}); make room or "
+                "choose another output_dir; earlier checkpoints are untouched"
+            ) from error
+        self._remove_superfluous(target)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint of which every byte is as written; ``None`` if there are none at all.
+
+        Raises:
+            RunError: there are some, but none is intact.
+        """
+        found = self._found()
+        for folder in found:
+            try:
+                _verify(folder, contents=True)
+                return Checkpoint(folder, _step(folder), json.loads((folder / STATE).read_bytes()))
+            except (OSError, ValueError) as error:
+                self._damaged.add(folder)
+                log.warning("%s: damaged (%s); looking for an earlier checkpoint", folder, error)
+        if found:
+            raise RunError(
+                f"{self.folder}: no checkpoint is intact; put back a copy of one, "
+                "or give resume=never to start over"
+            )
+        return None
+
+    def clear(self) -> None:
+        """Remove all checkpoints.
+
+        Raises:
+            RunError: one cannot be removed.
+        """
+        for folder in self._found():
+            _remove(folder)
+        self._remove_leftovers()
+        if found := self._found():
+            raise RunError(f"{found[0]}: cannot be removed; remove it by hand")
+
+    def _found(self) -> list[Path]:
+        """All folders named as checkpoints, newest first; of one step the last written first."""
+        entries = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted((path for path in entries if NAME.fullmatch(path.name)), key=_order, reverse=True)
+
+    def _free_name(self, step: int) -> Path:
+        """A folder cannot be replaced in one go, so a second checkpoint of a step gets a number."""
+        taken = [_order(folder)[1] for folder in self._found() if _step(folder) == step]
+        return self.folder / (f"{_name(step)}.{max(taken) + 1}" if taken else _name(step))
+
+    def _remove_superfluous(self, newest: Path) -> None:
+        found = self._found()
+        earlier = [each for each in found if _step(each) < _step(newest) and self._looks_intact(each)]
+        keep = {newest, *earlier[: self.keep_last - 1]}
+        for folder in found:
+            if folder not in keep:
+                _remove(folder)
+
+    def _looks_intact(self, folder: Path) -> bool:
+        try:
+            _verify(folder, contents=False)
+        except (OSError, ValueError):
+            return False
+        return folder not in self._damaged
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _order(folder: Path) -> tuple[int, int]:
+    """(step, number among the checkpoints of that step) of a folder named as a checkpoint."""
+    step, _, number = folder.name.removeprefix("step-").partition(".")
+    return int(step), int(number or 1)
+
+
+def _step(folder: Path) -> int:
+    return _order(folder)[0]
+
+
+def _manifest(step: int, files: Any) -> str:
+    return json.dumps({"schema": SCHEMA, "step": step, "files": files}, indent=1) + "\n"
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _verify(folder: Path, *, contents: bool) -> None:
+    """Compare a checkpoint with its manifest; without ``contents`` only names and sizes of the files.
+
+    Raises:
+        ValueError: a file is not as written.
+        OSError: a file cannot be read.
+    """
+    text = (folder / MANIFEST).read_text(encoding="utf-8")
+    try:
+        files = json.loads(text)["files"]
+        sizes = {name: file["size"] for name, file in files.items()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{MANIFEST}: not a manifest") from None
+    if text != _manifest(_step(folder), files):
+        raise ValueError(f"{MANIFEST}: not as written, or of another step or release")
+    found = {path.name for path in folder.iterdir()} - {MANIFEST}
+    if different := sorted(found ^ sizes.keys()):
+        raise ValueError(f"{different[0]}: {'unexpected' if different[0] in found else 'missing'}")
+    for name, size in sizes.items():
+        if (folder / name).stat().st_size != size:
+            raise ValueError(f"{name}: {(folder / name).stat().st_size} bytes instead of {size}")
+        if contents and _measure(folder / name) != files[name]:
+            raise ValueError(f"{name}: its content changed")
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    """Hide a checkpoint, then remove it: one that is half removed must not look like a damaged one."""
+    try:
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
+    except OSError as error:
+        log.warning("%s: cannot be removed (%s)", folder, error)

@@ -1,0 +1,306 @@
+"""A real training that is killed again and again and must end as if nothing had been.
+
+``python -m tests.training.kills --kills 20 --processes 2`` trains a tiny detector (LoRA with dropout, packed,
+validations within and at the ends of epochs, a checkpoint every three steps) once undisturbed. Then it trains
+as many more, each of them killed (SIGKILL to all its processes) at two moments drawn from the time of a whole
+training, and compares what they leave behind.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+from accelerate.state import AcceleratorState
+
+from mllm_protector.data.sources import Splits
+from mllm_protector.models.backbone import Backbone, LoraTuning
+from mllm_protector.records import AnswerPair
+from mllm_protector.training import loop
+from mllm_protector.training.checkpoint import CheckpointConfig
+from mllm_protector.training.detector import train_detector
+from mllm_protector.training.detoxifier import train_detoxifier
+from mllm_protector.training.step import Slot
+from mllm_protector.training.tracking import NoTracker
+from tests.models.builders import TEXTS, save_tiny_classifier_base
+from tests.training.tagger import CONFIG
+
+PAIRS, BATCH, EPOCHS, EVERY = 15, 8, 4, 3
+FIT = replace(
+    CONFIG,
+    epochs=EPOCHS,
+    batch_size=BATCH,
+    micro_batch_tokens=200,
+    packing=True,
+    validate_every=5,
+    best_metric="auroc",
+)
+TUNING = LoraTuning(rank=2, alpha=4, dropout=0.1, targets="all-linear")
+COMPUTED = "computed.jsonl"
+UNFINISHED = re.compile(r"\..*\.\d+\.tmp")
+"""Of a file that a killed process was writing, beside its place."""
+
+
+class Made:
+    """Pairs of which no two texts are the same."""
+
+    def __init__(self, fingerprint: str = "0") -> None:
+        self.fingerprint = 64 * fingerprint
+
+    def load(self) -> Splits[Any]:
+        made = [
+            AnswerPair(
+                query=f"How do I make thing {number}?",
+                accepted=f"I will not help with thing {number}.",
+                rejected=f"[harmful placeholder] Sure, thing {number} goes like this.",
+            )
+            for number in range(PAIRS + 4)
+        ]
+        return Splits(
+            train=made[:PAIRS], validation=made[PAIRS:], account="made up", fingerprint=self.fingerprint
+        )
+
+
+def save_base(folder: Path) -> Path:
+    texts = [text for pair in Made().load().train for text in (pair.query, pair.accepted, pair.rejected)]
+    return save_tiny_classifier_base("llama", folder, [*TEXTS, *texts])
+
+
+def train_a_detector(folder: Path, base: Path, **changes: Any) -> None:
+    """From the newest checkpoint to the end."""
+    train_detector(**_arguments(folder, base) | changes)
+
+
+def train_a_detoxifier(folder: Path, base: Path, **changes: Any) -> None:
+    """From the newest checkpoint to the end."""
+    more = {"fit": replace(FIT, best_metric="loss"), "both_harmful": "drop", "chat": False}
+    train_detoxifier(**_arguments(folder, base) | more | changes)
+
+
+def _arguments(folder: Path, base: Path) -> dict[str, Any]:
+    return {
+        "data": Made(),
+        "backbone": lambda: Backbone(name=str(base)),
+        "tuning": TUNING,
+        "fit": FIT,
+        "checkpoint": CheckpointConfig(every_steps=EVERY, every_minutes=None, keep_last=2),
+        "resume": "auto",
+        "tracker": NoTracker(),
+        "max_length": 256,
+        "prompt": None,
+        "output_dir": str(folder),
+        "seed": 0,
+    }
+
+
+def write_down_what_is_computed(path: Path, attempt: int) -> None:
+    """A line for each forward pass: the attempt, the step, and the texts that count in it."""
+    steps_of, slots_of = loop._steps, loop.slots_of
+    lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    now = 0
+
+    def steps(*arguments: Any) -> Iterator[Any]:
+        nonlocal now
+        for each in steps_of(*arguments):
+            now = each[0]
+            yield each
+
+    def slots(*arguments: Any) -> list[Slot]:
+        made = slots_of(*arguments)
+        for batch, weight in made:
+            if weight:
+                sizes = batch["cu_seq_lens"].diff().tolist()
+                texts = [hash(tuple(text.tolist())) for text in batch["input_ids"][0].split(sizes)]
+                os.write(lines, json.dumps([attempt, now, texts]).encode() + b"\n")
+        return made
+
+    loop._steps, loop.slots_of = steps, slots
+
+
+class Group:
+    """The processes of one training, forked from this one, which has imported everything."""
+
+    def __init__(self, work: Callable[[], None], processes: int) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        self.running: set[int] = set()
+        self.leader = 0
+        for rank in range(processes):
+            child = os.fork()
+            if child == 0:
+                os.setpgid(0, self.leader)
+                if processes > 1:
+                    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+                    os.environ |= place | {name: str(number) for name, number in numbers.items()}
+                try:
+                    work()
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            self.leader = self.leader or child
+            with suppress(PermissionError):  # the child was faster
+                os.setpgid(child, self.leader)
+            self.running.add(child)
+
+    def end_or_kill(self, *, seconds: float) -> bool:
+        """Whether it had to be killed; fails if the training itself did."""
+        deadline = time.monotonic() + seconds
+        while self.running and time.monotonic() < deadline:
+            for child in list(self.running):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    self.running.remove(child)
+                    assert status == 0, f"a training failed: {status}"
+            time.sleep(0.001)
+        if self.running:
+            os.killpg(self.leader, signal.SIGKILL)
+            for child in self.running:
+                os.waitpid(child, 0)
+        return bool(self.running)
+
+
+def left_behind(folder: Path) -> dict[str, Any]:
+    """All files of a training as sha256, and its figures but for those of time."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not UNFINISHED.fullmatch(path.name)]
+    left: dict[str, Any] = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if path.name not in (COMPUTED, "metrics.jsonl")
+    }
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    left["figures"] = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return left
+
+
+def read_computed(folder: Path) -> list[tuple[int, int, list[int]]]:
+    path = folder / COMPUTED
+    return [tuple(json.loads(line)) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+
+def each_text_once_an_epoch(folder: Path) -> bool:
+    """Of a step that was computed more than once, the last time counts: the others were lost."""
+    rows = read_computed(folder)
+    last = {step: attempt for attempt, step, _ in sorted(rows, key=lambda row: row[0])}
+    steps = -(-2 * PAIRS // BATCH)
+    counts = [Counter[int]() for _ in range(EPOCHS)]
+    for attempt, step, texts in rows:
+        if attempt == last[step]:
+            counts[(step - 1) // steps].update(texts)
+    return all(len(count) == 2 * PAIRS and set(count.values()) == {1} for count in counts)
+
+
+def steps_again(folder: Path) -> int:
+    """The most steps that one attempt had to compute again."""
+    steps_of: dict[int, list[int]] = {}
+    for attempt, step, _ in read_computed(folder):
+        steps_of.setdefault(attempt, []).append(step)
+    furthest, most = 0, 0
+    for _, steps in sorted(steps_of.items()):
+        most = max(most, furthest - min(steps) + 1)
+        furthest = max(furthest, *steps)
+    return most
+
+
+def is_saving(folder: Path) -> bool:
+    """Whether a killed training was writing weights or a checkpoint."""
+    return (folder / ".saving").exists() or any((folder / "checkpoints").glob(".step-*"))
+
+
+def rehearse(folder: Path, base: Path) -> None:
+    """Import what is imported late, which each child would do again; without a gradient.
+
+    A fork of a process that has computed one cannot compute any.
+    """
+
+    class Enough(Exception):
+        pass
+
+    def step(*arguments: Any) -> None:
+        shared = arguments[1]
+        shared.optimizer.step()
+        raise Enough
+
+    taken, loop.take_step = loop.take_step, step
+    with suppress(Enough):
+        train_a_detector(folder, base)
+    loop.take_step = taken
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(root: Path, *, kills: int, seed: int, processes: int) -> bool:
+    """Print a summary; whether all was as it should be."""
+    torch.set_num_threads(1)
+    base = save_base(root / "base")
+    rehearse(root / "rehearsal", base)
+
+    def attempt(name: str, number: int, seconds: float = 120) -> bool:
+        def work() -> None:
+            folder.mkdir(exist_ok=True)
+            write_down_what_is_computed(folder / COMPUTED, number)
+            train_a_detector(folder, base)
+
+        folder = root / name
+        return Group(work, processes).end_or_kill(seconds=seconds)
+
+    begun = time.monotonic()
+    assert not attempt("whole", 0)
+    duration = time.monotonic() - begun
+    expected = left_behind(root / "whole")
+    assert each_text_once_an_epoch(root / "whole")
+    draw = random.Random(seed)
+    hits = saving = same = most = 0
+    for name in map(str, range(kills)):
+        folder = root / name
+        for number in range(2):
+            if attempt(name, number, seconds=draw.uniform(0, duration)):
+                hits += 1
+                saving += is_saving(folder)
+            elif number == 0:
+                break
+        if not (folder / "metrics.json").exists():
+            assert not attempt(name, 2)
+        same += left_behind(folder) == expected and each_text_once_an_epoch(folder)
+        most = max(most, steps_again(folder))
+    sys.stdout.write(
+        f"{same} of {kills} bit-identical, {hits} kills hit ({saving} while saving), "
+        f"at most {most} steps recomputed (a whole training: {duration:.1f} s)\n"
+    )
+    # While the first of several processes writes a checkpoint, the others may begin the next step.
+    return same == kills and most <= EVERY + (processes > 1) and hits >= kills / 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=20, help="trainings, each killed twice")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    arguments = parser.parse_args()
+    root = Path(tempfile.mkdtemp())
+    try:
+        sys.exit(not run(root, **vars(arguments)))
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,490 @@
+"""A training that is stopped, killed or cannot write must end as if nothing had been."""
+
+import errno
+import json
+import logging
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm_protector.data.encoding import Batch
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.training import keeping, resume
+from mllm_protector.training.checkpoint import CheckpointConfig, Checkpoints
+from mllm_protector.training.interruption import Stopped
+from tests.training import kills, tagger
+from tests.training.kills import left_behind
+from tests.training.tagger import journal, make_model, weights
+
+REPOSITORY = Path(__file__).parents[2]
+THIRD = CheckpointConfig(every_steps=3, every_minutes=None, keep_last=2)
+AN_EPOCH, STEPS = 6, 12
+DROPOUT = 0.3
+
+Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
+
+
+class Crash(Exception):
+    """Ends a training at once, as a kill does."""
+
+
+def run(folder: Path, **changes: Any) -> None:
+    """Twelve steps in two epochs, each with a validation at its end, and a checkpoint every third step."""
+    tagger.run(folder, **{"model": make_model(DROPOUT), "checkpoint": THIRD} | changes).write(folder)
+
+
+def at(step: int, act: Callable[[], Any], *, first: int = 1) -> Loss:
+    """The tagger's loss, which does something in the middle of a step (of one forward pass)."""
+    steps = iter(range(first, 1000))
+
+    def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        if next(steps) == step:
+            act()
+        return tagger.summed_loss(model, batch)
+
+    return loss_fn
+
+
+def crash() -> None:
+    raise Crash
+
+
+def send(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@contextmanager
+def crash_before_checkpoint(step: int) -> Iterator[None]:
+    """Weights and figures of the step are written, its checkpoint is not."""
+    write = Checkpoints.write
+
+    def crash_at(self: Checkpoints, number: int, *rest: Any) -> None:
+        if number == step:
+            raise Crash
+        write(self, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "write", crash_at)
+        with pytest.raises(Crash):
+            yield
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+
+
+def largest_difference(one: Path, two: Path) -> float:
+    return max(float((weights(one)[name] - weights(two)[name]).abs().max()) for name in weights(one))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run(folder)
+    return left_behind(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kills.save_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture
+def crashed(tmp_path: Path) -> Path:
+    """A training that ended within step 8; there are checkpoints of steps 3 and 6."""
+    folder = tmp_path / "crashed"
+    with pytest.raises(Crash):
+        run(folder, loss_fn=at(8, crash))
+    assert checkpoints(folder) == [3, 6]
+    return folder
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [1, 4, AN_EPOCH, STEPS])
+def test_a_training_that_was_asked_to_stop_goes_on_with_the_same_bits(
+    tmp_path: Path, undisturbed: Mapping[str, Any], step: int, number: signal.Signals, exit_code: int
+) -> None:
+    with pytest.raises(Stopped, match=f"stopped by {number.name} after step {step};") as stopped:
+        run(tmp_path, loss_fn=at(step, send(number)))
+    assert stopped.value.exit_code == exit_code
+    assert checkpoints(tmp_path)[-1] == step
+    assert [row["step"] for row in journal(tmp_path, "train")] == list(range(1, step + 1))
+    assert all(row["step"] < step for row in journal(tmp_path, "validation"))
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_a_training_that_crashed_in_any_step_goes_on_with_the_same_bits(
+    tmp_path: Path, undisturbed: Mapping[str, Any], step: int
+) -> None:
+    with pytest.raises(Crash):
+        run(tmp_path, loss_fn=at(step, crash))
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+def test_a_validation_that_a_stop_put_off_is_told_once_whatever_comes_next(
+    tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path, loss_fn=at(AN_EPOCH, send(signal.SIGTERM)))
+    for _ in range(2):
+        with pytest.raises(Crash):
+            run(tmp_path, loss_fn=at(AN_EPOCH + 1, crash, first=AN_EPOCH + 1))
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("step", [AN_EPOCH, STEPS])
+def test_a_kill_between_the_best_weights_and_their_checkpoint_changes_nothing(
+    tmp_path: Path, undisturbed: Mapping[str, Any], step: int
+) -> None:
+    with crash_before_checkpoint(step):
+        run(tmp_path)
+    assert (tmp_path / tagger.WEIGHTS).exists()
+    assert checkpoints(tmp_path)[-1] == step - 3
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+def test_a_kill_after_the_last_step_changes_nothing(
+    tmp_path: Path, undisturbed: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "clear", lambda self: crash())
+        with pytest.raises(Crash):
+            run(tmp_path)
+    assert checkpoints(tmp_path)[-1] == STEPS
+    run(tmp_path, loss_fn=at(1, crash))  # no step is made again
+    assert left_behind(tmp_path) == undisturbed
+
+
+def test_as_long_as_the_figures_are_not_written_no_step_needs_to_be_made_again(
+    tmp_path: Path, undisturbed: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "write_json", no_room)
+        with pytest.raises(RunError, match=r"metrics\.json cannot be written \(.*make room"):
+            run(tmp_path)
+    run(tmp_path, loss_fn=at(1, crash))
+    assert left_behind(tmp_path) == undisturbed
+
+
+def no_room(*arguments: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_half_a_line_of_a_killed_journal_is_dropped(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
+    with (crashed / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "ki')
+    run(crashed)
+    assert left_behind(crashed) == undisturbed
+
+
+@pytest.mark.parametrize("change", [{"micro_batch_size": 3}, {"micro_batch_tokens": 20}])
+def test_memory_settings_may_change_between(tmp_path: Path, change: dict[str, Any]) -> None:
+    run(tmp_path / "whole", model=make_model())
+    with pytest.raises(Crash):
+        run(tmp_path / "changed", model=make_model(), loss_fn=at(5, crash))
+    run(tmp_path / "changed", model=make_model(), **change)
+    assert largest_difference(tmp_path / "changed", tmp_path / "whole") < 1e-6
+
+
+@pytest.mark.parametrize("train", [kills.train_a_detector, kills.train_a_detoxifier])
+def test_a_real_training_goes_on_with_the_same_bits_and_refuses_other_data(
+    tmp_path: Path, base: Path, train: Callable[..., None]
+) -> None:
+    train(tmp_path / "whole", base)
+    with crash_before_checkpoint(6):
+        train(tmp_path / "crashed", base)
+    with pytest.raises(InputError, match=r"data was 0{64}, now 1{64}"):
+        train(tmp_path / "crashed", base, data=kills.Made("1"))
+    train(tmp_path / "crashed", base)
+    assert left_behind(tmp_path / "crashed") == left_behind(tmp_path / "whole")
+
+
+def test_a_training_may_be_packed_from_now_on(tmp_path: Path, base: Path) -> None:
+    without_dropout = {"tuning": replace(kills.TUNING, dropout=0.0, targets=["q_proj", "v_proj"])}
+    kills.train_a_detector(tmp_path / "whole", base, **without_dropout)
+    with crash_before_checkpoint(6):
+        kills.train_a_detector(
+            tmp_path / "packed", base, fit=replace(kills.FIT, packing=False), **without_dropout
+        )
+    kills.train_a_detector(tmp_path / "packed", base, **without_dropout)
+    trained = [
+        load_file(tmp_path / name / "last" / "adapter_model.safetensors") for name in ("whole", "packed")
+    ]
+    assert all(torch.allclose(trained[0][name], trained[1][name], rtol=0, atol=1e-6) for name in trained[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"learning_rate": 0.02}, "learning_rate was 0.01, now 0.02"),
+        ({"epochs": 3}, "epochs was 2, now 3"),
+        ({"count": 44}, "lengths was [0-9a-f]{64}, now [0-9a-f]{64}"),
+    ],
+)
+def test_a_checkpoint_of_another_training_is_refused_in_one_line_that_says_what_changed(
+    crashed: Path, change: dict[str, Any], words: str
+) -> None:
+    before = contents(crashed)
+    with pytest.raises(
+        InputError, match=rf"step-00000006: of another training \({words}\); .*resume=never"
+    ) as error:
+        run(crashed, **change)
+    assert "\n" not in str(error.value)
+    assert contents(crashed) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    crashed: Path, undisturbed: Mapping[str, Any], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    flip(crashed / "checkpoints" / "step-00000006" / name)
+    seen: list[int] = []
+    with caplog.at_level(logging.INFO):
+        run(crashed, loss_fn=at(1, lambda: seen.extend(checkpoints(crashed))))
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert f"step-00000006: damaged ({name}: its content changed)" in warnings[0]
+    assert "going on after step 3 from" in caplog.text
+    assert left_behind(crashed) == undisturbed
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_where_no_checkpoint_is_intact_nothing_is_overwritten(crashed: Path) -> None:
+    for folder in (crashed / "checkpoints").iterdir():
+        flip(folder / "optimizer.safetensors")
+    before = contents(crashed)
+    with pytest.raises(RunError, match=r"no checkpoint is intact; .*resume=never"):
+        run(crashed)
+    assert contents(crashed) == before
+
+
+def test_who_does_not_resume_starts_over(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
+    seen: list[int] = []
+    run(crashed, resume="never", loss_fn=at(2, lambda: seen.append(len(checkpoints(crashed)))))
+    assert seen == [0]
+    assert left_behind(crashed) == undisturbed
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[Callable[[], None]]:
+    """Gives what sets the limit, which is lifted again at the end."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_earlier_one_is_good(
+    tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    with (
+        no_file_larger_than(8192) as limit,
+        pytest.raises(RunError, match=r"the checkpoint of step 6 cannot be written .*make room") as error,
+    ):
+        run(tmp_path, loss_fn=at(5, limit))
+    assert "\n" not in str(error.value)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000003"}
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+def test_figures_that_cannot_be_written_end_the_run_in_one_line(
+    tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    with (
+        no_file_larger_than(0) as limit,
+        pytest.raises(RunError, match=r"metrics\.jsonl cannot be written \(.*make room") as error,
+    ):
+        run(tmp_path, loss_fn=at(5, limit))
+    assert "\n" not in str(error.value)
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+def test_weights_that_cannot_be_written_end_the_run_in_one_line(
+    tmp_path: Path, undisturbed: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tagger, "save_file", no_room)
+        with pytest.raises(RunError, match=r"the weights of step 6 cannot be written \(.*make room"):
+            run(tmp_path)
+    assert checkpoints(tmp_path) == [3]
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+def test_after_a_loss_that_is_no_number_the_checkpoints_are_of_good_steps(
+    tmp_path: Path, undisturbed: Mapping[str, Any]
+) -> None:
+    losses = iter(range(1, 1000))
+
+    def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        return tagger.summed_loss(model, batch) * (math.nan if next(losses) == 8 else 1.0)
+
+    with pytest.raises(RunError, match="step 8: the loss is nan"):
+        run(tmp_path, loss_fn=loss_fn)
+    assert checkpoints(tmp_path) == [3, 6]
+    for path in contents(tmp_path):
+        if path.suffix == ".safetensors":
+            assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+        else:
+            assert not re.search(r"\b(NaN|Infinity)\b", path.read_text())
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+def test_so_many_checkpoints_are_kept_as_asked_for_and_none_at_the_end(tmp_path: Path) -> None:
+    seen: list[list[int]] = []
+
+    def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        seen.append(checkpoints(tmp_path))
+        return tagger.summed_loss(model, batch)
+
+    run(tmp_path, loss_fn=loss_fn, checkpoint=replace(THIRD, every_steps=2, keep_last=3))
+    assert seen[::2] == [[], [2], [2, 4], [2, 4, 6], [4, 6, 8], [6, 8, 10]]
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_is_written_when_its_time_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 25))  # it is looked at before the first step, at each, and after writing
+    monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    written: list[int] = []
+    monkeypatch.setattr(Checkpoints, "write", lambda self, step, *rest: written.append(step))
+    run(tmp_path, checkpoint=CheckpointConfig(every_steps=None, every_minutes=1.25, keep_last=2))
+    assert written == [3, 6, 9, 12]
+
+
+class RecordingTracker:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        self.calls.append(("start", resumed))
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        self.calls.append((step, next(iter(figures)).partition("/")[0]))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_the_tracker_is_told_of_each_run_and_of_the_end_once(tmp_path: Path) -> None:
+    trackers = [RecordingTracker(), RecordingTracker()]
+    with pytest.raises(Stopped):
+        run(tmp_path, tracker=trackers[0], loss_fn=at(AN_EPOCH, send(signal.SIGTERM)))
+    run(tmp_path, tracker=trackers[1])
+    steps = [(step, "train") for step in range(1, STEPS + 1)]
+    assert trackers[0].calls == [("start", False), *steps[:6]]
+    assert trackers[1].calls == [
+        ("start", True),
+        (6, "validation"),
+        *steps[6:],
+        (12, "validation"),
+        "finish",
+    ]
+
+
+def test_of_two_processes_one_signal_stops_both_after_the_same_step(tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    subprocess.run(
+        [sys.executable, *launcher, "-m", "tests.training.continued", "stopped", tmp_path],
+        check=True,
+        cwd=REPOSITORY,
+        timeout=120,
+    )
+    words = {(tmp_path / f"stopped-{rank}.txt").read_text() for rank in range(2)}
+    assert words == {"143 stopped by SIGTERM after step 5; everything is saved, repeat the command to go on"}
+    assert left_behind(tmp_path / "stopped") == left_behind(tmp_path / "whole")
+    assert checkpoints(tmp_path / "plain") == [3, 5]
+    run(tmp_path / "plain", model=make_model())
+    tagger.run(tmp_path / "one")
+    assert largest_difference(tmp_path / "plain", tmp_path / "one") < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kills", "processes"),
+    [(3, 1), pytest.param(20, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
+)
+def test_a_training_killed_at_random_times_ends_with_the_same_bits(kills: int, processes: int) -> None:
+    arguments = ("--kills", str(kills), "--processes", str(processes))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.kills", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{kills} of {kills} bit-identical" in done.stdout
+
+
+def test_a_script_asked_to_stop_says_so_in_one_line_and_goes_on_when_repeated(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "train_detector.py"), "fit.log_every=1"]
+    command += [
+        "fit.max_steps=30",
+        "backbone.vocab_size=600",
+        "backbone.hidden_size=16",
+        "backbone.layers=1",
+        "backbone.heads=2",
+    ]
+    folder = tmp_path / "outputs" / "detector"
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and lines_of(folder / "metrics.jsonl") == 0:
+            time.sleep(0.01)
+        before = lines_of(folder / "metrics.jsonl")
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    stopped = re.fullmatch(
+        r"error: stopped by SIGTERM after step (\d+); everything is saved, .* go on\n", errors
+    )
+    assert stopped, errors
+    step = int(stopped[1])
+    assert checkpoints(folder) == [step]
+    assert step <= before + 1
+    again = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+    ).stdout
+    assert f"going on after step {step} from outputs/detector/checkpoints" in again
+    assert json.loads((folder / "metrics.json").read_text())["steps"] > step
+    assert not checkpoints(folder)
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
