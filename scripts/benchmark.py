@@ -10,9 +10,9 @@ from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_l
 def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
     with clear_errors():
+        quiet_libraries()
         from mllm_protector.benchmarking.run import run_benchmark  # here, so that --help needs no torch
 
-        quiet_libraries()
         arguments = build(cfg, run_benchmark)
         claim_output_dir(cfg)
         run_benchmark(**arguments)

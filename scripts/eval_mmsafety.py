@@ -10,9 +10,9 @@ from mllm_protector.config import build, clear_errors, quiet_libraries
 def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
     with clear_errors():
+        quiet_libraries()
         from mllm_protector.evaluation.run import evaluate  # here, so that --help needs no torch
 
-        quiet_libraries()
         arguments = build(cfg, evaluate)
         evaluate(**arguments)
 

@@ -10,9 +10,9 @@ from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_l
 def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
     with clear_errors():
+        quiet_libraries()
         from mllm_protector.training.detoxifier import train_detoxifier  # here, so that --help needs no torch
 
-        quiet_libraries()
         arguments = build(cfg, train_detoxifier)
         claim_output_dir(cfg)
         train_detoxifier(**arguments)

@@ -24,6 +24,9 @@ from mllm_protector.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
 
+CHECKPOINTS = "checkpoints"
+"""The folder for them in that of a training."""
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -162,7 +165,7 @@ class Checkpoints:
         Raises:
             RunError: one cannot be removed.
         """
-        for folder in self._found():
+        for folder in reversed(self._found()):  # as long as any is left, it is the newest
             _remove(folder)
         self._remove_leftovers()
         if found := self._found():

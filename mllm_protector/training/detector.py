@@ -149,7 +149,7 @@ def train_detector(
         identity={
             "data": splits.fingerprint,
             "base": asdict(base),
-            "tuning": tuning.kind,
+            "tuning": str(tuning),
             "prompt": encoder.prompt,
             "max_length": max_length,
         },

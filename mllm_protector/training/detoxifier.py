@@ -153,8 +153,10 @@ def train_detoxifier(
         identity={
             "data": splits.fingerprint,
             "base": asdict(base),
-            "tuning": tuning.kind,
+            "tuning": str(tuning),
             "prompt": encoder.prompt,
+            "chat": chat,
+            "both_harmful": both_harmful,
             "max_length": max_length,
         },
         seed=seed,

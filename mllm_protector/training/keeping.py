@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import write_json, write_text
 from mllm_protector.metrics import HIGHER_IS_BETTER
+from mllm_protector.training.checkpoint import CHECKPOINTS, Checkpoints
 from mllm_protector.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class Fitted:
     def write(self, folder: Path, **counts: int) -> dict[str, Any]:
         """Write ``metrics.json`` (on the first process) and return its content.
 
-        The kept weights' figures are at the top level, those of the last step under ``last``.
+        The kept weights' figures are at the top level, those of the last step under ``last``. Then the
+        training is complete, and its checkpoints are removed.
         """
         content = {
             **self.metrics,
@@ -53,6 +55,7 @@ class Fitted:
         if PartialState().is_main_process:
             with _writing(str(folder / "metrics.json")):
                 write_json(folder / "metrics.json", content)
+            Checkpoints(folder / CHECKPOINTS, keep_last=1).clear()
             log.info("written: %s (the weights of step %s, metrics.json, metrics.jsonl)", folder, self.step)
         return content
 
@@ -139,6 +142,7 @@ class Journal:
         settings: Mapping[str, Any],
         *,
         done: int,
+        validated: int,
         total: int,
         every: int,
         active: bool,
@@ -150,6 +154,7 @@ class Journal:
             tracker: takes the figures too.
             settings: what the tracker shall know of the run.
             done: steps of an interrupted training that is gone on with.
+            validated: its last step with a validation.
             total: steps of the whole training.
             every: steps between training figures; all validation figures are written.
             active: true on the first process only.
@@ -158,6 +163,7 @@ class Journal:
         self.tracker = tracker
         self.settings = settings
         self.done = done
+        self._keep = {"train": done, "validation": validated}
         self.total = total
         self.every = every
         self.active = active
@@ -203,7 +209,7 @@ class Journal:
         """What was written up to the checkpoint; a line that was cut off is none."""
         if self.done:
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n") and json.loads(line)["step"] <= self.done:
+                if line.endswith("\n") and (row := json.loads(line))["step"] <= self._keep[row["kind"]]:
                     yield line
 
     def _write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:

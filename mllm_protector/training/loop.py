@@ -23,7 +23,7 @@ from mllm_protector.data.batching import GlobalStep, plan_epoch, steps_per_epoch
 from mllm_protector.data.encoding import Batch
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.packing import body
-from mllm_protector.training.checkpoint import CheckpointConfig, Resume
+from mllm_protector.training.checkpoint import CHECKPOINTS, CheckpointConfig, Resume
 from mllm_protector.training.estimate import estimate
 from mllm_protector.training.interruption import Interruption, Stopped
 from mllm_protector.training.keeping import Fitted, Journal, Keeper, Meter
@@ -70,8 +70,8 @@ def fit(
         evaluate: figures on the validation split; called on every process, must return the same on all.
         save: writes the given weights, and what belongs to them, to a folder; called on the first process.
         config: how to optimise.
-        checkpoint: when to write one to ``output_dir/checkpoints``. They are removed when the training is
-            complete.
+        checkpoint: when to write one to ``output_dir/checkpoints``. They are removed by
+            ``Fitted.write``.
         resume: ``auto`` goes on from the newest intact checkpoint if there is one, ``never`` starts over.
         tracker: takes the figures as they arise, besides ``metrics.jsonl``.
         output_dir: where everything goes.
@@ -114,7 +114,7 @@ def fit(
     resumption = Resumption(
         checkpoint,
         resume,
-        output_dir / "checkpoints",
+        output_dir / CHECKPOINTS,
         run={**identity, **config.of_influence(), "seed": seed, "lengths": _fingerprint(lengths)},
         model=model,
         shared=shared,
@@ -134,6 +134,7 @@ def fit(
         tracker,
         {"fit": asdict(config), "seed": seed, "processes": processes.count},
         done=resumption.step,
+        validated=keeper.step,
         total=total,
         every=config.log_every,
         active=accelerator.is_main_process,
@@ -190,7 +191,6 @@ def fit(
                 raise Stopped(Signals(signal), step)
         fitted = keeper.finish(total)
     accelerator.wait_for_everyone()
-    resumption.finish()
     return fitted
 
 

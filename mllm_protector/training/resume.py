@@ -103,11 +103,6 @@ class Resumption:
                 self._store.write(step, snapshot.tensors, content)
             self._written = time.monotonic()
 
-    def finish(self) -> None:
-        """The training is complete: its checkpoints are no longer needed."""
-        if self._processes.index == 0:
-            self._store.clear()
-
     def _find(self, resume: Resume) -> Checkpoint | None:
         if not self._possible:
             log.warning(

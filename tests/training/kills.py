@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -30,6 +31,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
 from mllm_protector.data.sources import Splits
 from mllm_protector.models.backbone import Backbone, LoraTuning
@@ -226,6 +228,11 @@ def is_saving(folder: Path) -> bool:
     return (folder / ".saving").exists() or any((folder / "checkpoints").glob(".step-*"))
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a training has nothing left to do; it would begin anew."""
+    return (folder / "metrics.json").exists() and not any((folder / "checkpoints").glob("step-*"))
+
+
 def rehearse(folder: Path, base: Path) -> None:
     """Import what is imported late, which each child would do again; without a gradient.
 
@@ -250,6 +257,8 @@ def rehearse(folder: Path, base: Path) -> None:
 def run(root: Path, *, kills: int, seed: int, processes: int) -> bool:
     """Print a summary; whether all was as it should be."""
     torch.set_num_threads(1)
+    # By itself it is a semaphore that all forks share, and a killed one would never give back.
+    tqdm.set_lock(threading.RLock())
     base = save_base(root / "base")
     rehearse(root / "rehearsal", base)
 
@@ -271,14 +280,10 @@ def run(root: Path, *, kills: int, seed: int, processes: int) -> bool:
     hits = saving = same = most = 0
     for name in map(str, range(kills)):
         folder = root / name
-        for number in range(2):
-            if attempt(name, number, seconds=draw.uniform(0, duration)):
+        for number, seconds in enumerate((draw.uniform(0, duration), draw.uniform(0, duration), 120)):
+            if not is_complete(folder) and attempt(name, number, seconds=seconds):
                 hits += 1
                 saving += is_saving(folder)
-            elif number == 0:
-                break
-        if not (folder / "metrics.json").exists():
-            assert not attempt(name, 2)
         same += left_behind(folder) == expected and each_text_once_an_epoch(folder)
         most = max(most, steps_again(folder))
     sys.stdout.write(

@@ -95,3 +95,14 @@ def test_the_matrix_of_all_logits_never_exists(monkeypatch: pytest.MonkeyPatch) 
         sizes: list[int] = []
         summed_cross_entropy(hidden.requires_grad_(), weight, None, targets)
     assert max(sizes) < ROWS * VOCABULARY
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernel runs on GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_on_a_gpu_gives_the_same(dtype: torch.dtype) -> None:
+    pytest.importorskip("liger_kernel")
+    hidden, weight, bias, targets = make(biased=True, dtype=dtype)
+    tensors = (hidden.cuda(), weight.cuda(), bias.cuda(), targets.cuda())
+    ours = gradients(summed_cross_entropy, tensors, scale=0.25)
+    for one, other in zip(ours, gradients(in_full, tensors, scale=0.25), strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()

@@ -211,7 +211,7 @@ def test_memory_settings_may_change_between(tmp_path: Path, change: dict[str, An
 
 
 @pytest.mark.parametrize("train", [kills.train_a_detector, kills.train_a_detoxifier])
-def test_a_real_training_goes_on_with_the_same_bits_and_refuses_other_data(
+def test_a_real_training_goes_on_with_the_same_bits_and_refuses_other_data_or_tuning(
     tmp_path: Path, base: Path, train: Callable[..., None]
 ) -> None:
     train(tmp_path / "whole", base)
@@ -219,6 +219,8 @@ def test_a_real_training_goes_on_with_the_same_bits_and_refuses_other_data(
         train(tmp_path / "crashed", base)
     with pytest.raises(InputError, match=r"data was 0{64}, now 1{64}"):
         train(tmp_path / "crashed", base, data=kills.Made("1"))
+    with pytest.raises(InputError, match=r"tuning was .*alpha=4.*, now .*alpha=8"):
+        train(tmp_path / "crashed", base, tuning=replace(kills.TUNING, alpha=8))
     train(tmp_path / "crashed", base)
     assert left_behind(tmp_path / "crashed") == left_behind(tmp_path / "whole")
 
@@ -467,8 +469,10 @@ def test_a_script_asked_to_stop_says_so_in_one_line_and_goes_on_when_repeated(tm
     ) as process:
         while process.poll() is None and lines_of(folder / "metrics.jsonl") == 0:
             time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # so that the steps made by now can be counted
         before = lines_of(folder / "metrics.jsonl")
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
     stopped = re.fullmatch(
