@@ -112,6 +112,7 @@ def quiet_libraries() -> None:
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging as transformers_logging
 
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # also of processes that are started from here
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     enable_progress_bars()  # the line above had switched off the hub's as well

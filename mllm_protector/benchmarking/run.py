@@ -122,6 +122,7 @@ def _measure(
     with tqdm(total=len(entries) * (rounds + 1), desc="rounds", unit="arm", disable=None) as bar:
         for task in dict.fromkeys(entry.task for entry in entries):
             arms: dict[Entry, Arm] = {entry: entry.build(bench) for entry in entries if entry.task == task}
+            log.info("%s: %d arms take turns, %d rounds", task, len(arms), rounds)
             for number, rows in enumerate(bench.workload(task).rounds(rounds + 1)):
                 for precision in {entry.computes_in(bench.shape) for entry in arms}:
                     peaks[precision] = max(peaks[precision], matmul_speed(DTYPE[precision], device))

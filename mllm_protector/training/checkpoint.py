@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -170,6 +171,8 @@ class Checkpoints:
         self._remove_leftovers()
         if found := self._found():
             raise RunError(f"{found[0]}: cannot be removed; remove it by hand")
+        with suppress(OSError):  # there is none, or somebody else keeps something in it
+            self.folder.rmdir()
 
     def _found(self) -> list[Path]:
         """All folders named as checkpoints, newest first; of one step the last written first."""

@@ -186,6 +186,7 @@ def fit(
             signal = processes.largest(interruption.signal or 0)
             if not signal and is_validated(step):
                 validate(step)
+                signal = processes.largest(interruption.signal or 0)  # it may have taken long
             resumption.after_step(step, state, stopping=bool(signal))
             if signal:
                 raise Stopped(Signals(signal), step)

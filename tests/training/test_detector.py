@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from mllm_protector import prompts
+from mllm_protector.data.packing import pack_answers
 from mllm_protector.data.sources import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tuning
-from mllm_protector.models.detector import load_detector
+from mllm_protector.models.detector import HarmDetector, load_detector
+from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.records import AnswerPair, LabelledAnswer, labelled_answers
 from mllm_protector.training.detector import detector_loss, train_detector
 from mllm_protector.training.tracking import NoTracker
@@ -103,6 +105,25 @@ def test_the_loss_is_the_summed_binary_cross_entropy_with_harmful_as_positive() 
     loss = detector_loss(logits_model([2.0, 2.0, -1.0]), batch)
     by_hand = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)) + math.log(1 + math.exp(1))
     assert loss.item() == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
+def test_a_packed_example_has_the_loss_that_it_has_alone(
+    make_detector: Callable[..., HarmDetector], family: Family
+) -> None:
+    detector = make_detector(family)
+    rows = detector.encoder.encode_records(labelled_answers(pairs(3)))
+    rows = [replace(row, ids=row.ids[: len(row.ids) - cut]) for cut, row in enumerate(rows)]
+    detector.model.eval()
+    with torch.no_grad():
+        alone = [detector_loss(detector.model, detector.encoder([row])).item() for row in rows]
+        padded = detector_loss(detector.model, detector.encoder(rows)).item()
+        use_packed_attention(detector.model)
+        packed = [detector_loss(detector.model, pack_answers([row])).item() for row in rows]
+        together = detector_loss(detector.model, pack_answers(rows)).item()
+    assert packed == pytest.approx(alone, abs=1e-5)
+    assert [padded, together] == pytest.approx([sum(alone)] * 2, abs=1e-5)
+    assert len({round(loss, 4) for loss in alone}) == len(alone)
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])

@@ -27,6 +27,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.training import keeping, resume
 from mllm_protector.training.checkpoint import CheckpointConfig, Checkpoints
 from mllm_protector.training.interruption import Stopped
+from mllm_protector.training.processes import Processes
 from tests.training import kills, tagger
 from tests.training.kills import left_behind
 from tests.training.tagger import journal, make_model, weights
@@ -129,6 +130,24 @@ def test_a_training_that_was_asked_to_stop_goes_on_with_the_same_bits(
     assert checkpoints(tmp_path)[-1] == step
     assert [row["step"] for row in journal(tmp_path, "train")] == list(range(1, step + 1))
     assert all(row["step"] < step for row in journal(tmp_path, "validation"))
+    run(tmp_path)
+    assert left_behind(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("step", [AN_EPOCH, STEPS])
+def test_a_training_asked_to_stop_while_it_validates_makes_no_further_step(
+    tmp_path: Path, undisturbed: Mapping[str, Any], step: int
+) -> None:
+    times = iter((AN_EPOCH, STEPS))
+
+    def evaluate(model: torch.nn.Module, processes: Processes[Any]) -> dict[str, float]:
+        if next(times) == step:
+            send(signal.SIGTERM)()
+        return tagger.evaluate(model, processes)
+
+    with pytest.raises(Stopped, match=f"after step {step};"):
+        run(tmp_path, evaluate=evaluate)
+    assert checkpoints(tmp_path)[-1] == journal(tmp_path, "validation")[-1]["step"] == step
     run(tmp_path)
     assert left_behind(tmp_path) == undisturbed
 
