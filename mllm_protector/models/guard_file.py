@@ -7,7 +7,7 @@ a sha256 of each weight file. It is written last, so a half-written folder never
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -72,6 +72,11 @@ class GuardFile:
     def backbone(self) -> Backbone:
         """The base as it was loaded for training."""
         return Backbone(**self.base)
+
+    def origin(self) -> dict[str, Any]:
+        """All that is decided before the training: base, prompt, lengths, data."""
+        measured = ("metrics", "versions", "weights", "prompt_sha256")
+        return {name: value for name, value in asdict(self).items() if name not in measured}
 
     def write(self, folder: Path) -> None:
         """Write ``guard.json``, hashing the weights that are in the folder now."""
@@ -146,6 +151,17 @@ def save_part(
     for path in sorted(fresh.iterdir(), key=lambda path: path.name == FILE_NAME):
         path.replace(folder / path.name)
     fresh.rmdir()
+
+
+def part_saver(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, guard: GuardFile
+) -> Callable[[Path, dict[str, float], dict[str, torch.Tensor]], None]:
+    """``save_part`` for a training: takes a folder, the weights' validation figures, and the weights."""
+
+    def save(folder: Path, metrics: dict[str, float], weights: dict[str, torch.Tensor]) -> None:
+        save_part(model, tokenizer, replace(guard, metrics=metrics), folder, weights)
+
+    return save
 
 
 def part_backbone(

@@ -19,7 +19,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
 from mllm_protector.models.detector import score_logits, to_scores
-from mllm_protector.models.guard_file import GuardFile, library_versions, save_part
+from mllm_protector.models.guard_file import GuardFile, library_versions, part_saver
 from mllm_protector.models.packing import model_inputs, packed_logits, use_packed_attention
 from mllm_protector.records import labelled_answers
 from mllm_protector.training import loop
@@ -117,42 +117,33 @@ def train_detector(
     def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
         return _validate(model, encoder, encoded_validation, processes, limit=fit.validation_batch)
 
-    def save(target: Path, metrics: dict[str, float], weights: loop.Weights) -> None:
-        guard = GuardFile(
-            kind="detector",
-            tuning=tuning.kind,
-            base=asdict(base),
-            prompt=encoder.prompt,
-            max_length=max_length,
-            pad_id=encoder.pad_id,
-            threshold=THRESHOLD,
-            threshold_how="fixed",
-            temperature=1.0,
-            data={"account": splits.account, "fingerprint": splits.fingerprint},
-            metrics=metrics,
-            versions=library_versions(),
-        )
-        save_part(model, tokenizer, guard, target, weights)
-
+    guard = GuardFile(
+        kind="detector",
+        tuning=tuning.kind,
+        base=asdict(base),
+        prompt=encoder.prompt,
+        max_length=max_length,
+        pad_id=encoder.pad_id,
+        threshold=THRESHOLD,
+        threshold_how="fixed",
+        temperature=1.0,
+        data={"account": splits.account, "fingerprint": splits.fingerprint},
+        metrics={},
+        versions=library_versions(),
+    )
     fitted = loop.fit(
         model,
         train=encoded,
         collate=pack_answers if fit.packing else encoder,
         loss_fn=detector_loss,
         evaluate=evaluate,
-        save=save,
+        save=part_saver(model, tokenizer, guard),
         config=fit,
         checkpoint=checkpoint,
         resume=resume,
         tracker=tracker,
         output_dir=folder,
-        identity={
-            "data": splits.fingerprint,
-            "base": asdict(base),
-            "tuning": str(tuning),
-            "prompt": encoder.prompt,
-            "max_length": max_length,
-        },
+        identity=guard.origin() | {"tuning": str(tuning)},
         seed=seed,
     )
     return fitted.write(folder, examples=len(train), validation_examples=len(validation))

@@ -17,7 +17,7 @@ from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
-from mllm_protector.models.guard_file import GuardFile, library_versions, save_part
+from mllm_protector.models.guard_file import GuardFile, library_versions, part_saver
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.records import AnswerPair, Correction, corrections
 from mllm_protector.training import loop
@@ -119,46 +119,35 @@ def train_detoxifier(
             "perplexity_shuffled_rejected": perplexity(control),
         }
 
-    def save(target: Path, metrics: dict[str, float], weights: loop.Weights) -> None:
-        guard = GuardFile(
-            kind="detoxifier",
-            tuning=tuning.kind,
-            base=asdict(base),
-            prompt=encoder.prompt,
-            chat=chat,
-            max_length=max_length,
-            pad_id=encoder.pad_id,
-            data={
-                "account": splits.account,
-                "fingerprint": splits.fingerprint,
-                "both_harmful": both_harmful,
-            },
-            metrics=metrics,
-            versions=library_versions(),
-        )
-        save_part(model, tokenizer, guard, target, weights)
-
+    guard = GuardFile(
+        kind="detoxifier",
+        tuning=tuning.kind,
+        base=asdict(base),
+        prompt=encoder.prompt,
+        chat=chat,
+        max_length=max_length,
+        pad_id=encoder.pad_id,
+        data={
+            "account": splits.account,
+            "fingerprint": splits.fingerprint,
+            "both_harmful": both_harmful,
+        },
+        metrics={},
+        versions=library_versions(),
+    )
     fitted = loop.fit(
         model,
         train=encoded,
         collate=pack_corrections if fit.packing else encoder,
         loss_fn=loss_of,
         evaluate=evaluate,
-        save=save,
+        save=part_saver(model, tokenizer, guard),
         config=fit,
         checkpoint=checkpoint,
         resume=resume,
         tracker=tracker,
         output_dir=folder,
-        identity={
-            "data": splits.fingerprint,
-            "base": asdict(base),
-            "tuning": str(tuning),
-            "prompt": encoder.prompt,
-            "chat": chat,
-            "both_harmful": both_harmful,
-            "max_length": max_length,
-        },
+        identity=guard.origin() | {"tuning": str(tuning)},
         seed=seed,
     )
     return fitted.write(folder, examples=len(train), validation_examples=len(validation))

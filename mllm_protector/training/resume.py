@@ -120,14 +120,22 @@ class Resumption:
         return found
 
     def _require_same_run(self, checkpoint: Checkpoint) -> None:
-        earlier = checkpoint.state["run"]
-        changed = sorted(
-            f"{key} was {earlier.get(key)}, now {self._run.get(key)}"
-            for key in earlier.keys() | self._run.keys()
-            if earlier.get(key) != self._run.get(key)
-        )
+        earlier, now = _flat(checkpoint.state["run"]), _flat(self._run)
+        changed = [
+            f"{key} was {earlier.get(key)}, now {now.get(key)}"
+            for key in sorted(earlier.keys() | now.keys())
+            if earlier.get(key) != now.get(key)
+        ]
         if changed:
             raise InputError(
                 f"{checkpoint.folder}: of another training ({'; '.join(changed[:3])}); choose another "
                 "output_dir, or give resume=never to start over"
             )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Single values by their full names, such as ``data.fingerprint``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

@@ -236,7 +236,7 @@ def test_a_real_training_goes_on_with_the_same_bits_and_refuses_other_data_or_tu
     train(tmp_path / "whole", base)
     with crash_before_checkpoint(6):
         train(tmp_path / "crashed", base)
-    with pytest.raises(InputError, match=r"data was 0{64}, now 1{64}"):
+    with pytest.raises(InputError, match=r"data\.fingerprint was 0{64}, now 1{64}"):
         train(tmp_path / "crashed", base, data=kills.Made("1"))
     with pytest.raises(InputError, match=r"tuning was .*alpha=4.*, now .*alpha=8"):
         train(tmp_path / "crashed", base, tuning=replace(kills.TUNING, alpha=8))
