@@ -235,6 +235,7 @@ def _suggestion(key: str) -> str:
     words = {
         word
         for path in CONFIGS.rglob("*.yaml")
+        if path.parent.name != "accelerate"
         for word in re.findall(r"^\s*(\w+):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     }
     name = key.rpartition(".")[2]

@@ -7,6 +7,7 @@ of means.
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict
@@ -35,6 +36,8 @@ from mllm_protector.training.settings import FitConfig
 from mllm_protector.training.sharding import prepare
 from mllm_protector.training.step import slots_of, take_step
 from mllm_protector.training.tracking import Tracker
+
+log = logging.getLogger(__name__)
 
 E = TypeVar("E", bound=Sized)
 
@@ -94,7 +97,18 @@ def fit(
     lengths = [len(example) for example in train]
     an_epoch = steps_per_epoch(len(train), batch_size=config.batch_size)
     total = min(config.epochs * an_epoch, config.max_steps or config.epochs * an_epoch)
-    estimate(model, lengths=lengths, config=config, processes=processes.count, steps=total).report()
+    expected = estimate(model, lengths=lengths, config=config, processes=processes.count, steps=total)
+    log.info(
+        "training %s of %s parameters (%.1f %%) on %s examples: %s steps of %d, %d process(es)",
+        f"{expected.trainable:,}",
+        f"{expected.parameters:,}",
+        100 * expected.trainable / expected.parameters,
+        f"{len(train):,}",
+        f"{total:,}",
+        config.batch_size,
+        processes.count,
+    )
+    expected.report()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if config.compile:

@@ -289,6 +289,9 @@ def test_without_a_terminal_each_tenth_and_each_validation_is_a_line(
     with caplog.at_level(logging.INFO):
         run(tmp_path, epochs=5, log_every=7)
     lines = [message for message in caplog.messages if message.startswith("step ")]
+    assert caplog.messages[0] == (
+        "training 131 of 131 parameters (100.0 %) on 43 examples: 30 steps of 8, 1 process(es)"
+    )
     assert [line for line in lines if "validation loss" in line] == lines[2::3]
     assert len(lines) == 10 + 5
     assert lines[0].startswith("step 3 of 30: loss ")
