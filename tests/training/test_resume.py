@@ -469,7 +469,7 @@ def test_a_training_killed_at_random_times_ends_with_the_same_bits(kills: int, p
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} of {kills} bit-identical" in done.stdout
 
 
