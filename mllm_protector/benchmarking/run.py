@@ -3,7 +3,7 @@
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,18 @@ def run_benchmark(
     texts = read_texts(data, model, pairs=pairs, rewrites=2 * slots, max_length=max_length, seed=seed)
     bench = Bench(model, texts, settings)
     measured, peaks = _measure(bench, entries, rounds, seed)
-    memories = _memories(bench, entries, measured)
-    results = [
-        _result(bench, entry, measured, peaks[entry.computes_in(model)], memories[entry]) for entry in entries
-    ]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "benchmark.json", results)
+
+    def write(memories: Mapping[Entry, Sequence[int | None]]) -> list[dict[str, Any]]:
+        results = [
+            _result(bench, entry, measured, peaks[entry.computes_in(model)], memories.get(entry, ()))
+            for entry in entries
+        ]
+        write_json(folder / "benchmark.json", results)
+        return results
+
+    write({})  # what is measured by now stays, whatever happens to the rest
+    results = write(_memories(bench, entries, measured))
     report.print_table(results)
     curves = _curves(bench, entries, curve_steps, curve_pairs)
     if curves:

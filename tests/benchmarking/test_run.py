@@ -58,6 +58,21 @@ def run(shape: Shape, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_speeds_are_kept_where_the_memory_cannot_be_measured(
+    shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "peaks", fail)
+    with pytest.raises(MemoryError):
+        run_benchmark(**arguments(shape, tmp_path) | {"tasks": ["scoring"], "arms": None, "rounds": 1})
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [result["arm"] for result in results] == ["one_at_a_time", "ours", "ours_bf16"]
+    assert all(result["real_tokens_per_cpu_second"]["median"] > 0 for result in results)
+    assert {result["peak_memory_bytes"] for result in results} == {None}
+
+
 def test_the_figures_of_each_arm_are_spreads(run: Path) -> None:
     results = json.loads((run / "benchmark.json").read_text())
     assert [(result["task"], result["arm"]) for result in results] == [
