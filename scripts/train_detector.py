@@ -12,10 +12,12 @@ def main(cfg: DictConfig) -> None:
     with clear_errors():
         quiet_libraries()
         from mllm_protector.training.detector import train_detector  # here, so that --help needs no torch
+        from mllm_protector.training.processes import leave_processes
 
         arguments = build(cfg, train_detector)
         claim_output_dir(cfg)
         train_detector(**arguments)
+        leave_processes()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ def main(cfg: DictConfig) -> None:
     with clear_errors():
         quiet_libraries()
         from mllm_protector.training.detoxifier import train_detoxifier  # here, so that --help needs no torch
+        from mllm_protector.training.processes import leave_processes
 
         arguments = build(cfg, train_detoxifier)
         claim_output_dir(cfg)
         train_detoxifier(**arguments)
+        leave_processes()
 
 
 if __name__ == "__main__":

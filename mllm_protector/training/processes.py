@@ -72,6 +72,16 @@ def start_accelerator(precision: str) -> Accelerator:
     return accelerator
 
 
+def leave_processes() -> None:
+    """Part from the other processes when all work is done; the last thing that a script does.
+
+    Left to the end of the interpreter, threads that still listen to the others may abort it.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def first_process_first() -> AbstractContextManager[None]:
     """The first process does what is inside while the others wait; then they do it too (and find it done)."""
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mllm_protector.training.checkpoint import CheckpointConfig, Checkpoints
 from mllm_protector.training.interruption import Stopped
-from mllm_protector.training.processes import Processes
+from mllm_protector.training.processes import Processes, leave_processes
 from mllm_protector.training.snapshot import Snapshot, capture, restore
 from tests.training import tagger
 
@@ -221,3 +221,4 @@ if __name__ == "__main__":
         run_sharded(Path(sys.argv[2]), sys.argv[3])
     else:
         run_stopped(Path(sys.argv[2]))
+    leave_processes()

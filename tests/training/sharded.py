@@ -15,7 +15,7 @@ from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
 from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.models.backbone import FullTuning, LoraTuning, Tuning, inference
 from mllm_protector.training.objective import Objective
-from mllm_protector.training.processes import Processes, start_accelerator
+from mllm_protector.training.processes import Processes, leave_processes, start_accelerator
 from mllm_protector.training.sharding import prepare
 from mllm_protector.training.step import slots_of, take_step
 
@@ -111,3 +111,4 @@ if __name__ == "__main__":
         for each_precision in ("fp32", "bf16"):
             AcceleratorState._reset_state()  # or it would keep the first precision
             train(Path(sys.argv[1]) / each / each_precision, each, each_precision)
+    leave_processes()

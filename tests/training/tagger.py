@@ -19,7 +19,7 @@ from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.training import loop
 from mllm_protector.training.checkpoint import CheckpointConfig, Resume
 from mllm_protector.training.keeping import Fitted
-from mllm_protector.training.processes import Processes
+from mllm_protector.training.processes import Processes, leave_processes
 from mllm_protector.training.settings import FitConfig
 from mllm_protector.training.tracking import NoTracker, Tracker
 
@@ -152,3 +152,4 @@ if __name__ == "__main__":
     for each_count in map(int, sys.argv[2:]):
         folder = Path(sys.argv[1]) / str(each_count)
         run(folder, count=each_count).write(folder)
+    leave_processes()
