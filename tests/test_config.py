@@ -2,6 +2,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +11,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from mllm_protector import config
 from mllm_protector.benchmarking.run import run_benchmark
 from mllm_protector.config import CONFIGS, build, claim_output_dir, clear_errors
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.run import evaluate
+from mllm_protector.training import settings
 from mllm_protector.training.detector import train_detector
 from mllm_protector.training.detoxifier import train_detoxifier
 from mllm_protector.training.settings import FitConfig
@@ -301,3 +304,9 @@ def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None
 
 def test_a_config_holds_no_clock() -> None:
     assert not [path for path in CONFIGS.rglob("*.yaml") if "${now" in path.read_text()]
+
+
+def test_a_folder_and_a_checkpoint_agree_on_which_settings_change_no_result() -> None:
+    names = [field.name for field in fields(FitConfig)]
+    of_folders = {name for name in names if f"fit.{name}".startswith(config.WITHOUT_INFLUENCE)}
+    assert of_folders == set(settings.WITHOUT_INFLUENCE)

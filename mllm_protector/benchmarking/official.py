@@ -4,8 +4,9 @@ Source: github.com/pipilurj/MLLM-protector, the two training scripts. Their rank
 BCE are left out, which cost nothing: what is timed is the way through the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Generic, TypeVar
 
 import torch
 
@@ -20,6 +21,9 @@ from mllm_protector.data.encoding import (
 )
 from mllm_protector.models.backbone import to_device
 
+E = TypeVar("E")
+R = TypeVar("R")
+
 PAIRS = 4
 """In one forward pass."""
 
@@ -27,13 +31,13 @@ CLIP_NORM = 1.0
 """Of every arm."""
 
 
-class OfficialDetector:
-    """Two forward passes for each batch of pairs: one over the accepted answers, one over the rejected."""
+class _OfficialLoop(Generic[E, R]):
+    """Some passes, each with its own backward pass, and one change of the weights."""
 
     def __init__(
         self,
         model: torch.nn.Module,
-        encoder: DetectorEncoder,
+        encoder: E,
         meter: Meter,
         *,
         precision: Precision,
@@ -43,18 +47,29 @@ class OfficialDetector:
         self._model, self._encoder, self._meter, self._precision = model, encoder, meter, precision
         self._optimizer = adamw(model, learning_rate)
 
-    def step(self, rows: Sequence[EncodedAnswer]) -> tuple[float, Reading]:
+    def step(self, rows: Sequence[R]) -> tuple[float, Reading]:
         """One optimisation step; its mean loss."""
         self._meter.start()
         total = torch.zeros((), device=next(self._model.parameters()).device)
-        for start in range(0, len(rows), 2 * PAIRS):
-            sides = [rows[start + side : start + 2 * PAIRS : 2] for side in (0, 1)]
-            loss = torch.stack([self._loss(self._encoder(side)) for side in sides]).sum() / len(rows)
+        for loss in self._shares(rows):
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         finish(self._model, self._optimizer)
         reading = self._meter.stop()
         return float(total), reading
+
+    def _shares(self, rows: Sequence[R]) -> Iterator[torch.Tensor]:
+        """Of each pass, what it adds to the mean loss."""
+        raise NotImplementedError
+
+
+class OfficialDetector(_OfficialLoop[DetectorEncoder, EncodedAnswer]):
+    """Two forward passes for each batch of pairs: one over the accepted answers, one over the rejected."""
+
+    def _shares(self, rows: Sequence[EncodedAnswer]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(rows), 2 * PAIRS):
+            sides = [rows[start + side : start + 2 * PAIRS : 2] for side in (0, 1)]
+            yield torch.stack([self._loss(self._encoder(side)) for side in sides]).sum() / len(rows)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         batch = to_device(batch, self._model)
@@ -64,36 +79,16 @@ class OfficialDetector:
         return torch.nn.functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum")
 
 
-class OfficialDetoxifier:
+class OfficialDetoxifier(_OfficialLoop[DetoxifierEncoder, EncodedCorrection]):
     """Hugging Face's own loss over the logits of every position."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        encoder: DetoxifierEncoder,
-        meter: Meter,
-        *,
-        precision: Precision,
-        learning_rate: float,
-    ) -> None:
-        """Bind a model, which is trained in place."""
-        self._model, self._encoder, self._meter, self._precision = model, encoder, meter, precision
-        self._optimizer = adamw(model, learning_rate)
-
-    def step(self, rows: Sequence[EncodedCorrection]) -> tuple[float, Reading]:
-        """One optimisation step; its mean loss."""
-        self._meter.start()
+    def _shares(self, rows: Sequence[EncodedCorrection]) -> Iterator[torch.Tensor]:
         targets = sum(len(row.target) for row in rows)
-        total = torch.zeros((), device=next(self._model.parameters()).device)
         for start in range(0, len(rows), PAIRS):
             batch = to_device(self._encoder(rows[start : start + PAIRS]), self._model)
             with autocast(self._model, self._precision):
                 loss = self._model(**batch, use_cache=False, num_items_in_batch=targets).loss
-            loss.backward()
-            total += loss.detach()
-        finish(self._model, self._optimizer)
-        reading = self._meter.stop()
-        return float(total), reading
+            yield loss
 
 
 def adamw(model: torch.nn.Module, learning_rate: float) -> torch.optim.Optimizer:

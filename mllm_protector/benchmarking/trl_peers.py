@@ -43,8 +43,8 @@ class _Timing(TrainerCallback):  # type: ignore[misc]
         self.reading = self._meter.stop()
 
 
-class TrlReward:
-    """``RewardTrainer``: both answers of four pairs in one padded batch, and a pairwise loss."""
+class _TrlPeer:
+    """A model, and what every trainer of TRL is told of it."""
 
     def __init__(
         self,
@@ -59,6 +59,10 @@ class TrlReward:
         self._model, self._tokenizer, self._meter = model, tokenizer, meter
         self._precision = precision
         self._optimizer = adamw(model, learning_rate)
+
+
+class TrlReward(_TrlPeer):
+    """``RewardTrainer``: both answers of four pairs in one padded batch, and a pairwise loss."""
 
     def step(self, rows: Sequence[EncodedAnswer]) -> tuple[float, Reading]:
         """One optimisation step; its mean loss over pairs, -log sigmoid(harmful - harmless)."""
@@ -81,7 +85,7 @@ class TrlReward:
         )
 
 
-class TrlSft:
+class TrlSft(_TrlPeer):
     """``SFTTrainer`` with the loss on the completion only."""
 
     def __init__(
@@ -107,9 +111,8 @@ class TrlSft:
             compact: off CUDA TRL computes the logits of every position, as it says for compilers that want
                 fixed shapes; this forces the way that it goes on CUDA, labelled positions only.
         """
-        self._model, self._tokenizer, self._meter = model, tokenizer, meter
-        self._precision, self._packed_tokens, self._compact = precision, packed_tokens, compact
-        self._optimizer = adamw(model, learning_rate)
+        super().__init__(model, tokenizer, meter, precision=precision, learning_rate=learning_rate)
+        self._packed_tokens, self._compact = packed_tokens, compact
 
     def step(self, rows: Sequence[EncodedCorrection]) -> tuple[float, Reading]:
         """One optimisation step; its mean loss over target tokens."""

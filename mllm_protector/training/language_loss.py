@@ -43,9 +43,7 @@ class LanguageLoss:
         """
         rows, columns, targets = _targets(batch)
         if self.linear_head:
-            head: Any = pretrained(model).get_output_embeddings()
-            hidden = hidden_states(model, batch)[rows, columns]
-            return summed_cross_entropy(hidden, head.weight, head.bias, targets)
+            return summed_cross_entropy(*_into_head(model, batch, rows, columns), targets)
         logits = _own_logits(model, batch, rows, columns)
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
 
@@ -54,9 +52,7 @@ class LanguageLoss:
         """The summed loss of each row of a padded batch, without a gradient; (B,) float32 in nats."""
         rows, columns, targets = _targets(batch)
         if self.linear_head:
-            head: Any = pretrained(model).get_output_embeddings()
-            hidden = hidden_states(model, batch)[rows, columns]
-            losses = cross_entropies(hidden, head.weight, head.bias, targets)
+            losses = cross_entropies(*_into_head(model, batch, rows, columns), targets)
         else:
             logits = _own_logits(model, batch, rows, columns)
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -117,6 +113,14 @@ def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     following = batch["labels"][:, 1:]
     rows, columns = (following != IGNORED).nonzero(as_tuple=True)
     return rows, columns, following[rows, columns]
+
+
+def _into_head(
+    model: torch.nn.Module, batch: Batch, rows: torch.Tensor, columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The hidden states (N, H) at some positions, and the weight and bias of the linear head behind them."""
+    head: Any = pretrained(model).get_output_embeddings()
+    return hidden_states(model, batch)[rows, columns], head.weight, head.bias
 
 
 def _own_logits(

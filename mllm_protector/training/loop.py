@@ -214,7 +214,7 @@ def _steps(
 ) -> Iterator[tuple[int, int, GlobalStep]]:
     """(step from 1, epoch from 1, plan) of the steps after the first ``done`` ones."""
     an_epoch = steps_per_epoch(len(lengths), batch_size=config.batch_size)
-    for epoch in range(done // an_epoch + 1, config.epochs + 1):
+    for epoch in range(done // an_epoch + 1, -(-total // an_epoch) + 1):
         plans = plan_epoch(
             lengths,
             batch_size=config.batch_size,

@@ -16,6 +16,7 @@ import torch
 from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
 from mllm_protector.data.encoding import Batch
 from mllm_protector.errors import InputError, RunError
+from mllm_protector.training import loop
 from mllm_protector.training.processes import Processes, start_accelerator
 from mllm_protector.training.tracking import NoTracker
 from tests.training import tagger
@@ -172,6 +173,20 @@ def test_max_steps_ends_the_training_with_a_validation(tmp_path: Path) -> None:
     assert [row["step"] for row in journal(tmp_path, "train")] == list(range(1, 9))
     assert [row["step"] for row in journal(tmp_path, "validation")] == [6, 8]
     assert journal(tmp_path, "train")[-1]["learning_rate"] == 0.0  # the schedule knows of it
+
+
+def test_no_epoch_is_planned_in_which_no_step_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = []
+
+    def plan(*arguments: Any, epoch: int, **settings: Any) -> Any:
+        epochs.append(epoch)
+        return plan_epoch(*arguments, epoch=epoch, **settings)
+
+    monkeypatch.setattr(loop, "plan_epoch", plan)
+    run(tmp_path, epochs=9, max_steps=8)
+    assert epochs == [1, 2]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(None, [6, 12]), (5, [5, 10, 12]), (12, [12]), (99, [12])])
