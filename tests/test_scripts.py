@@ -210,7 +210,7 @@ def test_all_that_a_command_leaves_is_among_the_names_that_it_claims(home: Path)
         files = {path for path in folder.rglob("*") if path.is_file()} - set(folder.glob("backbone/*"))
         files -= {path for path in files if "toy_benchmark" in path.parts}
         left = {path for path in files if not claimed & {path, *path.parents}}
-        assert left == {folder / MARKER}, name
+        assert left <= {folder / MARKER}, name
 
 
 def test_the_same_training_may_be_repeated_but_no_other_one_in_its_folder(home: Path) -> None:
