@@ -24,21 +24,11 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.files import system_error
+from mllm_protector.outputs import claim_output_dir
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-WITHOUT_INFLUENCE = (
-    "checkpoint.",
-    "fit.compile",
-    "fit.gradient_checkpointing",
-    "fit.log_every",
-    "fit.micro_batch",
-    "fit.packing",
-    "resume",
-    "tracker.",
-)
-"""Beginnings of keys that change no result beyond the rounding of sums."""
 
 OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
 
@@ -59,31 +49,15 @@ def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
     return {name: _construct(name, value) for name, value in content.items()}
 
 
-def claim_output_dir(cfg: DictConfig) -> None:
-    """Write the resolved config into ``output_dir``, and refuse a folder where another one has trained.
-
-    A run that stopped before its first step may be corrected and repeated; only the first process looks.
+def run(cfg: DictConfig, function: Callable[..., Any]) -> None:
+    """All that a script does: check the config, claim the folder that results go to, and call.
 
     Raises:
-        InputError: the folder holds what another configuration made.
+        InputError: as ``build`` and ``claim_output_dir``.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
-    folder = Path(cfg.output_dir)
-    path = folder / "config.yaml"
-    if path.exists() and (folder / "metrics.jsonl").exists():
-        now, earlier = _leaves(cfg), _leaves(OmegaConf.load(path))
-        changed = sorted(key for key in {*now, *earlier} if now.get(key) != earlier.get(key))
-        if changed:
-            raise InputError(
-                f"{folder}: holds what another configuration made (changed: {', '.join(changed[:5])}); "
-                "choose another output_dir or remove the folder"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, path, resolve=True)
-    except OSError as error:
-        raise InputError(f"output_dir={folder}: cannot be written to ({error.strerror})") from error
+    arguments = build(cfg, function)
+    with claim_output_dir(_plain(cfg), function.__name__):
+        function(**arguments)
 
 
 @contextmanager
@@ -100,6 +74,10 @@ def clear_errors() -> Iterator[None]:
         _stop(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_config_error(error), InputError.exit_code)
+    except Exception as error:
+        if (message := system_error(error)) is None:
+            raise
+        _stop(message, RunError.exit_code)
     except KeyboardInterrupt:
         _stop("stopped by the user; what was finished is kept, and the same command goes on from there", 130)
 
@@ -250,21 +228,6 @@ def _suggestion(key: str) -> str:
 
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
-
-
-def _leaves(cfg: Any) -> dict[str, Any]:
-    """The values of a config by their full keys, without those that change no result."""
-    leaves: dict[str, Any] = {}
-
-    def walk(key: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                walk(_join(key, str(name)), item)
-        elif not key.startswith(WITHOUT_INFLUENCE):
-            leaves[key] = value
-
-    walk("", _plain(cfg))
-    return leaves
 
 
 def _plain(cfg: Any) -> dict[str, Any]:

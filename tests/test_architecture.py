@@ -23,6 +23,8 @@ GROUND = {
         "prompts",
         "images",
         "files",
+        "locks",
+        "outputs",
         "reading",
         "records",
         "protocols",

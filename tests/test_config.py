@@ -11,10 +11,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from mllm_protector import config
 from mllm_protector.benchmarking.evaluation import run_benchmark_evaluation
 from mllm_protector.benchmarking.run import run_benchmark
-from mllm_protector.config import CONFIGS, build, claim_output_dir, clear_errors
+from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.data.preparation import prepare_data
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.detector import eval_detector
@@ -24,6 +23,7 @@ from mllm_protector.evaluation.run import evaluate
 from mllm_protector.generation.run import generate_pairs
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.official import import_official_detector
+from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
 from mllm_protector.training import settings
 from mllm_protector.training.calibration import calibrate_detector
 from mllm_protector.training.detector import train_detector
@@ -310,10 +310,13 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
 
 
 def claimed(folder: Path, *overrides: str, trained: bool = True) -> DictConfig:
+    """A training that ran so far in this folder, to kept weights or only to its first step."""
     cfg = composed("train_detector", f"output_dir={folder}", *overrides)
-    claim_output_dir(cfg)
-    if trained:
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    with claim_output_dir(settings, "train_detector"):
         (folder / "metrics.jsonl").touch()
+        if trained:
+            (folder / "guard.json").touch()
     return cfg
 
 
@@ -332,9 +335,14 @@ def test_the_same_configuration_may_use_its_folder_again(tmp_path: Path) -> None
 
 def test_the_folder_of_another_configuration_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
     claimed(tmp_path)
-    with pytest.raises(InputError, match=r"\(changed: fit.epochs, max_length\)"):
+    with pytest.raises(InputError, match=r"\(changed: fit.epochs, max_length\)") as refused:
         claimed(tmp_path, "fit.epochs=9", "max_length=100", "backbone.max_positions=512")
+    assert str(refused.value).endswith(f"or remove {tmp_path}/guard.json to train anew")
     assert OmegaConf.load(tmp_path / "config.yaml").fit.epochs == 2
+    (tmp_path / "guard.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"or remove .*/checkpoints to train anew"):
+        claimed(tmp_path, "fit.epochs=9")
 
 
 def test_keys_that_change_no_result_may_differ(tmp_path: Path) -> None:
@@ -342,22 +350,10 @@ def test_keys_that_change_no_result_may_differ(tmp_path: Path) -> None:
     claimed(tmp_path, "tracker=wandb", "fit.log_every=1")
 
 
-def test_a_run_that_stopped_before_its_first_step_may_be_corrected(tmp_path: Path) -> None:
+def test_a_training_that_came_to_nothing_may_be_corrected(tmp_path: Path) -> None:
     claimed(tmp_path, "data=pairs", "data.path=mispelt", trained=False)
     claimed(tmp_path, "data=pairs", "data.path=misspelt")
     assert OmegaConf.load(tmp_path / "config.yaml").data.path == "misspelt"
-
-
-def test_only_the_first_process_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    claimed(tmp_path / "new", trained=False)
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"output_dir=.*file/below: cannot be written to"):
-        claimed(tmp_path / "file" / "below")
 
 
 def test_a_config_holds_no_clock() -> None:
@@ -366,5 +362,5 @@ def test_a_config_holds_no_clock() -> None:
 
 def test_a_folder_and_a_checkpoint_agree_on_which_settings_change_no_result() -> None:
     names = [field.name for field in fields(FitConfig)]
-    of_folders = {name for name in names if f"fit.{name}".startswith(config.WITHOUT_INFLUENCE)}
+    of_folders = {name for name in names if f"fit.{name}".startswith(WITHOUT_INFLUENCE)}
     assert of_folders == set(settings.WITHOUT_INFLUENCE)

@@ -73,7 +73,7 @@ class Prepared(Generic[T]):
         """Write ``data_report.md`` and ``data_report.json``, and return the latter.
 
         Raises:
-            InputError: they cannot be written.
+            OSError: they cannot be written.
         """
         report = data_report(
             [source.as_json() for source in self.splits.sources],
@@ -82,10 +82,7 @@ class Prepared(Generic[T]):
             fingerprint=self.splits.fingerprint,
             contamination=self.contamination,
         )
-        try:
-            write_data_report(folder, report)
-        except OSError as error:
-            raise InputError(f"output_dir={folder}: cannot be written to ({error.strerror})") from error
+        write_data_report(folder, report)
         return report
 
 

@@ -12,6 +12,7 @@ from mllm_protector.evaluation.ensemble import majority
 from mllm_protector.evaluation.judges.keyword import find_refusal
 from mllm_protector.evaluation.stages import BARE, Item, Judged, Outputs
 from mllm_protector.evaluation.store import FAILED
+from mllm_protector.files import write_text
 from mllm_protector.reading import flag_field, read_records, text_field
 from mllm_protector.records import BENIGN, LoadedBenchmark, Status
 
@@ -103,16 +104,18 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
 
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     columns |= {f"status:{judge}": [] for judge in judges}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+
+    def lines() -> Iterator[str]:
         for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             for name in COLUMNS:
                 columns[name].append(row[name])
             for judge in judges:
                 columns[f"status:{judge}"].append(row["verdicts"].get(judge, {}).get("status"))
-    temporary.replace(path)
+            # Half of a surrogate pair becomes an escape.
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            yield line.encode(errors="backslashreplace").decode()
+
+    write_text(path, lines())
     for name in ("id", "base", "scenario", "variant", "arm", "outcome", *(f"status:{j}" for j in judges)):
         columns[name] = pd.Categorical(columns[name])  # type: ignore[assignment]
     frame = pd.DataFrame(columns)

@@ -6,7 +6,8 @@ a sha256 of each weight file. It is written last, so a half-written folder never
 """
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mllm_protector import prompts
 from mllm_protector.errors import InputError
-from mllm_protector.files import file_digest, read_json, write_json
+from mllm_protector.files import file_digest, read_json, write_json, writing
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.scaling import Scale
 
@@ -168,19 +169,32 @@ def save_part(
         folder: made if it is not there.
         weights: the model's state dict, where the model itself has only a share of it.
     """
+    with replaced_part(folder) as fresh:
+        model.save_pretrained(fresh, state_dict=weights)  # type: ignore[operator]
+        tokenizer.save_pretrained(fresh)
+        guard.write(fresh)
+
+
+@contextmanager
+def replaced_part(folder: Path) -> Iterator[Path]:
+    """A place to write a trained part to, which takes that of an earlier one when all is on the disk.
+
+    Raises:
+        RunError: it cannot be written; the earlier part is as it was.
+    """
     fresh = folder / ".saving"
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    model.save_pretrained(fresh, state_dict=weights)  # type: ignore[operator]
-    tokenizer.save_pretrained(fresh)
-    guard.write(fresh)
-    # All is on the disk before anything earlier goes. An adapter of an earlier run goes too: transformers
-    # would put it on whatever model is beside it.
-    for name in (FILE_NAME, *ADAPTER_FILES):
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(fresh.iterdir(), key=lambda path: path.name == FILE_NAME):
-        path.replace(folder / path.name)
-    fresh.rmdir()
+    try:
+        with writing(str(folder)):
+            fresh.mkdir(parents=True)
+            yield fresh
+            # An adapter of an earlier run goes too: transformers would put it on whatever model is beside it.
+            for name in (FILE_NAME, *ADAPTER_FILES):
+                (folder / name).unlink(missing_ok=True)
+            for path in sorted(fresh.iterdir(), key=lambda path: path.name == FILE_NAME):
+                path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def part_saver(

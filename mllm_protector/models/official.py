@@ -24,9 +24,9 @@ from mllm_protector.files import read_json, write_json
 from mllm_protector.models.backbone import Backbone, loading
 from mllm_protector.models.guard_file import (
     ADAPTER_FILES,
-    FILE_NAME,
     GuardFile,
     library_versions,
+    replaced_part,
     weight_hashes,
 )
 
@@ -100,12 +100,11 @@ def import_official_detector(
         versions=library_versions(),
     )
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).unlink(missing_ok=True)
-    write_json(folder / CONFIG_FILE, config | {"base_model_name_or_path": base, "revision": base_revision})
-    save_file(_turned(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    tokenizer.save_pretrained(folder)
-    guard.write(folder)
+    with replaced_part(folder) as fresh:
+        write_json(fresh / CONFIG_FILE, config | {"base_model_name_or_path": base, "revision": base_revision})
+        save_file(_turned(weights), fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        tokenizer.save_pretrained(fresh)
+        guard.write(fresh)
     log.info("written: %s (the official detector; scores are P(harmful))", folder)
     return folder
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -26,6 +25,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile
+from mllm_protector.outputs import probe
 from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.scaling import TEMPERATURES, Scale, fit_scale
 
@@ -273,11 +273,14 @@ def _with_groups(
 
 def _require_writable(folder: Path, target: Path | None) -> None:
     """Refuse early what would fail after the scoring."""
-    if target is None:
-        if folder.is_dir() and not os.access(folder, os.W_OK):
-            raise InputError(f"{folder}: is read-only; give output_dir=<a new folder> for a calibrated copy")
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"output_dir={target}: is not empty; choose another one, or null to change {folder}")
+    try:
+        probe(target or folder)
+    except OSError as error:
+        where = f"output_dir={target}" if target else f"{folder}"
+        advice = "choose another one" if target else "give output_dir=<a new folder> for a calibrated copy"
+        raise InputError(f"{where}: cannot be written to ({error.strerror}); {advice}") from error
 
 
 def _write(guard: GuardFile, folder: Path, target: Path | None) -> None:

@@ -21,6 +21,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import read_json, write_json
 from mllm_protector.models.mllm import HuggingFaceMLLM, load_mllm
 from mllm_protector.models.tiny import save_tiny_llava
+from mllm_protector.outputs import claimed
 from mllm_protector.processes import Processes
 from mllm_protector.training import loop
 from mllm_protector.training.checkpoint import CheckpointConfig
@@ -59,7 +60,8 @@ def toy_mllm(
         seed: of weights and order.
 
     Raises:
-        InputError: the folder holds a toy MLLM of other settings, or several processes would train one.
+        InputError: the folder holds a toy MLLM of other settings, or files of somebody else, or several
+            processes would train one.
     """
     path = Path(folder)
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
@@ -68,8 +70,9 @@ def toy_mllm(
             raise InputError(
                 f"{path}: the toy MLLM is not there yet, and one process trains it: use python once"
             )
-        _train(path, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-        write_json(path / SETTINGS, settings)
+        with claimed(path, "toy_mllm", key="mllm.folder"):
+            _train(path, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+            write_json(path / SETTINGS, settings)
     elif (found := read_json(path / SETTINGS)) != settings:
         raise InputError(
             f"{path}: holds a toy MLLM of other settings ({found}); remove it or choose another folder"
