@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mllm_protector.data.splits import same_query
+from mllm_protector.data.queries import opening_key
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.statistics import Floats, Ints
 from mllm_protector.records import LabelledAnswer
@@ -123,8 +123,8 @@ def taught_scores(
 
 
 def query_clusters(records: Sequence[LabelledAnswer]) -> Ints:
-    """(N,) from 0: answers to the same query have the same number."""
-    return np.unique([same_query(record.query) for record in records], return_inverse=True)[1]
+    """(N,) from 0: answers to the same query (``opening_key``) have the same number."""
+    return np.unique([opening_key(record.query) for record in records], return_inverse=True)[1]
 
 
 def _folds(labels: Any, clusters: Ints) -> list[tuple[Ints, Ints]]:

@@ -19,8 +19,9 @@ import numpy as np
 
 from mllm_protector.config import recorded_data
 from mllm_protector.data.groups import read_groups
+from mllm_protector.data.queries import query_key
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import Splits, same_query
+from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.baseline import CrossValidated, cross_validate, query_clusters, taught_scores
 from mllm_protector.evaluation.detection import differing_pairs, figures_by_group, figures_of_all
@@ -91,7 +92,7 @@ def eval_detector(
     answers = list(labelled_answers(records))
     if len({answer.harmful for answer in answers}) < 2:
         raise InputError(f"{splits.account}; the {split} part has only one kind of label, both are needed")
-    names = [group_of.get(same_query(answer.query)) for answer in answers]
+    names = [group_of.get(query_key(answer.query)) for answer in answers]
     if group_of and not any(names):
         raise InputError(f"{group_file}: has none of the queries of the data")
 
@@ -226,8 +227,8 @@ def _baselines(
     """The scores of each baseline and what it is; where one cannot be taught, a note says why."""
     found = {}
     if taught_on is not None:
-        known = {same_query(answer.query) for answer in taught_on}
-        asked = {same_query(answer.query) for answer in answers}
+        known = {query_key(answer.query) for answer in taught_on}
+        asked = {query_key(answer.query) for answer in answers}
         if seen := len(known & asked):
             notes.append(f"{seen:,} of the {len(asked):,} measured queries stand in the baseline's data.")
         try:

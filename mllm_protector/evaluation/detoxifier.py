@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm_protector import prompts
+from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import Splits, same_query
+from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.fluency import text_losses
 from mllm_protector.evaluation.reporting.detoxifier import markdown, print_summary
@@ -90,7 +91,7 @@ def eval_detoxifier(
     splits = data.load()
     log.info("data: %s", splits.account)
     pairs = _drawn(list(corrections(_pairs(splits.validation), both_harmful)), limit, seed)
-    clusters = np.unique([same_query(pair.query) for pair in pairs], return_inverse=True)[1]
+    clusters = np.unique([opening_key(pair.query) for pair in pairs], return_inverse=True)[1]
     asked = {
         "queries": [pair.query for pair in pairs],
         "answers": [pair.rejected for pair in pairs],
