@@ -17,12 +17,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Union, get_args, get_origin
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import system_error
@@ -58,6 +60,40 @@ def run(cfg: DictConfig, function: Callable[..., Any]) -> None:
     arguments = build(cfg, function)
     with claim_output_dir(_plain(cfg), function.__name__):
         function(**arguments)
+
+
+def recorded_data(folder: Path) -> Any:
+    """What a part was trained with, loaded anew by the ``config.yaml`` in its folder; no file is written.
+
+    Returns:
+        The ``Splits`` of that configuration's ``data``.
+
+    Raises:
+        InputError: there is no such file, it names no data of ours, or the data cannot be read.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        data = _plain(OmegaConf.load(path))["data"]
+        known = str(data["_target_"]).startswith("mllm_protector.data.")
+    except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException):
+        raise InputError(f"{path}: names no data") from None
+    if not known:
+        raise InputError(f"{path}: data._target_={data['_target_']}: not a source of data")
+    with TemporaryDirectory() as scratch:  # whatever that training set aside is set aside there
+        data = _with_quarantine(data, str(Path(scratch) / "quarantine.jsonl"))
+        _check("data", data, Any)
+        return _construct("data", data).load()
+
+
+def _with_quarantine(value: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: place if name == "quarantine" and item is not None else _with_quarantine(item, place)
+        for name, item in value.items()
+    }
 
 
 @contextmanager

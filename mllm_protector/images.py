@@ -10,6 +10,7 @@ import hashlib
 import io
 import textwrap
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,7 +101,8 @@ class RenderedText:
     Attributes:
         phrase: the words to draw.
         font: a TrueType file; ``None`` takes DejaVu Sans, which ships with matplotlib. The benchmark used
-            Arial: give its path for pixel-exact copies (with the same Pillow release).
+            Arial: with it the lines break where the benchmark's do. The published files are JPEGs of unknown
+            Pillow releases, so their pixels differ all the same.
     """
 
     phrase: str
@@ -109,8 +111,8 @@ class RenderedText:
     def load(self) -> Image.Image:
         """Text of size 90 on a canvas 1024 wide and 90 x (lines + 1) high, starting at (0, 45)."""
         font = _font(self.font, FONT_SIZE, "DejaVuSans.ttf")
-        text, lines = _wrap(self.phrase, font)
-        canvas = Image.new("RGB", (CANVAS_WIDTH, FONT_SIZE * (lines + 1)), "white")
+        text = wrap(self.phrase, font.getlength)
+        canvas = Image.new("RGB", (CANVAS_WIDTH, FONT_SIZE * (text.count("\n") + 2)), "white")
         ImageDraw.Draw(canvas).multiline_text((0, FONT_SIZE // 2), text, font=font, fill="black")
         return canvas
 
@@ -174,9 +176,31 @@ class Stacked:
         return hashlib.sha256(f"stacked {self.top.digest()} {self.bottom.digest()}".encode()).hexdigest()
 
 
+def wrap(phrase: str, measure: Callable[[str], float]) -> str:
+    """The phrase with the line breaks of MM-SafetyBench's TYPO images.
+
+    Widths add up, of the first word without a space and of every later one with a space before it. Where the
+    sum reaches the canvas a new line begins *with the space of its first word*. A word wider than the canvas
+    runs over its edge.
+
+    Args:
+        phrase: words between single spaces.
+        measure: the width of a text in pixels.
+    """
+    first, *others = phrase.split(" ")
+    text, width = first, measure(first)
+    for piece in (f" {word}" for word in others):
+        width += measure(piece)
+        if width >= CANVAS_WIDTH:
+            text, width = f"{text}\n", measure(piece)
+        text += piece
+    return text
+
+
 def rendering_identity(font: Path | None) -> str:
     """What the pixels of rendered text depend on besides the phrase."""
-    return f"{font.name if font else 'DejaVuSans.ttf'} at {FONT_SIZE}, Pillow {PIL.__version__}"
+    name = font.name if font else "DejaVuSans.ttf"
+    return f"{name} at {FONT_SIZE}, first word without a space, Pillow {PIL.__version__}"
 
 
 def list_rendering_identity(font: Path | None) -> str:
@@ -229,21 +253,3 @@ def _font(path: Path | None, size: int, shipped: str) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(path), size)
     except OSError as error:
         raise InputError(f"{path}: not a readable TrueType font") from error
-
-
-def _wrap(phrase: str, font: ImageFont.FreeTypeFont) -> tuple[str, int]:
-    """The phrase with its line breaks, and the number of lines.
-
-    The benchmark adds up the width of " " + word; where the sum reaches the canvas the word starts a new
-    line *with its leading space*, and a word that is wider than the canvas overflows.
-    """
-    text, width, lines = "", 0.0, 1
-    for word in phrase.split(" "):
-        piece = " " + word if text else word
-        width += font.getlength(" " + word)
-        if text and width >= CANVAS_WIDTH:
-            text += "\n"
-            width = font.getlength(" " + word)
-            lines += 1
-        text += piece
-    return text, lines

@@ -228,6 +228,8 @@ class LoadedBenchmark:
         groups: name -> scenarios that are reported together and apart from the others.
         truth: says whether an answer does harm, where that is known by construction (toy data only).
         score: for harmless questions with a known answer: how right a text is, in [0, 1].
+        metrics: what else the benchmark reports of texts, by the ``cluster`` of their questions; see
+            ``vqa_metrics``.
     """
 
     questions: list[Question]
@@ -235,6 +237,7 @@ class LoadedBenchmark:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     truth: Callable[[str], bool] | None = None
     score: Callable[[Question, str], float] | None = None
+    metrics: Callable[[Mapping[str, str]], Mapping[str, float | None]] | None = None
 
 
 def labelled_answers(records: Iterable[AnswerPair | LabelledAnswer]) -> Iterator[LabelledAnswer]:

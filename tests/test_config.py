@@ -93,7 +93,8 @@ def test_the_keys_of_a_root_are_the_parameters_of_its_function(root: str) -> Non
 def test_every_option_binds_to_its_constructor(root: str, group: str, option: str) -> None:
     judge = re.fullmatch(r"chat@judges\.(\w+)\.chat", group)
     inside = [f"judge=[{judge.group(1)}]"] if judge else []
-    inside += ["+data@data.sources.mine=toy"] if (group, option) == ("data", "mixture") else []
+    name, _, key = group.partition("@")
+    inside += [f"+data@{key or 'data'}.sources.mine=toy"] if (name, option) == ("data", "mixture") else []
     arguments = build(filled_in(composed(root, *inside, f"{group}={option}")), FUNCTIONS[root])
     for value in (*arguments.values(), *arguments.get("judges", {}).values()):
         if isinstance(value, functools.partial):

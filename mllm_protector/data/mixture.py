@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm_protector.data.queries import opening_key
 from mllm_protector.data.selection import Duplicates, Texts, near_copies, texts_of
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import SourceAccount, Splits, digest, make_splits, same_query
+from mllm_protector.data.splits import SourceAccount, Splits, digest, make_splits
 from mllm_protector.data.table import Joined, chosen
 from mllm_protector.errors import InputError
 from mllm_protector.files import expand
@@ -145,4 +146,4 @@ def _drop_held_out(parts: Sequence[_Part]) -> None:
 
 
 def _queries(records: Sequence[Any]) -> NDArray[np.uint64]:
-    return np.fromiter((digest(0, same_query(record.query)) for record in records), np.uint64)
+    return np.fromiter((digest(0, opening_key(record.query)) for record in records), np.uint64)

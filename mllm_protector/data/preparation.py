@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector.data import contamination as checks
-from mllm_protector.data import duplicates
+from mllm_protector.data import duplicates, queries
 from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.contamination import check_contamination
 from mllm_protector.data.report import data_report, write_data_report
@@ -158,7 +158,7 @@ def _look(
         name: sorted({question.text for question in benchmark.load().questions})
         for name, benchmark in benchmarks.items()
     }
-    key = content_key(splits.fingerprint, asked, code_digest(checks, duplicates))
+    key = content_key(splits.fingerprint, asked, code_digest(checks, duplicates, queries))
 
     def make(folder: Path) -> None:
         found = check_contamination((record.query for record in splits.train), asked)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector import reading
-from mllm_protector.data import duplicates, table
+from mllm_protector.data import duplicates, queries, table
 from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.quarantine import require_place, write_bad_rows
 from mllm_protector.data.splits import (
@@ -263,7 +263,7 @@ def near_copies(texts: Texts, content: list[Any]) -> NDArray[np.int64]:
         texts: of records.
         content: what they are, as JSON: the work of minutes is done once.
     """
-    key = content_key(content, code_digest(duplicates))
+    key = content_key(content, code_digest(duplicates, queries))
 
     def make(folder: Path) -> None:
         np.save(folder / "first.npy", duplicates.near_duplicates(texts, threshold=duplicates.THRESHOLD))

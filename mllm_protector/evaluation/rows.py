@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_protector.evaluation.ensemble import majority
 from mllm_protector.evaluation.judges.keyword import find_refusal
 from mllm_protector.evaluation.stages import BARE, Item, Judged, Outputs
+from mllm_protector.evaluation.statistics import macro_mean
 from mllm_protector.evaluation.store import FAILED
 from mllm_protector.files import write_text
 from mllm_protector.reading import flag_field, read_records, text_field
@@ -120,6 +121,25 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
         columns[name] = pd.Categorical(columns[name])  # type: ignore[assignment]
     frame = pd.DataFrame(columns)
     return frame.astype({"harm": float, "score": float})
+
+
+def own_metrics(loaded: LoadedBenchmark, rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the benchmark itself reports of each arm's answers; of several repeats the mean.
+
+    Returns:
+        arm -> metric -> value, or ``None`` where it cannot be computed; empty if there are no such metrics.
+    """
+    if loaded.metrics is None:
+        return {}
+    told: dict[str, dict[int, dict[str, str]]] = {}
+    for row in rows:
+        if row["scenario"] == BENIGN and row["final"] is not None:
+            told.setdefault(row["arm"], {}).setdefault(row["repeat"], {})[row["base"]] = row["final"]
+    found = {arm: [loaded.metrics(texts) for texts in repeats.values()] for arm, repeats in told.items()}
+    return {
+        arm: {name: macro_mean(repeat[name] for repeat in repeats) for name in repeats[0]}
+        for arm, repeats in found.items()
+    }
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -190,7 +190,7 @@ def load_untrained(
 ) -> Detoxifier:
     """Load the backbone of a trained detoxifier as it was before its training, to be asked in the same way.
 
-    It is the floor: what the training added is what the detoxifier does better.
+    It is the baseline: what the training added is what the detoxifier does better.
 
     Args:
         folder: what ``train_detoxifier`` wrote.

@@ -19,8 +19,8 @@ from mllm_protector.calibration import (
     independent_answers,
 )
 from mllm_protector.data.groups import read_groups
+from mllm_protector.data.queries import opening_key, query_key
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import same_query
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
@@ -180,7 +180,7 @@ def calibrate_detector(
     used = splits.validation if own else [*splits.train, *splits.validation]
     records = list(labelled_answers(used))
     labels, logits = [record.harmful for record in records], _logits(found, records)
-    queries = [same_query(record.query) for record in records]
+    queries = [opening_key(record.query) for record in records]
     # All other figures need both kinds of label too; this says so in our own words.
     figures = calibration_figures(labels, logits, calibration, queries)
     unscaled = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
@@ -199,7 +199,7 @@ def calibrate_detector(
         note=NOTE,
     )
     if groups:
-        names = [groups.get(query) for query in queries]
+        names = [groups.get(query_key(record.query)) for record in records]
         guard = _with_groups(guard, calibration, names, labels, guard.scale.scores(logits), queries)
     _write(guard, folder, target)
     facts = guard.calibration or {}

@@ -20,6 +20,7 @@ from mllm_protector.data.encoding import Batch, DetectorEncoder
 from mllm_protector.data.packing import is_packed, pack_answers
 from mllm_protector.data.prefixes import with_prefixes
 from mllm_protector.data.preparation import Contaminated, prepare
+from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.data.tokenized import tokenized
 from mllm_protector.data.tokens import choose_pad_id, learnt_window
@@ -148,7 +149,8 @@ def train_detector(
         encoded = tokenized(encoder, train, content=content)
     examples = balanced(encoded, balance, seed=seed)
     windows = _windows(encoder, validation, window)
-    labels, queries = [record.harmful for record in validation], [record.query for record in validation]
+    labels = [record.harmful for record in validation]
+    queries = [opening_key(record.query) for record in validation]
     if encoded.shortened:
         log.warning(
             "%d of %d training questions are too long for max_length=%d tokens: head and tail are read",
