@@ -69,18 +69,26 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, (json.dumps(row) + "\n" for row in rows))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, strict: bool = False) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: of the file.
+        strict: refuse NaN and infinity, which many programs write although JSON has neither.
 
     Raises:
         InputError: missing or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused if strict else None)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def as_row(record: Any) -> dict[str, Any]:

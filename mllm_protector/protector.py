@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mllm_protector import prompts, rewrites
+from mllm_protector.calibration import require_threshold
 from mllm_protector.errors import InputError
+from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
@@ -99,8 +101,7 @@ class Protector:
         self.group_thresholds = dict(sorted((group_thresholds or {}).items()))
         named = {f"group_thresholds.{name}": each for name, each in self.group_thresholds.items()}
         for name, each in {"threshold": threshold, **named}.items():
-            if not 0.0 <= each <= 1.0:
-                raise InputError(f"{name}={each}: must be in [0, 1]")
+            require_threshold(name, each)
         if max_rewrites < 1:
             raise InputError(f"max_rewrites={max_rewrites}: must be at least 1")
         self.detector = detector
@@ -112,22 +113,36 @@ class Protector:
 
     @classmethod
     def from_pretrained(
-        cls, detector: str | Path, detoxifier: str | Path | None = None, *, device: str | None = None
+        cls,
+        detector: str | Path,
+        detoxifier: str | Path | None = None,
+        *,
+        base: str | None = None,
+        device: str | None = None,
     ) -> "Protector":
         """The guard from two trained folders; without a detoxifier it refuses what it flags.
 
         Two adapters on one base share it in memory.
 
+        Args:
+            detector: the folder that ``train_detector`` wrote.
+            detoxifier: the folder that ``train_detoxifier`` wrote, or ``None``.
+            base: where the backbone of the adapters is now; ``None`` to look where it was, and near them. Of
+                two adapters on different models, the one that was trained on ``base`` takes it.
+            device: ``None`` takes the GPU if there is one.
+
         Raises:
-            InputError: a folder does not hold what it should.
+            InputError: a folder does not hold what it should, or ``base`` is the base of neither.
         """
         corrector: Corrector = Refusal()
-        if detoxifier is not None and can_share(detector, detoxifier):
-            scorer, corrector = load_shared(detector, detoxifier, device=device)
+        if detoxifier is None:
+            scorer = load_detector(detector, base=base, device=device)
+        elif can_share(detector, detoxifier):
+            scorer, corrector = load_shared(detector, detoxifier, base=base, device=device)
         else:
-            scorer = load_detector(detector, device=device)
-            if detoxifier is not None:
-                corrector = load_detoxifier(detoxifier, device=device)
+            one, other = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
+            scorer = load_detector(detector, base=one, device=device)
+            corrector = load_detoxifier(detoxifier, base=other, device=device)
         return cls(scorer, corrector, scorer.threshold, group_thresholds=scorer.group_thresholds)
 
     @property

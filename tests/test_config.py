@@ -118,6 +118,51 @@ def test_an_experiment_changes_values_and_adds_no_key(root: str, experiment: str
     assert overlaid.output_dir.startswith(f"outputs/{experiment}_")
 
 
+def choices(root: str, *overrides: str) -> dict[str, str | None]:
+    """The options that a command line comes to."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(root, list(overrides), return_hydra_config=True)
+    return {group: cfg.hydra.runtime.choices[group] for group in ("data", "backbone", "tuning", "fit")}
+
+
+def test_an_option_of_backbone_brings_its_fit_and_tuning_and_what_is_given_wins() -> None:
+    brought = {
+        "tiny": ("tiny", "full"),
+        "hub": ("adapter", "lora"),
+        "qwen3_0.6b": ("adapter", "lora"),
+        "open_llama_3b": ("paper", "paper_{part}"),
+        "vicuna_7b": ("paper", "paper_{part}"),
+    }
+    assert brought.keys() == set(groups("train_detector")["backbone"])
+    for root in ("train_detector", "train_detoxifier"):
+        assert choices(root)["fit"] == "tiny"
+        for backbone, (fit, tuning) in brought.items():
+            found = choices(root, f"backbone={backbone}")
+            part = root.removeprefix("train_")
+            assert (found["fit"], found["tuning"]) == (fit, tuning.format(part=part)), (root, backbone)
+            for given in ("fit=adapter", "fit=paper", "fit=tiny"):
+                found = choices(root, f"backbone={backbone}", given, "tuning=full")
+                assert (found["fit"], found["tuning"]) == (given[4:], "full"), (root, backbone, given)
+    assert choices("train_detector", "backbone=hub", "fit=encoder")["tuning"] == "full"
+
+
+def test_an_experiment_is_a_whole_recipe_with_the_models_of_the_hub_pinned() -> None:
+    models = {
+        ("train_detector", "qwen"): ("Qwen/Qwen3-0.6B", "adapter", "lora"),
+        ("train_detoxifier", "qwen"): ("Qwen/Qwen3-0.6B", "adapter", "lora"),
+        ("train_detector", "paper"): ("openlm-research/open_llama_3b_v2", "paper", "paper_detector"),
+        ("train_detoxifier", "paper"): ("lmsys/vicuna-7b-v1.5", "paper", "paper_detoxifier"),
+    }
+    for (root, experiment), (name, fit, tuning) in models.items():
+        cfg = composed(root, f"experiment={experiment}")
+        assert cfg.backbone.name == name
+        assert re.fullmatch("[0-9a-f]{40}", cfg.backbone.revision), name
+        found = choices(root, f"experiment={experiment}")
+        assert (found["data"], found["fit"], found["tuning"]) == ("pku_saferlhf", fit, tuning)
+        own = choices(root, f"experiment={experiment}", "data=pairs", "fit=tiny")
+        assert (own["data"], own["fit"], own["tuning"]) == ("pairs", "tiny", tuning)
+
+
 @pytest.mark.parametrize("experiment", ["paper", "qwen"])
 def test_an_experiment_evaluates_the_parts_that_it_trains(experiment: str) -> None:
     evaluated = composed("eval_mmsafety", f"experiment={experiment}")

@@ -15,7 +15,8 @@ from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, FullTuning
-from mllm_protector.models.guard_file import GuardFile, save_part
+from mllm_protector.models.guard_file import GuardFile
+from mllm_protector.models.parts import save_part
 from mllm_protector.protector import ProtectedMLLM, Protector, Refusal, Rewrite
 from mllm_protector.records import Outcome, Question, Reply
 from mllm_protector.rewrites import Fault
@@ -132,7 +133,7 @@ def test_a_score_at_the_threshold_is_flagged(harm: float, threshold: float, outc
     assert (reply.outcome, reply.harm) == (outcome, harm)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan, True])
 def test_a_threshold_that_is_no_probability_is_refused(threshold: float):
     with pytest.raises(InputError, match=f"threshold={threshold}"):
         protector(threshold=threshold)

@@ -64,7 +64,7 @@ def eval_detector(
         data: pairs or labelled answers.
         baseline_data: its training part teaches the baseline; ``None`` takes what the detector was trained
             with, by the ``config.yaml`` in its folder.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
         split: ``validation`` measures on the validation part. ``all`` measures on every record, for data
             that the detector was not trained with.
@@ -85,6 +85,7 @@ def eval_detector(
     folder = Path(output_dir)
     if (folder / FILE_NAME).exists():
         raise InputError(f"output_dir={folder}: holds a trained part; choose another folder")
+    scorer = load_detector(expand(detector), base=base, device=device)
     group_of = {} if group_file is None else read_groups(expand(group_file))
     splits = data.load()
     log.info("data: %s", splits.account)
@@ -96,7 +97,6 @@ def eval_detector(
     if group_of and not any(names):
         raise InputError(f"{group_file}: has none of the queries of the data")
 
-    scorer = load_detector(expand(detector), base=base, device=device)
     notes = _notes(scorer, splits, split)
     taught_on = _training_data(scorer, expand(detector), splits, baseline_data, notes)
     for note in notes:

@@ -22,6 +22,7 @@ from mllm_protector.evaluation.reporting.detoxifier import markdown, print_summa
 from mllm_protector.evaluation.rewriting import Relevance, Texts, figures, share
 from mllm_protector.evaluation.statistics import Floats, Ints
 from mllm_protector.files import expand, write_json, write_jsonl, write_text
+from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
@@ -61,7 +62,8 @@ def eval_detoxifier(
         both_harmful: what to do with pairs whose accepted answer is harmful too (``records.corrections``).
         limit: so many pairs, drawn at random; ``None`` takes all.
         detoxifier: the folder that ``train_detoxifier`` wrote.
-        base: where its backbone is now, if not where it was at training.
+        base: where its backbone is now; ``None`` to look where it was, and near the folder. A detector that
+            was trained on ``base`` takes it too.
         detector: the folder of the guard's detector, which checks the rewrites.
         judge_detector: the folder of the detector that judges all texts, at its own threshold. With that of
             the guard the judge is circular, which is said wherever the figures stand.
@@ -86,8 +88,10 @@ def eval_detoxifier(
     if limit is not None and limit < 2:
         raise InputError(f"limit={limit}: must be at least 2")
     guard = read_guard_file(expand(detoxifier), "detoxifier")
-    for each in (detector, judge_detector):
-        read_guard_file(expand(each), "detector")
+    detectors = [expand(detector), expand(judge_detector)]
+    for each in detectors:
+        read_guard_file(each, "detector")
+    bases = bases_of(base, (expand(detoxifier), "detoxifier"), *((each, "detector") for each in detectors))
     splits = data.load()
     log.info("data: %s", splits.account)
     pairs = _drawn(list(corrections(_pairs(splits.validation), both_harmful)), limit, seed)
@@ -98,15 +102,15 @@ def eval_detoxifier(
     }
     settings: dict[str, Any] = {"max_new_tokens": rewrite_tokens, "batch_size": batch_size}
 
-    first = _Remembering(load_detoxifier(expand(detoxifier), **settings))
-    scorer = load_detector(expand(detector))
+    first = _Remembering(load_detoxifier(expand(detoxifier), base=bases[0], **settings))
+    scorer = load_detector(detectors[0], base=bases[1])
     protector = Protector(scorer, first, scorer.threshold, max_rewrites=max_rewrites)
     guarded = _in_turns("behind the guard", protector.rewrite, asked)
     guards, rewriter = protector.identity(), first.detoxifier.identity()
     bare = first.texts(**asked)
     del first, scorer, protector
 
-    untrained = load_untrained(expand(detoxifier), base=base, **settings)
+    untrained = load_untrained(expand(detoxifier), base=bases[0], **settings)
     texts = {
         "protector": [rewrite.text for rewrite in guarded],
         "bare": bare,
@@ -119,7 +123,7 @@ def eval_detoxifier(
     losses = {name: _losses(untrained, some) for name, some in texts.items()}
     del untrained
 
-    judge = load_detector(expand(judge_detector))
+    judge = load_detector(detectors[1], base=bases[2])
     log.info("how safe they are")
     arms = {
         name: Texts(

@@ -21,14 +21,9 @@ from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.layout import OVERLAP, SENTENCE
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
-from mllm_protector.models.guard_file import (
-    GuardFile,
-    add_adapter,
-    not_in_adapter,
-    part_backbone,
-    read_guard_file,
-    save_part,
-)
+from mllm_protector.models.bases import part_backbone
+from mllm_protector.models.guard_file import GuardFile, read_guard_file
+from mllm_protector.models.parts import add_adapter, not_in_adapter, save_part
 
 BATCH_TOKENS = 4096
 """Positions that are scored at once."""
@@ -139,7 +134,7 @@ def load_detector(
 
     Args:
         folder: what ``train_detector`` wrote.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
         batch_tokens: positions in one forward pass, padding included.
         window: the most tokens of an answer that are read at once; ``None`` for what the training chose, and
@@ -147,8 +142,8 @@ def load_detector(
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:
-        InputError: not a detector, another prompt or weights than it was saved with, or its head is missing,
-            or a window of no tokens.
+        InputError: not a detector, another prompt or other files than it was saved with, another base than
+            it was trained on, its head is missing, or a window of no tokens.
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detector")

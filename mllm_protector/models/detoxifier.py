@@ -19,13 +19,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
-from mllm_protector.models.guard_file import (
-    GuardFile,
-    add_adapter,
-    part_backbone,
-    read_guard_file,
-    save_part,
-)
+from mllm_protector.models.bases import find_base, part_backbone
+from mllm_protector.models.guard_file import GuardFile, read_guard_file
+from mllm_protector.models.parts import add_adapter, save_part
 
 log = logging.getLogger(__name__)
 
@@ -161,15 +157,15 @@ def load_detoxifier(
 
     Args:
         folder: what ``train_detoxifier`` wrote.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
         max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
         batch_size: answers rewritten at once.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:
-        InputError: not a detoxifier, another prompt or weights than it was saved with, or no room for
-            ``max_new_tokens``.
+        InputError: not a detoxifier, another prompt or other files than it was saved with, another base than
+            it was trained on, or no room for ``max_new_tokens``.
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detoxifier")
@@ -194,7 +190,7 @@ def load_untrained(
 
     Args:
         folder: what ``train_detoxifier`` wrote.
-        base: where the backbone is now, if not where it was at training.
+        base: where the backbone is now; ``None`` to look where it was, and near the folder.
         device: as for ``load_detoxifier``, and so are the others.
         max_new_tokens: the longest rewrite.
         batch_size: answers rewritten at once.
@@ -205,10 +201,8 @@ def load_untrained(
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detoxifier")
-    backbone = replace(guard.backbone(), trust_remote_code=trust_remote_code)
-    if base is not None:
-        backbone = replace(backbone, name=base, revision=None)
-    untrained = replace(guard, tuning="none", weights={}, metrics={})
+    backbone = find_base(guard, folder, base, trust_remote_code=trust_remote_code)
+    untrained = replace(guard, weights={}, metrics={})
     model = backbone.load_causal_lm()
     return _ready(folder, untrained, model, device, max_new_tokens, batch_size, trust_remote_code)
 

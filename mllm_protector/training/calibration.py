@@ -152,7 +152,7 @@ def calibrate_detector(
         detector: the folder that ``train_detector`` wrote.
         data: pairs or labelled answers.
         calibration: what the threshold is chosen for.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
         group_file: a file with the fields ``query`` and ``group``: each group of answers gets a threshold for
             the same aim, where its answers suffice. Each has a bound of its own; they do not hold jointly.
@@ -170,10 +170,10 @@ def calibrate_detector(
     """
     folder, target = Path(detector), Path(output_dir) if output_dir else None
     _require_writable(folder, target)
+    found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
     groups = read_groups(Path(group_file)) if group_file else {}
     splits = data.load()
     log.info("data: %s", splits.account)
-    found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
     own = splits.fingerprint == found.guard.data.get("fingerprint")
     if own:
         log.warning("%s: was trained on this data, so only its validation part is used", folder)

@@ -28,9 +28,11 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
+from mllm_protector.models.bases import provenance
 from mllm_protector.models.detector import worst_logits
-from mllm_protector.models.guard_file import GuardFile, library_versions, save_part
+from mllm_protector.models.guard_file import GuardFile, library_versions, warn_of
 from mllm_protector.models.packing import model_inputs, packed_logits, use_packed_attention
+from mllm_protector.models.parts import save_part
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.records import LabelledAnswer, labelled_answers
@@ -168,7 +170,7 @@ def train_detector(
     guard = GuardFile(
         kind="detector",
         tuning=tuning.kind,
-        base=asdict(base),
+        **provenance(base),
         prompt=encoder.prompt,
         max_length=max_length,
         pad_id=encoder.pad_id,
@@ -177,6 +179,7 @@ def train_detector(
         metrics={},
         versions=library_versions(),
     )
+    warn_of(guard)
 
     def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
         logits = _logits(model, encoder, windows, processes, limit=fit.validation_batch)
@@ -206,6 +209,7 @@ def train_detector(
         output_dir=folder,
         identity=guard.origin()
         | {
+            "base": asdict(base),
             "tuning": str(tuning),
             "calibration": asdict(calibration),
             "prefixes": prefixes,
@@ -215,6 +219,7 @@ def train_detector(
     )
     kept = measured(fitted.metrics)
     warn(kept)
+    warn_of(kept)
     more: dict[str, Any] = {
         "examples": len(examples),
         "validation_examples": len(validation),

@@ -1,5 +1,7 @@
 import html
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,8 +153,9 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
     guard_file = SimpleNamespace(data={"fingerprint": "of an older release"})
     monkeypatch.setattr("mllm_protector.evaluation.run.read_guard_file", lambda folder, kind: guard_file)
     monkeypatch.setattr(stages, "can_share", lambda detector, detoxifier: False)
-    monkeypatch.setattr(stages, "load_detector", lambda folder: scorer)
-    monkeypatch.setattr(stages, "load_detoxifier", lambda folder, max_new_tokens: Rewriter())
+    monkeypatch.setattr("mllm_protector.evaluation.run.require_bases", lambda base, *parts: None)
+    monkeypatch.setattr(stages, "load_detector", lambda folder, base: scorer)
+    monkeypatch.setattr(stages, "load_detoxifier", lambda folder, base, max_new_tokens: Rewriter())
     return scorer
 
 
@@ -166,6 +169,7 @@ def run(scorer: Scorer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
                 "judges": {"keyword": KeywordJudge},
                 "detector": "detector",
                 "detoxifier": "detoxifier",
+                "base": None,
                 "arms": ["none", "refusal", "protector"],
                 "threshold": None,
                 "rewrite_tokens": 8,
@@ -551,6 +555,24 @@ def test_a_wrong_guard_is_refused_before_anything_is_asked(
     model = Model()
     with pytest.raises(InputError, match="no such folder; train the detector first"):
         run(mllm=lambda: model)
+    assert model.asked == []
+
+
+def test_an_impossible_threshold_or_base_is_refused_before_anything_is_asked(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    for threshold in (2, -0.5, math.nan, True):
+        with pytest.raises(InputError, match=f"threshold={threshold}: must be a number from 0 to 1"):
+            run(mllm=lambda: model, threshold=threshold)
+
+    def missing(base: str | None, *parts: tuple[str, str]) -> None:
+        raise InputError(f"base={base} of {parts}")
+
+    monkeypatch.setattr("mllm_protector.evaluation.run.require_bases", missing)
+    expected = "base=x of (('detector', 'detector'), ('detoxifier', 'detoxifier'))"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        run(mllm=lambda: model, base="x")
     assert model.asked == []
 
 
