@@ -32,6 +32,7 @@ GROUND = {
         "calibration",
         "scaling",
         "rewrites",
+        "normalisation",
     )
 }
 FLOORS = ("ground", "data", "models", "protector", "top", "roof")

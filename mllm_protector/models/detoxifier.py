@@ -53,7 +53,8 @@ class Detoxifier:
             encoder: the renderer that it was trained with.
             guard: what the checkpoint says of itself.
             max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt. It is room of its
-                own, never shared with the prompt.
+                own, never shared with the prompt; a shorter one leaves the prompt no more room than it had in
+                training.
             batch_size: answers rewritten at once.
 
         Raises:
@@ -113,6 +114,7 @@ class Detoxifier:
             "prompt_sha256": self.guard.prompt_sha256,
             "max_length": self.guard.max_length,
             "max_new_tokens": self.max_new_tokens,
+            "room": self.encoder.room(reserve=self.max_new_tokens),
             "sampling": {"temperature": TEMPERATURE, "top_p": TOP_P},
         }
 
