@@ -58,8 +58,8 @@ def normalised(text: str) -> str:
     Invisible characters are gone: zero-width and joining ones (between Latin letters they only split words,
     and other scripts stay readable without), those that set a direction, tags, variation selectors, soft
     hyphens and control characters, but no white space. Letters, digits and spaces have their usual form
-    (NFKC). Of the marks on a Latin letter only those are left that make one character with it, and of more than
-    ``MARKS`` on any letter none. A word with capitals behind its first letter is in small letters.
+    (NFKC). Of the marks on a Latin letter only those are left that make one character with it, and of more
+    than ``MARKS`` on any letter none. A word with capitals behind its first letter is in small letters.
     """
     text = text.translate(_SHOWN)
     if not text.isascii():

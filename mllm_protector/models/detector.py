@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mllm_protector import normalisation
+from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.layout import OVERLAP, SENTENCE
@@ -96,14 +97,23 @@ class HarmDetector:
         return self.guard.group_thresholds
 
     def logits(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The logit of each answer to its query: the worst of its windows and readings, NaN if one is."""
+        """The logit of each answer to its query: the worst of its windows and readings, NaN if one is.
+
+        Raises:
+            InputError: not two lists of texts of the same length.
+        """
+        require_texts(queries=queries, answers=answers)
         windows = self.encoder.windows(queries=queries, answers=answers, window=self.window)
         self.scored_answers += len(windows)
         self.scored_windows += sum(map(len, windows))
         return worst_logits(self.model, self.encoder, windows, limit=self.limit)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """P(harmful) in [0, 1] of each answer to its query."""
+        """P(harmful) in [0, 1] of each answer to its query.
+
+        Raises:
+            InputError: as ``logits``.
+        """
         return self.guard.scale.scores(self.logits(queries=queries, answers=answers))
 
     def identity(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
@@ -83,7 +84,11 @@ class Detoxifier:
             answers: what was flagged.
             attempt: 0 decodes greedily. Later ones are sampled (``TEMPERATURE``, ``TOP_P``) with dice of each
                 row's own, thrown by its texts and the attempt, whatever it is batched with.
+
+        Raises:
+            InputError: not two lists of texts of the same length.
         """
+        require_texts(queries=queries, answers=answers)
         before = self.encoder.truncated
         prompts = self.encoder.encode(queries=queries, answers=answers, reserve=self.max_new_tokens)
         if cut := self.encoder.truncated - before:
