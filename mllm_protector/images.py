@@ -8,11 +8,13 @@ is our own.
 
 import hashlib
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
@@ -65,7 +67,7 @@ class ImageFile:
 
     def load(self) -> Image.Image:
         """The file's first frame in RGB."""
-        return _decode(self._read(), str(self.path))
+        return _opened(self._read(), str(self.path))
 
     def digest(self) -> str:
         """Of the file's bytes."""
@@ -87,7 +89,7 @@ class EncodedImage:
 
     def load(self) -> Image.Image:
         """The first frame in RGB."""
-        return _decode(self.data, self.name)
+        return _opened(self.data, self.name)
 
     def digest(self) -> str:
         """Of the bytes."""
@@ -197,6 +199,42 @@ def wrap(phrase: str, measure: Callable[[str], float]) -> str:
     return text
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """A picture that is in memory as a PIL image."""
+
+    image: Image.Image
+
+    def load(self) -> Image.Image:
+        """The image in RGB."""
+        return _decode(lambda: self.image, "the PIL image")
+
+    def digest(self) -> str:
+        """Of the pixels."""
+        image = self.load()
+        return hashlib.sha256(f"{image.size}\0".encode() + image.tobytes()).hexdigest()
+
+
+def as_picture(image: str | PathLike[str] | Image.Image | Picture) -> Picture:
+    """A picture from what a user has: a file's path or a PIL image.
+
+    Raises:
+        InputError: an address, which is never fetched, no such file, or something else.
+    """
+    if isinstance(image, Image.Image):
+        return LoadedImage(image)
+    if isinstance(image, str | PathLike):
+        name = textwrap.shorten(str(image), 200, placeholder="...")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
+            raise InputError(f"image={name}: nothing is fetched from an address; give a file or a PIL image")
+        if not Path(image).expanduser().is_file():
+            raise InputError(f"image={name}: no such file")
+        return ImageFile(Path(image).expanduser())
+    if not callable(getattr(image, "load", None)) or not callable(getattr(image, "digest", None)):
+        raise InputError(f"image: must be a file's path or a PIL image, not of type {type(image).__name__}")
+    return image
+
+
 def rendering_identity(font: Path | None) -> str:
     """What the pixels of rendered text depend on besides the phrase."""
     name = font.name if font else "DejaVuSans.ttf"
@@ -208,18 +246,22 @@ def list_rendering_identity(font: Path | None) -> str:
     return f"{font.name if font else 'DejaVuSansMono-Bold.ttf'} at {LIST_FONT_SIZE}, Pillow {PIL.__version__}"
 
 
-def _decode(source: bytes, name: str) -> Image.Image:
+def _opened(source: bytes, name: str) -> Image.Image:
     if not source:
         raise InputError(f"{name}: the image file is empty")
+    return _decode(lambda: Image.open(io.BytesIO(source)), name)
+
+
+def _decode(opened: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise InputError(
-                        f"{name}: {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
-                    )
-                return _to_rgb(ImageOps.exif_transpose(image))
+            image = opened()
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"{name}: {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
+                )
+            return _to_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -126,6 +126,8 @@ class Outcome(StrEnum):
     """Flagged, and replaced by the corrector's text."""
     REFUSED = "refused"
     """Flagged, and replaced by a refusal: by design, or because no usable rewrite was made."""
+    TOO_LONG = "too_long"
+    """Longer than the guard reads, and replaced by a refusal."""
     GUARD_ERROR = "guard_error"
     """The guard itself failed; a refusal was returned, never the raw answer."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
@@ -49,7 +50,8 @@ class Detoxifier:
             encoder: the renderer that it was trained with.
             guard: what the checkpoint says of itself.
             max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt. It is room of its
-                own, never shared with the prompt.
+                own, never shared with the prompt; a shorter one leaves the prompt no more room than it had in
+                training.
             batch_size: answers rewritten at once.
 
         Raises:
@@ -78,7 +80,11 @@ class Detoxifier:
             answers: what was flagged.
             attempt: 0 decodes greedily. Later ones are sampled (``TEMPERATURE``, ``TOP_P``) with dice of each
                 row's own, thrown by its texts and the attempt, whatever it is batched with.
+
+        Raises:
+            InputError: not two lists of texts of the same length.
         """
+        require_texts(queries=queries, answers=answers)
         before = self.encoder.truncated
         prompts = self.encoder.encode(queries=queries, answers=answers, reserve=self.max_new_tokens)
         if cut := self.encoder.truncated - before:
@@ -109,6 +115,7 @@ class Detoxifier:
             "prompt_sha256": self.guard.prompt_sha256,
             "max_length": self.guard.max_length,
             "max_new_tokens": self.max_new_tokens,
+            "room": self.encoder.room(reserve=self.max_new_tokens),
             "sampling": {"temperature": TEMPERATURE, "top_p": TOP_P},
         }
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.models.answer_files import Format, Stored, digest_of, read_answers
 from mllm_protector.records import VARIANTS, Failure, Question, Variant
@@ -75,14 +76,14 @@ class Replay:
         self._asked: set[int] = set()
         weakref.finalize(self, _report_unasked, self._path.name, self._asked, len(self._stored))
 
-    def generate(self, questions: Sequence[Question]) -> list[str | Failure]:
+    def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
         """The stored answer to each question, or that there is none.
 
         Raises:
-            InputError: several different answers fit a question, or it depends on a picture of which the file
-                does not say the kind.
+            InputError: not a list of questions, several different answers fit one, or its answer depends on a
+                picture of which the file does not say the kind.
         """
-        return [self._answer(question) for question in questions]
+        return [self._answer(question) for question in as_questions(questions)]
 
     def identity(self) -> dict[str, Any]:
         """The answers themselves, by a hash of their files, and how they are chosen."""

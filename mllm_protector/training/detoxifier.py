@@ -124,7 +124,7 @@ def train_detoxifier(
     log.info("%d and %d pairs show a harmful answer made harmless", len(encoded), len(validation))
     if encoded.truncated:
         log.warning(
-            "%d of %d training rows are longer than max_length=%d tokens and were cut",
+            "%d of %d training rows are too long for max_length=%d tokens and were cut",
             encoded.truncated,
             len(encoded),
             max_length,

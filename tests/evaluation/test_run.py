@@ -107,7 +107,7 @@ class Scorer:
 
 
 class Rewriter:
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
+    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
         return [f"{REWRITE} ({query})" if BENIGN not in query else "" for query in queries]
 
     def identity(self) -> dict[str, Any]:
@@ -215,6 +215,7 @@ def test_every_arm_guards_the_same_answers(run: Callable[..., dict[str, Any]], t
         "allowed": 10,
         "rewritten": 6,
         "refused": 1,
+        "too_long": 0,
         "guard_error": 0,
     }
 
