@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mllm_protector.errors import InputError
+from mllm_protector.stopping import Stop, stoppable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -95,13 +96,14 @@ def clear_errors() -> Iterator[None]:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra then raises instead of printing its own lines
     try:
-        yield
+        with stoppable():
+            yield
     except InputError as error:
         _stop(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_config_error(error), InputError.exit_code)
-    except KeyboardInterrupt:
-        _stop("stopped by the user; what was finished is kept, and the same command goes on from there", 130)
+    except Stop as error:
+        _stop(str(error), error.exit_code)
 
 
 def quiet_libraries() -> None:

@@ -32,6 +32,7 @@ GROUND = {
         "calibration",
         "scaling",
         "rewrites",
+        "stopping",
     )
 }
 FLOORS = ("ground", "data", "models", "protector", "top", "roof")
