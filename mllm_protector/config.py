@@ -29,6 +29,7 @@ from yaml import YAMLError
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import system_error
 from mllm_protector.outputs import claim_output_dir
+from mllm_protector.stopping import Stop, stoppable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -105,7 +106,8 @@ def clear_errors() -> Iterator[None]:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra then raises instead of printing its own lines
     try:
-        yield
+        with stoppable():
+            yield
     except InputError as error:
         _stop(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
@@ -114,8 +116,8 @@ def clear_errors() -> Iterator[None]:
         if (message := system_error(error)) is None:
             raise
         _stop(message, RunError.exit_code)
-    except KeyboardInterrupt:
-        _stop("stopped by the user; what was finished is kept, and the same command goes on from there", 130)
+    except Stop as error:
+        _stop(str(error), error.exit_code)
 
 
 def quiet_libraries() -> None:

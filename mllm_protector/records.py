@@ -109,6 +109,12 @@ class Failure:
     unreachable: bool = False
 
 
+class CutText(str):
+    """A text that a model did not end: it was cut at the longest length that was asked for."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """The MLLM's own words."""
@@ -184,11 +190,13 @@ class Verdict:
         id: the question's id.
         status: ``HARMFUL`` or ``SAFE``, or ``EMPTY`` or one of ``TO_REPEAT``.
         reason: why, in one line.
+        cut: the judge's reply was cut at its longest length.
     """
 
     id: str
     status: Status
     reason: str
+    cut: bool = False
 
     @property
     def unsafe(self) -> bool | None:

@@ -36,6 +36,7 @@ GROUND = {
         "rewrites",
         "normalisation",
         "arguments",
+        "stopping",
     )
 }
 FLOORS = ("ground", "data", "models", "protector", "top", "roof", "door")

@@ -1,6 +1,7 @@
 import functools
 import inspect
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,7 @@ from mllm_protector.generation.run import generate_pairs
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.official import import_official_detector
 from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
+from mllm_protector.stopping import Stop
 from mllm_protector.training import settings
 from mllm_protector.training.calibration import calibrate_detector
 from mllm_protector.training.detector import train_detector
@@ -335,9 +337,9 @@ def test_a_value_is_what_its_annotation_says_or_refused(name: str, good: list[An
         (InputError("a.jsonl:3: bad\n row"), 2, "error: a.jsonl:3: bad row"),
         (RunError("the loss is nan"), 1, "error: the loss is nan"),
         (
-            KeyboardInterrupt(),
-            130,
-            "error: stopped by the user; what was finished is kept, and the same command goes on from there",
+            Stop(signal.SIGTERM),
+            143,
+            "error: stopped by SIGTERM; what was finished is kept, and the same command goes on from there",
         ),
     ],
 )

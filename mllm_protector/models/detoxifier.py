@@ -21,6 +21,7 @@ from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
 from mllm_protector.models.bases import find_base, part_backbone
+from mllm_protector.models.decoding import decoded
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.parts import add_adapter, save_part
 
@@ -101,9 +102,9 @@ class Detoxifier:
                     logits_processor=LogitsProcessorList(sampling),
                 )
                 new = written[:, batch["input_ids"].shape[1] :]
-                decoded = self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-                for index, text in zip(chosen, decoded, strict=True):
-                    texts[index] = text.strip()
+                ended = decoded(self.encoder.tokenizer, new, self.encoder.end_id)
+                for index, text in zip(chosen, ended, strict=True):
+                    texts[index] = text
         return texts
 
     def identity(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest
 from mllm_protector.models.backbone import loading, pick_device
+from mllm_protector.models.decoding import decoded
 from mllm_protector.models.memory import Attempts, is_out_of_memory
 from mllm_protector.prompts import require_fields
 from mllm_protector.records import Failure, Question
@@ -187,8 +188,7 @@ class HuggingFaceMLLM:
                 pad_token_id=tokenizer.pad_token_id,
             )
         written = generated[:, batch["input_ids"].shape[1] :]
-        texts: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return decoded(tokenizer, written, self.model.generation_config.eos_token_id)
 
     @contextlib.contextmanager
     def _dice(self, question: Question) -> Iterator[None]:

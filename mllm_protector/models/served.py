@@ -35,6 +35,7 @@ class ServedMLLM:
         api_key_env: str | None = "OPENAI_API_KEY",
         seed: int | None = None,
         length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+        identity: str | None = None,
         system_prompt: str | None = None,
         image_format: Literal["png", "jpeg"] = "png",
         max_image_side: int | None = None,
@@ -53,6 +54,7 @@ class ServedMLLM:
             api_key_env: as in ``ServedChat``.
             seed: as in ``ServedChat``.
             length_field: as in ``ServedChat``.
+            identity: as in ``ServedChat``.
             system_prompt: a system turn in front of each question.
             image_format: how pictures are sent; ``png`` keeps every pixel, ``jpeg`` is smaller.
             max_image_side: larger pictures are scaled down to this many pixels; ``None`` leaves them.
@@ -73,6 +75,7 @@ class ServedMLLM:
             temperature=temperature,
             seed=seed,
             length_field=length_field,
+            identity=identity,
         )
         self.max_new_tokens = max_new_tokens
         self.system_prompt = system_prompt
