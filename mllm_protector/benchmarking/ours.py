@@ -79,7 +79,7 @@ class Ours:
                 seed=self._seed,
                 epoch=1,
             )
-            slots = slots_of(plan, 0, rows, self._collate)
+            slots = slots_of(plan, 0, rows, self._collate, seed=self._seed, step=1)
             taken = take_step(self._accelerator, self._shared, slots, CLIP_NORM)
             return taken.loss, self._meter.stop()
 

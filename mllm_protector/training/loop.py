@@ -25,6 +25,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.packing import body
 from mllm_protector.processes import Processes, start_accelerator
 from mllm_protector.training.checkpoint import CHECKPOINTS, CheckpointConfig, Resume
+from mllm_protector.training.dropout import attention_dropout
 from mllm_protector.training.estimate import estimate
 from mllm_protector.training.interruption import Interruption, Stopped
 from mllm_protector.training.keeping import Fitted, Journal, Keeper, Meter
@@ -108,6 +109,12 @@ def fit(
         processes.count,
     )
     expected.report()
+    if dropped := attention_dropout(model):
+        log.info(
+            "the backbone drops %.0f %% of its attention weights, other ones for other micro-batches and numbers "
+            "of processes",
+            100 * dropped,
+        )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if config.compile:
@@ -176,7 +183,7 @@ def fit(
             validate(resumption.step)  # it was stopped before it could
         for step, epoch, plan in _steps(lengths, config, processes.count, seed, resumption.step, total):
             with meter.measuring():
-                slots = slots_of(plan, processes.index, train, collate)
+                slots = slots_of(plan, processes.index, train, collate, seed=seed, step=step)
                 taken = take_step(accelerator, shared, slots, config.clip_norm)
             meter.count(tokens=taken.tokens, positions=taken.positions)
             if not taken.finite:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from mllm_protector.data.encoding import Batch
+from mllm_protector.training.dropout import KEYS, use_keyed_dropout
 
 LossFunction = Callable[[torch.nn.Module, Batch], torch.Tensor]
 
@@ -20,13 +21,15 @@ class Objective(torch.nn.Module):
         """Bind a model to a loss.
 
         Args:
-            model: what is trained.
+            model: what is trained; its dropout layers are replaced by keyed ones.
             loss_fn: maps the model and a batch to the *sum* of the losses over the batch's targets.
         """
         super().__init__()
         self.model = model
         self._loss_fn = loss_fn
+        self._keys = use_keyed_dropout(model)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """The summed loss of a batch; a scalar."""
-        return self._loss_fn(self.model, batch)
+        """The summed loss of a batch, with the dropout of its ``KEYS`` if it has any; a scalar."""
+        self._keys.current = batch.get(KEYS)
+        return self._loss_fn(self.model, {name: each for name, each in batch.items() if name != KEYS})

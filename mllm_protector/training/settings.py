@@ -27,7 +27,8 @@ class FitConfig:
     """How to optimise.
 
     What is learnt depends on ``batch_size``, not on how a step is divided: the ``micro_batch`` settings,
-    ``packing``, ``gradient_checkpointing`` and the number of processes change memory and speed only.
+    ``packing``, ``gradient_checkpointing`` and the number of processes change memory and speed only, dropout
+    included (``training.dropout``), but for that of attention weights.
 
     Attributes:
         epochs: passes over the training data.

@@ -95,7 +95,7 @@ def restore(
         _set_random_state(randoms[processes.index])
     else:
         log.info(
-            "resumed on %s process(es) instead of %s: the same batches, other dropout",
+            "resumed on %s process(es) instead of %s",
             processes.count,
             len(randoms),
         )

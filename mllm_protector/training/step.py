@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from mllm_protector.data.batching import GlobalStep
 from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.data.packing import count_tokens, moved
+from mllm_protector.training.dropout import KEYS, dropout_keys
 from mllm_protector.training.sharding import Replicated
 
 E = TypeVar("E")
@@ -44,16 +45,25 @@ class Taken(NamedTuple):
 
 
 def slots_of(
-    plan: GlobalStep, process: int, examples: Sequence[E], collate: Callable[[Sequence[E]], Batch]
+    plan: GlobalStep,
+    process: int,
+    examples: Sequence[E],
+    collate: Callable[[Sequence[E]], Batch],
+    *,
+    seed: int,
+    step: int,
 ) -> list[Slot]:
-    """The forward passes of one process.
+    """The forward passes of one process, with the keys of their dropout.
 
     A process whose slot is empty computes any example with weight 0: all meet in the backward pass.
     """
-    return [
-        Slot(collate([examples[index] for index in indices or (0,)]), weight=float(bool(indices)))
-        for indices in plan.shards[process]
-    ]
+    slots = []
+    for indices in plan.shards[process]:
+        chosen = indices or (0,)
+        batch = collate([examples[index] for index in chosen])
+        keys = dropout_keys(batch, chosen, seed=seed, step=step)
+        slots.append(Slot({**batch, KEYS: keys}, weight=float(bool(indices))))
+    return slots
 
 
 def take_step(

@@ -130,8 +130,8 @@ def write_down_what_is_computed(path: Path, attempt: int) -> None:
             now = each[0]
             yield each
 
-    def slots(*arguments: Any) -> list[Slot]:
-        made = slots_of(*arguments)
+    def slots(*arguments: Any, **settings: Any) -> list[Slot]:
+        made = slots_of(*arguments, **settings)
         for batch, weight in made:
             if weight:
                 sizes = batch["cu_seq_lens"].diff().tolist()

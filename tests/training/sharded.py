@@ -30,7 +30,7 @@ CONFIG = LlamaConfig(
 )
 TUNINGS: dict[str, Tuning] = {
     "full": FullTuning(),
-    "lora": LoraTuning(rank=2, alpha=4, dropout=0.0, targets=["q_proj", "v_proj"]),
+    "lora": LoraTuning(rank=2, alpha=4, dropout=0.1, targets=["q_proj", "v_proj"]),
 }
 
 
@@ -89,8 +89,9 @@ def train(folder: Path, tuning: str, precision: str) -> None:
         epoch=1,
     )
     norms, losses = [], []
-    for plan in plans:
-        taken = take_step(accelerator, shared, slots_of(plan, processes.index, rows, collate), clip_norm=0.5)
+    for step, plan in enumerate(plans, start=1):
+        slots = slots_of(plan, processes.index, rows, collate, seed=0, step=step)
+        taken = take_step(accelerator, shared, slots, clip_norm=0.5)
         norms.append(taken.gradient_norm)
         with shared.whole(), inference(model):
             mine = [summed_loss(model, collate([row])).item() for row in processes.mine(VALIDATION)]

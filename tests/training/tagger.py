@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mllm_protector.data.encoding import IGNORED, Batch
+from mllm_protector.models.backbone import inference
 from mllm_protector.processes import Processes, leave_processes
 from mllm_protector.training import loop
 from mllm_protector.training.checkpoint import CheckpointConfig, Resume
@@ -96,7 +97,7 @@ def summed_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
     """Row by row, so that the processes have different numbers of forward passes."""
     rows = make_rows(7, seed=1)
-    with torch.inference_mode():
+    with inference(model):
         mine = [summed_loss(model, collate([row])).item() for row in processes.mine(rows)]
     return {"loss": sum(processes.gather(mine, len(rows)))}
 
@@ -153,5 +154,5 @@ def journal(folder: Path, kind: str) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     for each_count in map(int, sys.argv[2:]):
         folder = Path(sys.argv[1]) / str(each_count)
-        run(folder, count=each_count).write(folder)
+        run(folder, count=each_count, model=make_model(dropout=0.3)).write(folder)
     leave_processes()

@@ -34,8 +34,6 @@ from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 
 LORA = LoraTuning(rank=2, alpha=4, dropout=0.1, targets=["q_proj", "v_proj"])
 
-LORA_WITHOUT_DROPOUT = replace(LORA, dropout=0.0)
-
 DIVISIONS: list[dict[str, Any]] = [
     {"packing": True},
     {"packing": True, "micro_batch_tokens": 120},
@@ -299,7 +297,7 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((weights[name] - others[name]).abs().max()) for name in weights)
 
 
-@pytest.mark.parametrize("tuning", [FullTuning(), LORA_WITHOUT_DROPOUT], ids=["full", "lora"])
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("division", DIVISIONS, ids=map(str, DIVISIONS))
 def test_packing_and_the_division_of_a_step_change_no_weights(
     tmp_path: Path, base: Path, tuning: Tuning, division: dict[str, Any]

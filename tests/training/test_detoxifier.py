@@ -19,7 +19,6 @@ from tests.models.builders import TEXTS, save_tiny_classifier_base
 from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 from tests.training.test_detector import (
     DIVISIONS,
-    LORA_WITHOUT_DROPOUT,
     Given,
     Unread,
     largest_difference,
@@ -83,7 +82,7 @@ def test_what_was_trained_is_saved_with_its_figures_and_corrects(
     assert len(detoxifier.correct(queries=["q", "p"], answers=["a", "b"])) == 2
 
 
-@pytest.mark.parametrize("tuning", [FullTuning(), LORA_WITHOUT_DROPOUT], ids=["full", "lora"])
+@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("division", DIVISIONS, ids=map(str, DIVISIONS))
 def test_packing_and_the_division_of_a_step_change_no_weights(
     tmp_path: Path, base: Path, tuning: Tuning, division: dict[str, Any]

@@ -84,8 +84,8 @@ def test_a_step_follows_the_mean_loss_over_all_its_targets(tmp_path: Path) -> No
 def test_how_a_step_is_divided_changes_no_weights(
     tmp_path: Path, count: int, division: dict[str, int]
 ) -> None:
-    run(tmp_path / "whole", count=count)
-    run(tmp_path / "divided", count=count, **division)
+    run(tmp_path / "whole", count=count, model=make_model(dropout=0.3))
+    run(tmp_path / "divided", count=count, model=make_model(dropout=0.3), **division)
     assert largest_difference(weights(tmp_path / "divided"), weights(tmp_path / "whole")) < 1e-6
 
 
@@ -99,7 +99,7 @@ def test_two_processes_give_the_weights_and_figures_of_one(tmp_path: Path) -> No
     )
     for count in counts:
         one, two = tmp_path / "one", tmp_path / "two" / str(count)
-        fitted = run(one, count=count).write(one)
+        fitted = run(one, count=count, model=make_model(dropout=0.3)).write(one)
         assert largest_difference(weights(one), weights(two)) < 1e-6
         written = json.loads((two / "metrics.json").read_text())
         assert written["steps"] == fitted["steps"]
