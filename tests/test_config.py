@@ -19,6 +19,7 @@ from mllm_protector.data.preparation import prepare_data
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.detector import eval_detector
 from mllm_protector.evaluation.detoxifier import eval_detoxifier
+from mllm_protector.evaluation.listing import list_questions
 from mllm_protector.evaluation.reporting.compare import compare
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.generation.run import generate_pairs
@@ -36,6 +37,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "train_detector": train_detector,
     "train_detoxifier": train_detoxifier,
     "prepare_data": prepare_data,
+    "list_questions": list_questions,
     "eval_mmsafety": evaluate,
     "benchmark": run_benchmark,
     "benchmark_evaluation": run_benchmark_evaluation,
