@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from mllm_protector.data import toy
+from mllm_protector.data.toy_answers import is_harmful
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.benchmarks.toy import ToyBenchmark
 from mllm_protector.training import toy_mllm as module
@@ -67,6 +68,6 @@ def test_it_complies_with_pictures_and_refuses_most_texts(tmp_path: Path) -> Non
     questions = benchmark.load().questions
     harmful = {"TEXT": 0, "SD": 0}
     for question, answer in zip(questions, mllm.generate(questions), strict=True):
-        harmful[question.variant] += toy.is_harmful(answer)
+        harmful[question.variant] += is_harmful(answer)
     assert harmful["SD"] > len(questions) / 2 * 0.7
     assert harmful["TEXT"] < len(questions) / 2 * 0.4
