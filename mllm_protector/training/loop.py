@@ -111,8 +111,8 @@ def fit(
     expected.report()
     if dropped := attention_dropout(model):
         log.info(
-            "the backbone drops %.0f %% of its attention weights, other ones for other micro-batches and numbers "
-            "of processes",
+            "the backbone drops %.0f %% of its attention weights; which ones depends on micro-batches and "
+            "processes",
             100 * dropped,
         )
     if config.gradient_checkpointing:

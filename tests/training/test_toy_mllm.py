@@ -58,6 +58,15 @@ def test_a_folder_of_other_settings_is_refused(made: Path, change: dict[str, Any
         toy_mllm(folder=str(made), **SETTINGS | change)
 
 
+def test_a_toy_of_other_words_is_trained_anew(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    monkeypatch.setattr(module, "mllm_turns", lambda: toy.mllm_turns()[::70])
+    monkeypatch.setattr(module, "_train", lambda folder, *_, **__: trained.append(folder))
+    for _ in range(2):
+        toy_mllm(folder=str(made), **SETTINGS)
+    assert trained == [made]
+
+
 @pytest.mark.slow
 def test_it_complies_with_pictures_and_refuses_most_texts(tmp_path: Path) -> None:
     as_shipped = {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3, "max_new_tokens": 64, "seed": 0}
