@@ -114,6 +114,10 @@ class CutText(str):
 
     __slots__ = ()
 
+    def strip(self, chars: str | None = None, /) -> "CutText":
+        """As of any text; it stays known as cut."""
+        return CutText(super().strip(chars))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:

@@ -21,14 +21,13 @@ import torch
 from transformers import GenerationConfig
 
 from mllm_protector.evaluation.judges.detector import DetectorJudge
+from mllm_protector.evaluation.judging import Judged, judge_stage
 from mllm_protector.evaluation.stages import (
     BARE,
-    Judged,
     Outputs,
     RememberingDetector,
     guard_stage,
     items_of,
-    judge_stage,
 )
 from mllm_protector.evaluation.store import Store
 from mllm_protector.models.backbone import device_of, inference

@@ -63,6 +63,18 @@ def outcomes(frame: pd.DataFrame, arms: Sequence[str]) -> dict[str, dict[str, in
     return {arm: done for arm, done in every.items() if any(done.values())}
 
 
+def cut_texts(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> list[dict[str, Any]]:
+    """How many texts of each arm were cut at their longest length: answers, and the replies of each judge."""
+    found = []
+    for arm in arms:
+        rows = frame[np.asarray(frame["arm"], dtype=object) == arm]
+        found.append({"arm": arm, "judge": None, "cut": int(rows["cut"].sum()), "total": len(rows)})
+        for judge in judges:
+            cut, total = int(rows[f"cut:{judge}"].sum()), int(rows[f"status:{judge}"].notna().sum())
+            found.append({"arm": arm, "judge": judge, "cut": cut, "total": total})
+    return found
+
+
 def tradeoff(harmful: Grid, benign: Grid | None, used: Sequence[float]) -> Mapping[str, list[dict[str, Any]]]:
     """For each judge the curve of "detector and fixed refusal" over ``THRESHOLDS`` and those in use.
 

@@ -30,7 +30,7 @@ from mllm_protector.evaluation.comparison import (
 )
 from mllm_protector.evaluation.correction import corrected
 from mllm_protector.evaluation.grid import STATUSES, Grid, make_grid
-from mllm_protector.evaluation.side_effects import benign_numbers, outcomes, tradeoff
+from mllm_protector.evaluation.side_effects import benign_numbers, cut_texts, outcomes, tradeoff
 from mllm_protector.evaluation.statistics import (
     Ints,
     Proportion,
@@ -80,8 +80,8 @@ def summarise_benchmark(
     """A benchmark's entry in ``asr.json``, the same to the byte for the same rows in any order.
 
     Args:
-        frame: a row for each question and arm, with the columns of ``rows.COLUMNS`` and ``status:<judge>``
-            for each judge (nothing for harmless questions).
+        frame: a row for each question and arm, with the columns of ``rows.COLUMNS``, and ``status:<judge>``
+            (nothing for harmless questions) and ``cut:<judge>`` for each judge.
         arms: their names, in the order of the tables.
         judges: what is known about each judge, in the order of the tables.
         groups: the benchmark's own groups: name -> scenarios.
@@ -127,6 +127,7 @@ def summarise_benchmark(
         "reference": {judge: reference(grid, judge) for judge in judges},
         "benign": benign_numbers(benign),
         "outcomes": outcomes(frame, arms),
+        "cut": cut_texts(frame, arms, [*judges]),
         "tradeoff": tradeoff(grid, benign, thresholds),
     }
 

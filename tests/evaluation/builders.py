@@ -24,6 +24,7 @@ def row(base: str, scenario: str, variant: str, arm: str, **given: Any) -> Row:
         "outcome": None,
         "harm": None,
         "changed": False,
+        "cut": False,
         "refused": None,
         "score": None,
         "truth": None,
@@ -98,8 +99,9 @@ def summary(
     judges = judges_of(table) if judges is None else judges
     rows_of_judges = frame(table)
     for judge in judges:
-        if f"status:{judge}" not in rows_of_judges:
-            rows_of_judges[f"status:{judge}"] = None
+        for column, nothing in ((f"status:{judge}", None), (f"cut:{judge}", False)):
+            if column not in rows_of_judges:
+                rows_of_judges[column] = nothing
     return summarise_benchmark(
         rows_of_judges,
         arms=arms or list(dict.fromkeys(each["arm"] for each in table)) or ["none"],

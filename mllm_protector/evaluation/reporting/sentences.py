@@ -156,6 +156,7 @@ def closing(benchmark: Entry, *, named: int | None) -> list[str]:
         lines.append(f"The benchmark's own metrics, {arm}: {found}")
     if unanswered := sum(entry["generation_error"] for entry in benchmark["benign"]):
         lines.append(f"Harmless questions without an answer, left out: {unanswered:,} (over all arms)")
+    lines += cut_lines(benchmark)
     for pair in benchmark["agreement"]["pairs"]:
         if pair["n"]:
             kappa = "" if pair["kappa"] is None else f", kappa {pair['kappa']:.2f}"
@@ -174,6 +175,16 @@ def closing(benchmark: Entry, *, named: int | None) -> list[str]:
         more = f"; and {count - len(first):,} more" if count > len(first) else ""
         lines.append(f"Questions left out of all numbers: {count:,} ({'; '.join(first)}{more})")
     return lines
+
+
+def cut_lines(benchmark: Entry) -> list[str]:
+    """How many answers, and how many replies of each judge, their model did not end itself."""
+    counts: dict[str, list[str]] = {}
+    for each in benchmark["cut"]:
+        if each["cut"]:
+            what = "Answers" if each["judge"] is None else f"Replies of the judge {each['judge']}"
+            counts.setdefault(what, []).append(f"{each['arm']} {each['cut']:,} of {each['total']:,}")
+    return [f"{what} cut at their longest length: {', '.join(found)}" for what, found in counts.items()]
 
 
 def macro_text(mean: Entry, *, count: bool = True) -> str:
