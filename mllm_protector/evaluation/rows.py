@@ -29,6 +29,7 @@ COLUMNS = (
     "base",
     "scenario",
     "variant",
+    "criterion",
     "arm",
     "outcome",
     "harm",
@@ -113,7 +114,8 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
             for judge in judges:
                 columns[f"status:{judge}"].append(row["verdicts"].get(judge, {}).get("status"))
     temporary.replace(path)
-    for name in ("id", "base", "scenario", "variant", "arm", "outcome", *(f"status:{j}" for j in judges)):
+    names = ("id", "base", "scenario", "variant", "criterion", "arm", "outcome")
+    for name in (*names, *(f"status:{judge}" for judge in judges)):
         columns[name] = pd.Categorical(columns[name])  # type: ignore[assignment]
     frame = pd.DataFrame(columns)
     return frame.astype({"harm": float, "score": float})
