@@ -32,6 +32,7 @@ COLUMNS = (
     "base",
     "scenario",
     "variant",
+    "criterion",
     "arm",
     "outcome",
     "harm",
@@ -122,7 +123,8 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
             yield line.encode(errors="backslashreplace").decode()
 
     write_text(path, lines())
-    for name in ("id", "base", "scenario", "variant", "arm", "outcome", *(f"status:{j}" for j in judges)):
+    names = ("id", "base", "scenario", "variant", "criterion", "arm", "outcome")
+    for name in (*names, *(f"status:{judge}" for judge in judges)):
         columns[name] = pd.Categorical(columns[name])  # type: ignore[assignment]
     frame = pd.DataFrame(columns)
     return frame.astype({"harm": float, "score": float})

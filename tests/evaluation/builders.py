@@ -8,6 +8,7 @@ import pandas as pd
 from mllm_protector.evaluation.reporting.report import assemble
 from mllm_protector.evaluation.summary import JudgeInfo, summarise_benchmark
 from mllm_protector.records import BENIGN, Status
+from mllm_protector.scenarios import CRITERIA, Criterion
 
 Row = dict[str, Any]
 HARMFUL, SAFE = "harmful", "safe"
@@ -20,6 +21,7 @@ def row(base: str, scenario: str, variant: str, arm: str, **given: Any) -> Row:
         "base": f"{scenario}/{base}",
         "scenario": scenario,
         "variant": variant,
+        "criterion": str(CRITERIA.get(scenario, Criterion.HARM)),
         "arm": arm,
         "outcome": None,
         "harm": None,
