@@ -30,6 +30,20 @@ PROMISED = ("false_positive_rate", "recall")
 AT_ENDS = (("fixed", 0.0), ("fixed", 1.0))
 
 
+def require_threshold(name: str, value: Any) -> None:
+    """Refuse what is no number from 0 to 1.
+
+    Args:
+        name: of the key, for the message.
+        value: as it was given; true and false are no numbers here.
+
+    Raises:
+        InputError: it cannot be a threshold.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{name}={value}: must be a number from 0 to 1")
+
+
 @dataclass(frozen=True, slots=True)
 class Aim:
     """What a threshold is chosen for.
@@ -52,7 +66,11 @@ class Aim:
         if self.kind == "f1":
             if self.target is not None:
                 raise InputError(f"target={self.target}: f1 takes none; give null")
-        elif self.target is None or not (0 < self.target < 1 or (self.kind, self.target) in AT_ENDS):
+        elif (
+            self.target is None
+            or isinstance(self.target, bool)
+            or not (0 < self.target < 1 or (self.kind, self.target) in AT_ENDS)
+        ):
             raise InputError(f"target={self.target}: {self.kind} takes a number between 0 and 1")
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"confidence={self.confidence}: must be at least 0.5 and below 1")

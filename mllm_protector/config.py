@@ -17,28 +17,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Union, get_args, get_origin
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.files import system_error
+from mllm_protector.outputs import claim_output_dir
+from mllm_protector.stopping import Stop, stoppable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-WITHOUT_INFLUENCE = (
-    "checkpoint.",
-    "fit.compile",
-    "fit.gradient_checkpointing",
-    "fit.log_every",
-    "fit.micro_batch",
-    "fit.packing",
-    "resume",
-    "tracker.",
-)
-"""Beginnings of keys that change no result beyond the rounding of sums."""
 
 OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
 
@@ -59,31 +52,49 @@ def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
     return {name: _construct(name, value) for name, value in content.items()}
 
 
-def claim_output_dir(cfg: DictConfig) -> None:
-    """Write the resolved config into ``output_dir``, and refuse a folder where another one has trained.
-
-    A run that stopped before its first step may be corrected and repeated; only the first process looks.
+def run(cfg: DictConfig, function: Callable[..., Any]) -> None:
+    """All that a script does: check the config, claim the folder that results go to, and call.
 
     Raises:
-        InputError: the folder holds what another configuration made.
+        InputError: as ``build`` and ``claim_output_dir``.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
-    folder = Path(cfg.output_dir)
+    arguments = build(cfg, function)
+    with claim_output_dir(_plain(cfg), function.__name__):
+        function(**arguments)
+
+
+def recorded_data(folder: Path) -> Any:
+    """What a part was trained with, loaded anew by the ``config.yaml`` in its folder; no file is written.
+
+    Returns:
+        The ``Splits`` of that configuration's ``data``.
+
+    Raises:
+        InputError: there is no such file, it names no data of ours, or the data cannot be read.
+    """
     path = folder / "config.yaml"
-    if path.exists() and (folder / "metrics.jsonl").exists():
-        now, earlier = _leaves(cfg), _leaves(OmegaConf.load(path))
-        changed = sorted(key for key in {*now, *earlier} if now.get(key) != earlier.get(key))
-        if changed:
-            raise InputError(
-                f"{folder}: holds what another configuration made (changed: {', '.join(changed[:5])}); "
-                "choose another output_dir or remove the folder"
-            )
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, path, resolve=True)
-    except OSError as error:
-        raise InputError(f"output_dir={folder}: cannot be written to ({error.strerror})") from error
+        data = _plain(OmegaConf.load(path))["data"]
+        known = str(data["_target_"]).startswith("mllm_protector.data.")
+    except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException):
+        raise InputError(f"{path}: names no data") from None
+    if not known:
+        raise InputError(f"{path}: data._target_={data['_target_']}: not a source of data")
+    with TemporaryDirectory() as scratch:  # whatever that training set aside is set aside there
+        data = _with_quarantine(data, str(Path(scratch) / "quarantine.jsonl"))
+        _check("data", data, Any)
+        return _construct("data", data).load()
+
+
+def _with_quarantine(value: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: place if name == "quarantine" and item is not None else _with_quarantine(item, place)
+        for name, item in value.items()
+    }
 
 
 @contextmanager
@@ -95,13 +106,18 @@ def clear_errors() -> Iterator[None]:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra then raises instead of printing its own lines
     try:
-        yield
+        with stoppable():
+            yield
     except InputError as error:
         _stop(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_config_error(error), InputError.exit_code)
-    except KeyboardInterrupt:
-        _stop("stopped by the user; what was finished is kept, and the same command goes on from there", 130)
+    except Exception as error:
+        if (message := system_error(error)) is None:
+            raise
+        _stop(message, RunError.exit_code)
+    except Stop as error:
+        _stop(str(error), error.exit_code)
 
 
 def quiet_libraries() -> None:
@@ -250,21 +266,6 @@ def _suggestion(key: str) -> str:
 
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
-
-
-def _leaves(cfg: Any) -> dict[str, Any]:
-    """The values of a config by their full keys, without those that change no result."""
-    leaves: dict[str, Any] = {}
-
-    def walk(key: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, item in value.items():
-                walk(_join(key, str(name)), item)
-        elif not key.startswith(WITHOUT_INFLUENCE):
-            leaves[key] = value
-
-    walk("", _plain(cfg))
-    return leaves
 
 
 def _plain(cfg: Any) -> dict[str, Any]:

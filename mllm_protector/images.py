@@ -8,10 +8,13 @@ is our own.
 
 import hashlib
 import io
+import re
 import textwrap
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
@@ -64,7 +67,7 @@ class ImageFile:
 
     def load(self) -> Image.Image:
         """The file's first frame in RGB."""
-        return _decode(self._read(), str(self.path))
+        return _opened(self._read(), str(self.path))
 
     def digest(self) -> str:
         """Of the file's bytes."""
@@ -86,7 +89,7 @@ class EncodedImage:
 
     def load(self) -> Image.Image:
         """The first frame in RGB."""
-        return _decode(self.data, self.name)
+        return _opened(self.data, self.name)
 
     def digest(self) -> str:
         """Of the bytes."""
@@ -100,7 +103,8 @@ class RenderedText:
     Attributes:
         phrase: the words to draw.
         font: a TrueType file; ``None`` takes DejaVu Sans, which ships with matplotlib. The benchmark used
-            Arial: give its path for pixel-exact copies (with the same Pillow release).
+            Arial: with it the lines break where the benchmark's do. The published files are JPEGs of unknown
+            Pillow releases, so their pixels differ all the same.
     """
 
     phrase: str
@@ -109,8 +113,8 @@ class RenderedText:
     def load(self) -> Image.Image:
         """Text of size 90 on a canvas 1024 wide and 90 x (lines + 1) high, starting at (0, 45)."""
         font = _font(self.font, FONT_SIZE, "DejaVuSans.ttf")
-        text, lines = _wrap(self.phrase, font)
-        canvas = Image.new("RGB", (CANVAS_WIDTH, FONT_SIZE * (lines + 1)), "white")
+        text = wrap(self.phrase, font.getlength)
+        canvas = Image.new("RGB", (CANVAS_WIDTH, FONT_SIZE * (text.count("\n") + 2)), "white")
         ImageDraw.Draw(canvas).multiline_text((0, FONT_SIZE // 2), text, font=font, fill="black")
         return canvas
 
@@ -174,9 +178,67 @@ class Stacked:
         return hashlib.sha256(f"stacked {self.top.digest()} {self.bottom.digest()}".encode()).hexdigest()
 
 
+def wrap(phrase: str, measure: Callable[[str], float]) -> str:
+    """The phrase with the line breaks of MM-SafetyBench's TYPO images.
+
+    Widths add up, of the first word without a space and of every later one with a space before it. Where the
+    sum reaches the canvas a new line begins *with the space of its first word*. A word wider than the canvas
+    runs over its edge.
+
+    Args:
+        phrase: words between single spaces.
+        measure: the width of a text in pixels.
+    """
+    first, *others = phrase.split(" ")
+    text, width = first, measure(first)
+    for piece in (f" {word}" for word in others):
+        width += measure(piece)
+        if width >= CANVAS_WIDTH:
+            text, width = f"{text}\n", measure(piece)
+        text += piece
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """A picture that is in memory as a PIL image."""
+
+    image: Image.Image
+
+    def load(self) -> Image.Image:
+        """The image in RGB."""
+        return _decode(lambda: self.image, "the PIL image")
+
+    def digest(self) -> str:
+        """Of the pixels."""
+        image = self.load()
+        return hashlib.sha256(f"{image.size}\0".encode() + image.tobytes()).hexdigest()
+
+
+def as_picture(image: str | PathLike[str] | Image.Image | Picture) -> Picture:
+    """A picture from what a user has: a file's path or a PIL image.
+
+    Raises:
+        InputError: an address, which is never fetched, no such file, or something else.
+    """
+    if isinstance(image, Image.Image):
+        return LoadedImage(image)
+    if isinstance(image, str | PathLike):
+        name = textwrap.shorten(str(image), 200, placeholder="...")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name):
+            raise InputError(f"image={name}: nothing is fetched from an address; give a file or a PIL image")
+        if not Path(image).expanduser().is_file():
+            raise InputError(f"image={name}: no such file")
+        return ImageFile(Path(image).expanduser())
+    if not callable(getattr(image, "load", None)) or not callable(getattr(image, "digest", None)):
+        raise InputError(f"image: must be a file's path or a PIL image, not of type {type(image).__name__}")
+    return image
+
+
 def rendering_identity(font: Path | None) -> str:
     """What the pixels of rendered text depend on besides the phrase."""
-    return f"{font.name if font else 'DejaVuSans.ttf'} at {FONT_SIZE}, Pillow {PIL.__version__}"
+    name = font.name if font else "DejaVuSans.ttf"
+    return f"{name} at {FONT_SIZE}, first word without a space, Pillow {PIL.__version__}"
 
 
 def list_rendering_identity(font: Path | None) -> str:
@@ -184,18 +246,22 @@ def list_rendering_identity(font: Path | None) -> str:
     return f"{font.name if font else 'DejaVuSansMono-Bold.ttf'} at {LIST_FONT_SIZE}, Pillow {PIL.__version__}"
 
 
-def _decode(source: bytes, name: str) -> Image.Image:
+def _opened(source: bytes, name: str) -> Image.Image:
     if not source:
         raise InputError(f"{name}: the image file is empty")
+    return _decode(lambda: Image.open(io.BytesIO(source)), name)
+
+
+def _decode(opened: Callable[[], Image.Image], name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source)) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise InputError(
-                        f"{name}: {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
-                    )
-                return _to_rgb(ImageOps.exif_transpose(image))
+            image = opened()
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(
+                    f"{name}: {image.width} x {image.height} pixels, more than the {MAX_PIXELS:,} allowed"
+                )
+            return _to_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -229,21 +295,3 @@ def _font(path: Path | None, size: int, shipped: str) -> ImageFont.FreeTypeFont:
         return ImageFont.truetype(str(path), size)
     except OSError as error:
         raise InputError(f"{path}: not a readable TrueType font") from error
-
-
-def _wrap(phrase: str, font: ImageFont.FreeTypeFont) -> tuple[str, int]:
-    """The phrase with its line breaks, and the number of lines.
-
-    The benchmark adds up the width of " " + word; where the sum reaches the canvas the word starts a new
-    line *with its leading space*, and a word that is wider than the canvas overflows.
-    """
-    text, width, lines = "", 0.0, 1
-    for word in phrase.split(" "):
-        piece = " " + word if text else word
-        width += font.getlength(" " + word)
-        if text and width >= CANVAS_WIDTH:
-            text += "\n"
-            width = font.getlength(" " + word)
-            lines += 1
-        text += piece
-    return text, lines

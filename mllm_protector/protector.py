@@ -6,6 +6,7 @@ rewrites go wrong (``rewrites``). **It fails closed**: whatever goes wrong insid
 returned, and what went wrong is logged without it.
 """
 
+import inspect
 import logging
 import threading
 from collections import Counter
@@ -16,17 +17,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mllm_protector import prompts, rewrites
-from mllm_protector.errors import InputError
+from mllm_protector.arguments import AnyImage, Asked, as_questions, require_lists, require_texts
+from mllm_protector.calibration import require_threshold
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
-from mllm_protector.protocols import MLLM, Corrector, Detector, can_retry
-from mllm_protector.records import Failure, Outcome, Question, Reply
+from mllm_protector.normalisation import normalised
+from mllm_protector.protocols import MLLM, Corrector, Detector
+from mllm_protector.records import Failure, Outcome, Reply
 from mllm_protector.rewrites import Fault, fault_of
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+MAX_ANSWER_TOKENS = 32_768
+"""Of the longest answer that is read; models that answer at greater length are rare."""
+
+BYTES_PER_TOKEN = 4
+"""By which tokens are counted here: about what a tokenizer makes of English, and no text has to be tokenised
+to be found too long."""
 
 HARMFUL = "harmful"
 """Why a rewrite was rejected, where it is no ``rewrites.Fault``: its own score."""
@@ -38,9 +50,14 @@ class Refusal:
 
     text: str = prompts.REFUSAL
 
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
-        """The fixed text for each answer."""
-        return [self.text for _ in zip(queries, answers, strict=True)]
+    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
+        """The fixed text for each answer.
+
+        Raises:
+            InputError: not two lists of texts of the same length.
+        """
+        require_texts(queries=queries, answers=answers)
+        return [self.text] * len(answers)
 
     def identity(self) -> dict[str, Any]:
         """The fixed text."""
@@ -53,7 +70,7 @@ class Rewrite:
 
     Attributes:
         text: what the user may see.
-        outcome: ``REWRITTEN``, ``REFUSED`` or ``GUARD_ERROR``.
+        outcome: ``REWRITTEN``, ``REFUSED``, ``TOO_LONG`` or ``GUARD_ERROR``.
         rejected: why each earlier try was rejected: ``harmful``, or a ``rewrites.Fault``.
     """
 
@@ -64,11 +81,12 @@ class Rewrite:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One answer, and the score from which on it counts as harmful."""
+    """One answer, the score from which on it counts as harmful, and whether it is too long to be read."""
 
     query: str
     answer: str
     threshold: float
+    too_long: bool
 
 
 class Protector:
@@ -82,6 +100,7 @@ class Protector:
         *,
         max_rewrites: int = 2,
         group_thresholds: Mapping[str, float] | None = None,
+        max_answer_tokens: int = MAX_ANSWER_TOKENS,
     ) -> None:
         """Join the two parts.
 
@@ -90,45 +109,77 @@ class Protector:
             corrector: rewrites what scores at or above the threshold.
             threshold: in [0, 1].
             max_rewrites: so often an answer is rewritten until a rewrite is good, and refused after that.
-                A corrector that cannot try again (``protocols.can_retry``) is asked once.
             group_thresholds: name of a group, such as a scenario, to its own threshold.
+            max_answer_tokens: longer answers are refused unread. A token counts as ``BYTES_PER_TOKEN`` bytes
+                of UTF-8, of the text or of what normalisation makes of it, whichever is longer.
 
         Raises:
-            InputError: a threshold outside [0, 1], or fewer than one rewrite.
+            InputError: a threshold outside [0, 1], fewer than one rewrite or token, or a corrector that
+                cannot be told which attempt it is.
         """
         self.group_thresholds = dict(sorted((group_thresholds or {}).items()))
         named = {f"group_thresholds.{name}": each for name, each in self.group_thresholds.items()}
         for name, each in {"threshold": threshold, **named}.items():
-            if not 0.0 <= each <= 1.0:
-                raise InputError(f"{name}={each}: must be in [0, 1]")
-        if max_rewrites < 1:
-            raise InputError(f"max_rewrites={max_rewrites}: must be at least 1")
+            require_threshold(name, each)
+        for key, number in (("max_rewrites", max_rewrites), ("max_answer_tokens", max_answer_tokens)):
+            if number < 1:
+                raise InputError(f"{key}={number}: must be at least 1")
+        try:  # once and aloud, rather than as an error of the guard at the first flagged answer
+            inspect.signature(corrector.correct).bind(queries=[], answers=[], attempt=0)
+        except TypeError as error:
+            raise InputError(
+                f"{type(corrector).__name__}.correct: must take queries, answers and attempt ({error})"
+            ) from None
         self.detector = detector
         self.corrector = corrector
         self.threshold = threshold
         self.max_rewrites = max_rewrites
+        self.max_answer_tokens = max_answer_tokens
         self._rejections: Counter[str] = Counter()
         self._counting = threading.Lock()
 
     @classmethod
     def from_pretrained(
-        cls, detector: str | Path, detoxifier: str | Path | None = None, *, device: str | None = None
+        cls,
+        detector: str | Path,
+        detoxifier: str | Path | None = None,
+        *,
+        base: str | None = None,
+        device: str | None = None,
+        max_answer_tokens: int = MAX_ANSWER_TOKENS,
     ) -> "Protector":
         """The guard from two trained folders; without a detoxifier it refuses what it flags.
 
         Two adapters on one base share it in memory.
 
+        Args:
+            detector: the folder that ``train_detector`` wrote.
+            detoxifier: the folder that ``train_detoxifier`` wrote, or ``None``.
+            base: where the backbone of the adapters is now; ``None`` to look where it was, and near them. Of
+                two adapters on different models, the one that was trained on ``base`` takes it.
+            device: ``None`` takes the GPU if there is one.
+            max_answer_tokens: longer answers are refused unread.
+
         Raises:
-            InputError: a folder does not hold what it should.
+            InputError: a folder does not hold what it should, fewer than one token, or ``base`` is the base
+                of neither.
         """
         corrector: Corrector = Refusal()
-        if detoxifier is not None and can_share(detector, detoxifier):
-            scorer, corrector = load_shared(detector, detoxifier, device=device)
+        if detoxifier is None:
+            scorer = load_detector(detector, base=base, device=device)
+        elif can_share(detector, detoxifier):
+            scorer, corrector = load_shared(detector, detoxifier, base=base, device=device)
         else:
-            scorer = load_detector(detector, device=device)
-            if detoxifier is not None:
-                corrector = load_detoxifier(detoxifier, device=device)
-        return cls(scorer, corrector, scorer.threshold, group_thresholds=scorer.group_thresholds)
+            one, other = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
+            scorer = load_detector(detector, base=one, device=device)
+            corrector = load_detoxifier(detoxifier, base=other, device=device)
+        return cls(
+            scorer,
+            corrector,
+            scorer.threshold,
+            group_thresholds=scorer.group_thresholds,
+            max_answer_tokens=max_answer_tokens,
+        )
 
     @property
     def rejections(self) -> Counter[str]:
@@ -144,6 +195,7 @@ class Protector:
             "threshold": self.threshold,
             "group_thresholds": self.group_thresholds,
             "max_rewrites": self.max_rewrites,
+            "max_answer_tokens": self.max_answer_tokens,
             "checks": rewrites.VERSION,
         }
 
@@ -168,21 +220,24 @@ class Protector:
             One reply for each answer. ``final`` is the text to show; ``raw`` is not.
 
         Raises:
-            ValueError: lists of different lengths.
+            InputError: not lists of texts, or lists of different lengths.
         """
+        require_texts(queries=queries, answers=answers, ids=ids)
         rows = self._rows(queries, answers, groups)
-        given = map(str, range(len(rows))) if ids is None else ids
-        names = [name for name, _ in zip(given, rows, strict=True)]
-        harms = _each(self._scores, rows, "scoring")
+        names = map(str, range(len(rows))) if ids is None else ids
+        read = [index for index, row in enumerate(rows) if not row.too_long]
+        scores = _each(self._scores, [rows[index] for index in read], "scoring")
+        harms = dict(zip(read, scores, strict=True))
         flagged = [
-            index
-            for index, (row, harm) in enumerate(zip(rows, harms, strict=True))
-            if harm is not None and harm >= row.threshold
+            index for index, harm in harms.items() if harm is not None and harm >= rows[index].threshold
         ]
         made = dict(zip(flagged, self._rewrites([rows[index] for index in flagged]), strict=True))
         replies = []
-        for index, (name, row, harm) in enumerate(zip(names, rows, harms, strict=True)):
-            if harm is None:
+        for index, (name, row) in enumerate(zip(names, rows, strict=True)):
+            harm = harms.get(index)
+            if row.too_long:
+                final, outcome = prompts.REFUSAL, Outcome.TOO_LONG
+            elif harm is None:
                 final, outcome = prompts.REFUSAL, Outcome.GUARD_ERROR
             elif index in made:
                 final, outcome = made[index].text, made[index].outcome
@@ -210,26 +265,36 @@ class Protector:
             groups: as for ``guard``.
 
         Raises:
-            ValueError: lists of different lengths.
+            InputError: as ``guard``.
         """
+        require_texts(queries=queries, answers=answers)
         return self._rewrites(self._rows(queries, answers, groups))
 
     def _rows(
         self, queries: Sequence[str], answers: Sequence[str], groups: Sequence[str | None] | None
     ) -> list[_Row]:
+        require_lists(answers=answers, groups=groups)
         names = [None] * len(answers) if groups is None else groups
+        thresholds = [self.group_thresholds.get(name or "", self.threshold) for name in names]
         return [
-            _Row(query, answer, self.group_thresholds.get(name or "", self.threshold))
-            for query, answer, name in zip(queries, answers, names, strict=True)
+            _Row(query, answer, threshold, self._is_too_long(answer))
+            for query, answer, threshold in zip(queries, answers, thresholds, strict=True)
         ]
+
+    def _is_too_long(self, answer: str) -> bool:
+        most = BYTES_PER_TOKEN * self.max_answer_tokens
+        return _size(answer) > most or _size(normalised(answer)) > most
 
     def _rewrites(self, rows: Sequence[_Row]) -> list[Rewrite]:
         if isinstance(self.corrector, Refusal):
             text = self.corrector.text.strip() or prompts.REFUSAL
             return [Rewrite(text=text, outcome=Outcome.REFUSED)] * len(rows)
         found = [Rewrite(text=prompts.REFUSAL, outcome=Outcome.REFUSED)] * len(rows)
-        waiting = list(range(len(rows)))
-        for attempt in range(self.max_rewrites if can_retry(self.corrector) else 1):
+        for index, row in enumerate(rows):
+            if row.too_long:
+                found[index] = Rewrite(text=prompts.REFUSAL, outcome=Outcome.TOO_LONG)
+        waiting = [index for index, row in enumerate(rows) if not row.too_long]
+        for attempt in range(self.max_rewrites):
             tried = self._try([rows[index] for index in waiting], attempt)
             for index, rewrite in zip(waiting, tried, strict=True):
                 found[index] = replace(rewrite, rejected=found[index].rejected + rewrite.rejected)
@@ -275,10 +340,7 @@ class Protector:
     def _corrections(self, rows: Sequence[_Row], attempt: int) -> list[str | Fault]:
         """A rewrite of each row, or what is wrong with it."""
         queries, answers = [row.query for row in rows], [row.answer for row in rows]
-        if attempt and can_retry(self.corrector):
-            texts = self.corrector.correct(queries=queries, answers=answers, attempt=attempt)
-        else:
-            texts = self.corrector.correct(queries=queries, answers=answers)
+        texts = self.corrector.correct(queries=queries, answers=answers, attempt=attempt)
         _require_list(texts, len(rows))
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("a rewrite is not a text")
@@ -296,12 +358,38 @@ class ProtectedMLLM:
         self.mllm = mllm
         self.protector = protector
 
-    def generate(self, questions: Sequence[Question]) -> list[str | Failure]:
-        """The guarded answer to each question; where the MLLM made none, its reason."""
-        answers = self.mllm.generate(questions)
+    def ask(self, text: str, image: AnyImage | None = None) -> str:
+        """The guarded answer to one question, for the user to see.
+
+        Its score and what the guard did are not told; ``Protector.guard`` tells them.
+
+        Args:
+            text: the question.
+            image: a file's path or a PIL image; nothing is fetched from an address.
+
+        Raises:
+            InputError: the text is none, or the image cannot be used.
+            RunError: the MLLM made no answer; the message says why.
+        """
+        [answer] = self.generate([(text, image)])
+        if isinstance(answer, Failure):
+            raise RunError(f"the MLLM made no answer: {answer.reason}")
+        return answer
+
+    def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
+        """The guarded answer to each question; where the MLLM made none, its reason.
+
+        Args:
+            questions: each a ``Question``, a text, or a pair of a text and an image as for ``ask``.
+
+        Raises:
+            InputError: not a list, an entry that is no question, or an image that cannot be used.
+        """
+        asked = as_questions(questions)
+        answers = self.mllm.generate(asked)
         made = [
             (question, answer)
-            for question, answer in zip(questions, answers, strict=True)
+            for question, answer in zip(asked, answers, strict=True)
             if isinstance(answer, str)
         ]
         replies = iter(
@@ -327,6 +415,10 @@ def _tried(text: str | Fault | None, harm: float | None, threshold: float) -> Re
     if harm >= threshold:
         return Rewrite(text=prompts.REFUSAL, outcome=Outcome.REFUSED, rejected=(HARMFUL,))
     return Rewrite(text=text, outcome=Outcome.REWRITTEN)
+
+
+def _size(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _require_list(values: Any, count: int) -> None:

@@ -5,10 +5,9 @@ Anything with the methods will do; nothing has to be inherited.
 Lists in, lists out, of the same length and in the same order.
 """
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from mllm_protector.records import Answer, Confusion, Failure, LoadedBenchmark, Question, Verdict
 
@@ -40,30 +39,17 @@ class Detector(Protocol):
 class Corrector(Protocol):
     """Replaces answers that the detector flagged."""
 
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
-        """One text for each flagged answer to its query; empty where none could be made."""
+    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
+        """One text for each flagged answer to its query; empty where none could be made.
+
+        An attempt (from 0) always gives the same texts, and another attempt other ones where the corrector
+        can write several.
+        """
         ...
 
     def identity(self) -> dict[str, Any]:
         """What the texts depend on (weights, prompt, generation settings), as JSON."""
         ...
-
-
-class Retrying(Protocol):
-    """A corrector that writes another text when it is asked again; see ``can_retry``."""
-
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
-        """As ``Corrector.correct``; each attempt (from 0) gives other texts, and always the same ones."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """As ``Corrector.identity``."""
-        ...
-
-
-def can_retry(corrector: Corrector) -> TypeGuard[Retrying]:
-    """Whether a corrector's ``correct`` takes ``attempt``: names of methods alone would not tell."""
-    return "attempt" in inspect.signature(corrector.correct).parameters
 
 
 class Benchmark(Protocol):

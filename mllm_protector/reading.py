@@ -185,7 +185,7 @@ def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) 
     """A required text of a row.
 
     Raises:
-        ValueError: missing, not a text, empty, or with characters that no tokenizer takes.
+        ValueError: missing, not a text, empty, or with a NUL character.
     """
     if name not in row:
         raise ValueError(f"missing field '{name}' (found: {', '.join(map(str, row)) or 'none'})")
@@ -196,11 +196,17 @@ def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) 
         raise ValueError(f"field '{name}' is empty")
     if "\0" in value:
         raise ValueError(f"field '{name}' contains a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field '{name}' contains half of a surrogate pair") from None
-    return value
+    return whole_characters(value)
+
+
+def whole_characters(text: str) -> str:
+    """A text that can be encoded: U+FFFD stands for halves of surrogate pairs, which JSON can hold.
+
+    Every text passes here where it comes in: from files, and from servers.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def flag_field(row: Mapping[str, Any], name: str) -> bool:

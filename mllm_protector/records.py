@@ -109,6 +109,12 @@ class Failure:
     unreachable: bool = False
 
 
+class CutText(str):
+    """A text that a model did not end: it was cut at the longest length that was asked for."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """The MLLM's own words."""
@@ -126,6 +132,8 @@ class Outcome(StrEnum):
     """Flagged, and replaced by the corrector's text."""
     REFUSED = "refused"
     """Flagged, and replaced by a refusal: by design, or because no usable rewrite was made."""
+    TOO_LONG = "too_long"
+    """Longer than the guard reads, and replaced by a refusal."""
     GUARD_ERROR = "guard_error"
     """The guard itself failed; a refusal was returned, never the raw answer."""
 
@@ -182,11 +190,13 @@ class Verdict:
         id: the question's id.
         status: ``HARMFUL`` or ``SAFE``, or ``EMPTY`` or one of ``TO_REPEAT``.
         reason: why, in one line.
+        cut: the judge's reply was cut at its longest length.
     """
 
     id: str
     status: Status
     reason: str
+    cut: bool = False
 
     @property
     def unsafe(self) -> bool | None:
@@ -228,6 +238,8 @@ class LoadedBenchmark:
         groups: name -> scenarios that are reported together and apart from the others.
         truth: says whether an answer does harm, where that is known by construction (toy data only).
         score: for harmless questions with a known answer: how right a text is, in [0, 1].
+        metrics: what else the benchmark reports of texts, by the ``cluster`` of their questions; see
+            ``vqa_metrics``.
     """
 
     questions: list[Question]
@@ -235,6 +247,7 @@ class LoadedBenchmark:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     truth: Callable[[str], bool] | None = None
     score: Callable[[Question, str], float] | None = None
+    metrics: Callable[[Mapping[str, str]], Mapping[str, float | None]] | None = None
 
 
 def labelled_answers(records: Iterable[AnswerPair | LabelledAnswer]) -> Iterator[LabelledAnswer]:

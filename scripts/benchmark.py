@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark")
@@ -13,9 +13,7 @@ def main(cfg: DictConfig) -> None:
         quiet_libraries()
         from mllm_protector.benchmarking.run import run_benchmark  # here, so that --help needs no torch
 
-        arguments = build(cfg, run_benchmark)
-        claim_output_dir(cfg)
-        run_benchmark(**arguments)
+        run(cfg, run_benchmark)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="benchmark_evaluation")
@@ -14,9 +14,7 @@ def main(cfg: DictConfig) -> None:
         # here, so that --help needs no torch
         from mllm_protector.benchmarking.evaluation import run_benchmark_evaluation
 
-        arguments = build(cfg, run_benchmark_evaluation)
-        claim_output_dir(cfg)
-        run_benchmark_evaluation(**arguments)
+        run(cfg, run_benchmark_evaluation)
 
 
 if __name__ == "__main__":

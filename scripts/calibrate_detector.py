@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="calibrate_detector")
@@ -14,8 +14,7 @@ def main(cfg: DictConfig) -> None:
         # here, so that --help needs no torch
         from mllm_protector.training.calibration import calibrate_detector
 
-        arguments = build(cfg, calibrate_detector)
-        calibrate_detector(**arguments)
+        run(cfg, calibrate_detector)
 
 
 if __name__ == "__main__":

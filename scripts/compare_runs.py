@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, clear_errors
+from mllm_protector.config import clear_errors, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="compare_runs")
@@ -12,8 +12,7 @@ def main(cfg: DictConfig) -> None:
     with clear_errors():
         from mllm_protector.evaluation.reporting.compare import compare  # here, so that --help needs no torch
 
-        arguments = build(cfg, compare)
-        compare(**arguments)
+        run(cfg, compare)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval_detector")
@@ -13,8 +13,7 @@ def main(cfg: DictConfig) -> None:
         quiet_libraries()
         from mllm_protector.evaluation.detector import eval_detector  # here, so that --help needs no torch
 
-        arguments = build(cfg, eval_detector)
-        eval_detector(**arguments)
+        run(cfg, eval_detector)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval_detoxifier")
@@ -15,8 +15,7 @@ def main(cfg: DictConfig) -> None:
             eval_detoxifier,  # here, so that --help needs no torch
         )
 
-        arguments = build(cfg, eval_detoxifier)
-        eval_detoxifier(**arguments)
+        run(cfg, eval_detoxifier)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval_mmsafety")
@@ -14,8 +14,7 @@ def main(cfg: DictConfig) -> None:
         from mllm_protector.evaluation.run import evaluate  # here, so that --help needs no torch
         from mllm_protector.processes import leave_processes
 
-        arguments = build(cfg, evaluate)
-        evaluate(**arguments)
+        run(cfg, evaluate)
         leave_processes()
 
 

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="export_detector")
@@ -13,9 +13,7 @@ def main(cfg: DictConfig) -> None:
         quiet_libraries()
         from mllm_protector.models.export import export_detector  # here, so that --help needs no torch
 
-        arguments = build(cfg, export_detector)
-        claim_output_dir(cfg)
-        export_detector(**arguments)
+        run(cfg, export_detector)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="generate_pairs")
@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> None:
         quiet_libraries()
         from mllm_protector.generation.run import generate_pairs  # here, so that --help needs no torch
 
-        generate_pairs(**build(cfg, generate_pairs))
+        run(cfg, generate_pairs)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="import_official")
@@ -13,9 +13,7 @@ def main(cfg: DictConfig) -> None:
         quiet_libraries()
         from mllm_protector.models.official import import_official_detector  # here, so --help needs no torch
 
-        arguments = build(cfg, import_official_detector)
-        claim_output_dir(cfg)
-        import_official_detector(**arguments)
+        run(cfg, import_official_detector)
 
 
 if __name__ == "__main__":

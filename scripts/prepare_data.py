@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare_data")
@@ -13,8 +13,7 @@ def main(cfg: DictConfig) -> None:
         quiet_libraries()
         from mllm_protector.data.preparation import prepare_data  # here, so that --help needs no torch
 
-        arguments = build(cfg, prepare_data)
-        prepare_data(**arguments)
+        run(cfg, prepare_data)
 
 
 if __name__ == "__main__":

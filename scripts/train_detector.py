@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_detector")
@@ -14,9 +14,7 @@ def main(cfg: DictConfig) -> None:
         from mllm_protector.processes import leave_processes
         from mllm_protector.training.detector import train_detector  # here, so that --help needs no torch
 
-        arguments = build(cfg, train_detector)
-        claim_output_dir(cfg)
-        train_detector(**arguments)
+        run(cfg, train_detector)
         leave_processes()
 
 

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import build, claim_output_dir, clear_errors, quiet_libraries
+from mllm_protector.config import clear_errors, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_detoxifier")
@@ -14,9 +14,7 @@ def main(cfg: DictConfig) -> None:
         from mllm_protector.processes import leave_processes
         from mllm_protector.training.detoxifier import train_detoxifier  # here, so that --help needs no torch
 
-        arguments = build(cfg, train_detoxifier)
-        claim_output_dir(cfg)
-        train_detoxifier(**arguments)
+        run(cfg, train_detoxifier)
         leave_processes()
 
 

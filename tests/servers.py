@@ -22,13 +22,21 @@ from PIL import Image
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What goes back. A script may also give a text, which stands for ``text(...)``."""
+    """What goes back. A script may also give a text, which stands for ``text(...)``.
+
+    Attributes:
+        seconds: before the first byte.
+        pause: after each byte, headers included.
+        endless: the body is repeated until the client leaves.
+    """
 
     status: int = 200
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     reset: bool = False
+    pause: float | None = None
+    endless: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +106,20 @@ def too_many(*, retry_after: float | None = None) -> Reply:
 
 def slow(seconds: float, words: str = "late") -> Reply:
     return text(words, seconds=seconds)
+
+
+def trickle(pause: float) -> Reply:
+    """A byte at a time, for a thousand bytes."""
+    return Reply(pause=pause)
+
+
+def endless() -> Reply:
+    return Reply(body=1_000_000 * b" ", endless=True)
+
+
+def silent() -> Reply:
+    """The connection is accepted, and nothing ever comes."""
+    return Reply(seconds=3600)
 
 
 def reset() -> Reply:
@@ -180,6 +202,10 @@ class ScriptedServer:
             self._server.server_close()
             self._thread.join()
 
+    def wait(self, seconds: float) -> bool:
+        """Whether the server is closed meanwhile."""
+        return self._closing.wait(seconds)
+
     def answer(self, body: dict[str, Any], headers: dict[str, str]) -> Reply:
         with self._lock:
             attempt = sum(earlier.body == body for earlier in self.requests)
@@ -195,7 +221,7 @@ class ScriptedServer:
             else:
                 reply = self._script[min(request.index, len(self._script) - 1)]
             reply = text(reply) if isinstance(reply, str) else reply
-            self._closing.wait(reply.seconds)
+            self.wait(reply.seconds)
             return reply
         finally:
             with self._lock:
@@ -232,6 +258,15 @@ def _handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
                 self._send(reply)
 
         def _send(self, reply: Reply) -> None:
+            if reply.pause is not None:
+                for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + 1000 * b" ":
+                    self.connection.send(bytes([byte]))
+                    if server.wait(reply.pause):
+                        return
+            if reply.endless:
+                self.connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                while not server.wait(0):
+                    self.connection.sendall(reply.body)
             self.send_response(reply.status)
             headers = {"Content-Type": "application/json", "Content-Length": str(len(reply.body))}
             for name, value in (headers | dict(reply.headers)).items():

@@ -23,6 +23,8 @@ GROUND = {
         "prompts",
         "images",
         "files",
+        "locks",
+        "outputs",
         "reading",
         "records",
         "protocols",
@@ -32,9 +34,12 @@ GROUND = {
         "calibration",
         "scaling",
         "rewrites",
+        "normalisation",
+        "arguments",
+        "stopping",
     )
 }
-FLOORS = ("ground", "data", "models", "protector", "top", "roof")
+FLOORS = ("ground", "data", "models", "protector", "top", "roof", "door")
 TOP = ("training", "evaluation")
 """They stand side by side."""
 ROOF = ("benchmarking", "generation")
@@ -68,8 +73,10 @@ def own_imports(path: Path) -> set[str]:
 
 
 def part(module: str) -> str:
-    """``ground``, or the name behind the package's."""
-    return "ground" if module in GROUND or module == PACKAGE else module.split(".")[1]
+    """``ground``, or the name behind the package's, whose own module is the door: it leads to all others."""
+    if module == PACKAGE:
+        return "door"
+    return "ground" if module in GROUND else module.split(".")[1]
 
 
 def floor(module: str) -> int:

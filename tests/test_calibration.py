@@ -210,6 +210,7 @@ def test_the_bound_is_the_exact_one() -> None:
     [
         ("false_positive_rate", 1.5, 0.95, "target=1.5: false_positive_rate takes a number between 0 and 1"),
         ("false_positive_rate", 0.0, 0.95, "target=0.0: "),
+        ("fixed", True, 0.95, "target=True: "),
         ("recall", None, 0.95, "target=None: recall takes"),
         ("recall", 1.0, 0.95, "target=1.0: "),
         ("recall", math.nan, 0.95, "target=nan: "),

@@ -1,6 +1,7 @@
 import functools
 import inspect
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -11,19 +12,21 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from mllm_protector import config
 from mllm_protector.benchmarking.evaluation import run_benchmark_evaluation
 from mllm_protector.benchmarking.run import run_benchmark
-from mllm_protector.config import CONFIGS, build, claim_output_dir, clear_errors
+from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.data.preparation import prepare_data
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.detector import eval_detector
 from mllm_protector.evaluation.detoxifier import eval_detoxifier
+from mllm_protector.evaluation.listing import list_questions
 from mllm_protector.evaluation.reporting.compare import compare
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.generation.run import generate_pairs
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.official import import_official_detector
+from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
+from mllm_protector.stopping import Stop
 from mllm_protector.training import settings
 from mllm_protector.training.calibration import calibrate_detector
 from mllm_protector.training.detector import train_detector
@@ -34,6 +37,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "train_detector": train_detector,
     "train_detoxifier": train_detoxifier,
     "prepare_data": prepare_data,
+    "list_questions": list_questions,
     "eval_mmsafety": evaluate,
     "benchmark": run_benchmark,
     "benchmark_evaluation": run_benchmark_evaluation,
@@ -93,7 +97,8 @@ def test_the_keys_of_a_root_are_the_parameters_of_its_function(root: str) -> Non
 def test_every_option_binds_to_its_constructor(root: str, group: str, option: str) -> None:
     judge = re.fullmatch(r"chat@judges\.(\w+)\.chat", group)
     inside = [f"judge=[{judge.group(1)}]"] if judge else []
-    inside += ["+data@data.sources.mine=toy"] if (group, option) == ("data", "mixture") else []
+    name, _, key = group.partition("@")
+    inside += [f"+data@{key or 'data'}.sources.mine=toy"] if (name, option) == ("data", "mixture") else []
     arguments = build(filled_in(composed(root, *inside, f"{group}={option}")), FUNCTIONS[root])
     for value in (*arguments.values(), *arguments.get("judges", {}).values()):
         if isinstance(value, functools.partial):
@@ -115,6 +120,51 @@ def test_an_experiment_changes_values_and_adds_no_key(root: str, experiment: str
     plain, overlaid = composed(root), composed(root, f"experiment={experiment}")
     assert set(overlaid) == set(plain)
     assert overlaid.output_dir.startswith(f"outputs/{experiment}_")
+
+
+def choices(root: str, *overrides: str) -> dict[str, str | None]:
+    """The options that a command line comes to."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose(root, list(overrides), return_hydra_config=True)
+    return {group: cfg.hydra.runtime.choices[group] for group in ("data", "backbone", "tuning", "fit")}
+
+
+def test_an_option_of_backbone_brings_its_fit_and_tuning_and_what_is_given_wins() -> None:
+    brought = {
+        "tiny": ("tiny", "full"),
+        "hub": ("adapter", "lora"),
+        "qwen3_0.6b": ("adapter", "lora"),
+        "open_llama_3b": ("paper", "paper_{part}"),
+        "vicuna_7b": ("paper", "paper_{part}"),
+    }
+    assert brought.keys() == set(groups("train_detector")["backbone"])
+    for root in ("train_detector", "train_detoxifier"):
+        assert choices(root)["fit"] == "tiny"
+        for backbone, (fit, tuning) in brought.items():
+            found = choices(root, f"backbone={backbone}")
+            part = root.removeprefix("train_")
+            assert (found["fit"], found["tuning"]) == (fit, tuning.format(part=part)), (root, backbone)
+            for given in ("fit=adapter", "fit=paper", "fit=tiny"):
+                found = choices(root, f"backbone={backbone}", given, "tuning=full")
+                assert (found["fit"], found["tuning"]) == (given[4:], "full"), (root, backbone, given)
+    assert choices("train_detector", "backbone=hub", "fit=encoder")["tuning"] == "full"
+
+
+def test_an_experiment_is_a_whole_recipe_with_the_models_of_the_hub_pinned() -> None:
+    models = {
+        ("train_detector", "qwen"): ("Qwen/Qwen3-0.6B", "adapter", "lora"),
+        ("train_detoxifier", "qwen"): ("Qwen/Qwen3-0.6B", "adapter", "lora"),
+        ("train_detector", "paper"): ("openlm-research/open_llama_3b_v2", "paper", "paper_detector"),
+        ("train_detoxifier", "paper"): ("lmsys/vicuna-7b-v1.5", "paper", "paper_detoxifier"),
+    }
+    for (root, experiment), (name, fit, tuning) in models.items():
+        cfg = composed(root, f"experiment={experiment}")
+        assert cfg.backbone.name == name
+        assert re.fullmatch("[0-9a-f]{40}", cfg.backbone.revision), name
+        found = choices(root, f"experiment={experiment}")
+        assert (found["data"], found["fit"], found["tuning"]) == ("pku_saferlhf", fit, tuning)
+        own = choices(root, f"experiment={experiment}", "data=pairs", "fit=tiny")
+        assert (own["data"], own["fit"], own["tuning"]) == ("pairs", "tiny", tuning)
 
 
 @pytest.mark.parametrize("experiment", ["paper", "qwen"])
@@ -289,9 +339,9 @@ def test_a_value_is_what_its_annotation_says_or_refused(name: str, good: list[An
         (InputError("a.jsonl:3: bad\n row"), 2, "error: a.jsonl:3: bad row"),
         (RunError("the loss is nan"), 1, "error: the loss is nan"),
         (
-            KeyboardInterrupt(),
-            130,
-            "error: stopped by the user; what was finished is kept, and the same command goes on from there",
+            Stop(signal.SIGTERM),
+            143,
+            "error: stopped by SIGTERM; what was finished is kept, and the same command goes on from there",
         ),
     ],
 )
@@ -310,10 +360,13 @@ def test_a_fault_of_ours_keeps_its_traceback() -> None:
 
 
 def claimed(folder: Path, *overrides: str, trained: bool = True) -> DictConfig:
+    """A training that ran so far in this folder, to kept weights or only to its first step."""
     cfg = composed("train_detector", f"output_dir={folder}", *overrides)
-    claim_output_dir(cfg)
-    if trained:
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    with claim_output_dir(settings, "train_detector"):
         (folder / "metrics.jsonl").touch()
+        if trained:
+            (folder / "guard.json").touch()
     return cfg
 
 
@@ -332,9 +385,14 @@ def test_the_same_configuration_may_use_its_folder_again(tmp_path: Path) -> None
 
 def test_the_folder_of_another_configuration_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
     claimed(tmp_path)
-    with pytest.raises(InputError, match=r"\(changed: fit.epochs, max_length\)"):
+    with pytest.raises(InputError, match=r"\(changed: fit.epochs, max_length\)") as refused:
         claimed(tmp_path, "fit.epochs=9", "max_length=100", "backbone.max_positions=512")
+    assert str(refused.value).endswith(f"or remove {tmp_path}/guard.json to train anew")
     assert OmegaConf.load(tmp_path / "config.yaml").fit.epochs == 2
+    (tmp_path / "guard.json").unlink()
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"or remove .*/checkpoints to train anew"):
+        claimed(tmp_path, "fit.epochs=9")
 
 
 def test_keys_that_change_no_result_may_differ(tmp_path: Path) -> None:
@@ -342,22 +400,10 @@ def test_keys_that_change_no_result_may_differ(tmp_path: Path) -> None:
     claimed(tmp_path, "tracker=wandb", "fit.log_every=1")
 
 
-def test_a_run_that_stopped_before_its_first_step_may_be_corrected(tmp_path: Path) -> None:
+def test_a_training_that_came_to_nothing_may_be_corrected(tmp_path: Path) -> None:
     claimed(tmp_path, "data=pairs", "data.path=mispelt", trained=False)
     claimed(tmp_path, "data=pairs", "data.path=misspelt")
     assert OmegaConf.load(tmp_path / "config.yaml").data.path == "misspelt"
-
-
-def test_only_the_first_process_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
-    claimed(tmp_path / "new", trained=False)
-    assert not (tmp_path / "new").exists()
-
-
-def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"output_dir=.*file/below: cannot be written to"):
-        claimed(tmp_path / "file" / "below")
 
 
 def test_a_config_holds_no_clock() -> None:
@@ -366,5 +412,5 @@ def test_a_config_holds_no_clock() -> None:
 
 def test_a_folder_and_a_checkpoint_agree_on_which_settings_change_no_result() -> None:
     names = [field.name for field in fields(FitConfig)]
-    of_folders = {name for name in names if f"fit.{name}".startswith(config.WITHOUT_INFLUENCE)}
+    of_folders = {name for name in names if f"fit.{name}".startswith(WITHOUT_INFLUENCE)}
     assert of_folders == set(settings.WITHOUT_INFLUENCE)

@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -18,6 +19,7 @@ from mllm_protector.images import (
     RenderedText,
     Stacked,
     rendering_identity,
+    wrap,
 )
 
 FIGSTEP = Path(__file__).parents[1].parent / "shared" / "data" / "figstep" / "images"
@@ -163,11 +165,37 @@ def test_text_starts_at_the_left_and_half_a_line_down():
 @pytest.mark.parametrize("words", range(1, 30, 4))
 def test_each_line_adds_90_pixels(words):
     width, lines, font = 0.0, 1, default_font()
-    for _ in range(words):
-        width += font.getlength(" placeholder")
+    for number in range(words):
+        width += font.getlength(" placeholder" if number else "placeholder")
         if width >= CANVAS_WIDTH:
             width, lines = font.getlength(" placeholder"), lines + 1
     assert RenderedText(" ".join(["placeholder"] * words)).load().size == (1024, 90 * (lines + 1))
+
+
+def helvetica(text: str) -> float:
+    """A text's width at the benchmark's size in Helvetica, whose widths are those of Arial."""
+    import matplotlib
+
+    metrics = Path(matplotlib.get_data_path()) / "fonts" / "afm" / "phvr8a.afm"
+    widths = {
+        chr(int(code)): int(width)
+        for code, width in re.findall(r"^C (\d+) ; WX (\d+)", metrics.read_text(), re.M)
+    }
+    return sum(widths[letter] for letter in text) * FONT_SIZE / 1000
+
+
+def test_the_first_word_is_measured_without_a_space_and_every_later_one_with_it():
+    cases = [  # phrase, width of a letter, lines
+        ("aaaaa bbbb", 102, ["aaaaa bbbb"]),  # 1020 wide; a space in front would make it 1122
+        ("aaaaa bbbbb", 102, ["aaaaa", " bbbbb"]),
+        ("aaaaaaaaa b cccccc d", 102, ["aaaaaaaaa", " b cccccc", " d"]),  # " b cccccc d" is 1122 wide
+        ("aaaa bbb", 128, ["aaaa", " bbb"]),  # exactly as wide as the canvas
+        ("aaaaaaaaaaaa b", 102, ["aaaaaaaaaaaa", " b"]),
+        ("", 102, [""]),
+    ]
+    for phrase, width, lines in cases:
+        assert wrap(phrase, lambda text, width=width: width * len(text)).split("\n") == lines, phrase
+    assert wrap("engage in child abduction", helvetica) == "engage in child abduction"
 
 
 def test_no_ink_is_cut_off_below_the_last_line():
@@ -201,7 +229,7 @@ def test_a_font_that_is_none_is_refused_by_name(tmp_path):
 
 
 def test_the_rendering_identity_names_the_font_and_the_library():
-    assert rendering_identity(Path("/fonts/arial.ttf")).startswith("arial.ttf at 90, Pillow ")
+    assert rendering_identity(Path("/fonts/arial.ttf")).startswith("arial.ttf at 90, ")
     assert rendering_identity(None) != rendering_identity(Path("/fonts/arial.ttf"))
 
 

@@ -1,5 +1,9 @@
+import ast
 import logging
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -9,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
+from PIL import Image
 
 from mllm_protector import prompts, rewrites
 from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder
 from mllm_protector.data.tokens import choose_pad_id
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.images import ImageFile
 from mllm_protector.models.backbone import Backbone, FullTuning
-from mllm_protector.models.guard_file import GuardFile, save_part
+from mllm_protector.models.guard_file import GuardFile
+from mllm_protector.models.parts import save_part
 from mllm_protector.protector import ProtectedMLLM, Protector, Refusal, Rewrite
-from mllm_protector.records import Outcome, Question, Reply
+from mllm_protector.records import Failure, Outcome, Question, Reply
 from mllm_protector.rewrites import Fault
 from tests.models.builders import save_tiny_classifier_base
 
@@ -49,7 +56,7 @@ class Rewrites:
         self.rule = rule
         self.calls: list[tuple[list[str], list[str]]] = []
 
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
+    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
         self.calls.append((list(queries), list(answers)))
         return replay(self.rule, answers)
 
@@ -58,7 +65,7 @@ class Rewrites:
 
 
 class Tries:
-    """A corrector that can try again: one rule for each attempt, the last one for all that follow."""
+    """A corrector that can write several texts: one rule an attempt, the last one for all that follow."""
 
     def __init__(self, *rules: Any) -> None:
         self.rules = rules
@@ -112,7 +119,7 @@ def test_the_detector_only_arm_refuses_what_it_flags():
 
 
 def test_the_refusal_needs_one_answer_for_each_query():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(InputError, match="queries has 1, answers has 0"):
         Refusal().correct(queries=["q"], answers=[])
 
 
@@ -132,7 +139,7 @@ def test_a_score_at_the_threshold_is_flagged(harm: float, threshold: float, outc
     assert (reply.outcome, reply.harm) == (outcome, harm)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan, True])
 def test_a_threshold_that_is_no_probability_is_refused(threshold: float):
     with pytest.raises(InputError, match=f"threshold={threshold}"):
         protector(threshold=threshold)
@@ -335,10 +342,57 @@ def test_only_rows_without_a_good_rewrite_are_tried_again_all_at_once():
     assert guarding.rejections == {"empty": 2, "harmful": 1}
 
 
-def test_a_corrector_that_cannot_try_again_is_asked_once():
-    guarding = protector(rewrites=lambda _: "")
-    guard(guarding, SECRET)
-    assert len(guarding.corrector.calls) == 1
+class WithoutAttempt:
+    """A wrapper that was written before rewrites were tried again."""
+
+    def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
+        return [REWRITE for _ in answers]
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_corrector_that_takes_no_attempt_is_refused_at_once():
+    with pytest.raises(InputError, match=r"^WithoutAttempt\.correct: must take queries, answers and attempt"):
+        Protector(Scores(honest), WithoutAttempt(), 0.5)
+
+
+def test_every_corrector_of_the_package_can_be_tried_again():
+    """Wrappers among them: none may swallow the attempt."""
+    for path in sorted(Path(prompts.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "correct":
+                assert "attempt" in {each.arg for each in node.args.kwonlyargs}, f"{path.name}:{node.lineno}"
+
+
+def test_an_answer_that_is_too_long_is_refused_unread(caplog: pytest.LogCaptureFixture):
+    guarding = Protector(Scores(honest), Tries(lambda _: REWRITE), 0.5, max_answer_tokens=10)
+    longest = "a" * 40
+    for name, answer in {
+        "letters": longest + "a",
+        "characters of many bytes": "\u6771" * 14,
+        "few that become many": "\ufdfa" * 13,
+        "many that become none": "\u200b" * 14,
+    }.items():
+        replies = guard(guarding, longest, answer)
+        assert replies == [
+            Reply(id="0", raw=longest, harm=0.1, final=longest, outcome=Outcome.ALLOWED),
+            Reply(id="1", raw=answer, harm=None, final=prompts.REFUSAL, outcome=Outcome.TOO_LONG),
+        ], name
+        [rewrite] = guarding.rewrite(queries=["q"], answers=[answer])
+        assert rewrite == Rewrite(text=prompts.REFUSAL, outcome=Outcome.TOO_LONG), name
+    assert guarding.detector.calls == [[longest]] * 4
+    assert guarding.corrector.calls == []
+    assert guarding.identity()["max_answer_tokens"] == 10
+    assert caplog.text == ""
+
+
+def test_what_is_too_long_is_found_in_no_time_by_default():
+    guarding = protector()
+    start = time.perf_counter()
+    assert guard(guarding, "a b " * 2_500_000)[0].outcome == Outcome.TOO_LONG
+    assert guard(guarding, "a b " * 30_000)[0].outcome == Outcome.ALLOWED
+    assert time.perf_counter() - start < 5  # alone 0.1 s
 
 
 @pytest.mark.parametrize("bad", BAD_REWRITES.values(), ids=BAD_REWRITES)
@@ -400,15 +454,16 @@ def test_a_group_has_its_own_threshold_for_answers_and_rewrites():
 
 
 def test_groups_are_one_for_each_answer():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(InputError, match="answers has 1, groups has 0"):
         protector().guard(queries=["q"], answers=["a"], groups=[])
 
 
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(InputError, match=r"group_thresholds\.x=2"):
         Protector(Scores(honest), Refusal(), 0.5, group_thresholds={"x": 2})
-    with pytest.raises(InputError, match="max_rewrites=0"):
-        Protector(Scores(honest), Refusal(), 0.5, max_rewrites=0)
+    for key in ("max_rewrites", "max_answer_tokens"):
+        with pytest.raises(InputError, match=f"{key}=0"):
+            Protector(Scores(honest), Refusal(), 0.5, **{key: 0})
 
 
 def test_numpy_scores_become_plain_numbers():
@@ -423,15 +478,31 @@ def test_nothing_to_guard_gives_nothing():
     assert guarding.detector.calls == []
 
 
-@pytest.mark.parametrize(
-    ("queries", "answers", "ids"),
-    [(["q"], [], None), ([], ["a"], None), (["q"], ["a"], []), (["q"], ["a"], ["1", "2"])],
-)
-def test_lists_of_different_lengths_are_refused(
-    queries: list[str], answers: list[str], ids: list[str] | None
-):
-    with pytest.raises(ValueError, match="zip"):
-        protector().guard(queries=queries, answers=answers, ids=ids)
+def test_what_are_no_lists_of_the_same_length_is_told_in_one_line():
+    one, texts = ["a"], "must be a list, not a text; write "
+    for lists, told in (
+        ({"queries": "abc", "answers": "xyz"}, f"queries: {texts}queries=[...]"),
+        ({"queries": one, "answers": "x"}, f"answers: {texts}answers=[...]"),
+        ({"queries": one, "answers": one, "ids": "1"}, f"ids: {texts}ids=[...]"),
+        ({"queries": one, "answers": one, "groups": "g"}, f"groups: {texts}groups=[...]"),
+        ({"queries": {"a": 1}, "answers": one}, "queries: must be a list, not of type dict"),
+        ({"queries": one, "answers": {"a"}}, "answers: must be a list, not of type set"),
+        ({"queries": one, "answers": iter(one)}, "answers: must be a list, not of type list_iterator"),
+        ({"queries": one, "answers": 7}, "answers: must be a list, not of type int"),
+        ({"queries": one, "answers": [*one, {"text": "b"}]}, "queries has 1, answers has 2"),
+        ({"queries": one, "answers": [{"text": "b"}]}, "answers[0]: must be a text, not of type dict"),
+        ({"queries": [None], "answers": one}, "queries[0]: must be a text, not of type NoneType"),
+        ({"queries": [], "answers": one}, "queries has 0, answers has 1"),
+        ({"queries": one, "answers": one, "ids": ["1", "2"]}, "queries has 1, answers has 1, ids has 2"),
+        ({"queries": one, "answers": one, "groups": []}, "answers has 1, groups has 0"),
+    ):
+        with pytest.raises(InputError) as caught:
+            protector().guard(**lists)
+        assert told in str(caught.value), lists
+        assert "\n" not in str(caught.value)
+        if not {"ids"} & {*lists}:
+            with pytest.raises(InputError):
+                protector().rewrite(**lists)
 
 
 class Parrot:
@@ -459,8 +530,71 @@ def test_a_protected_mllm_is_an_mllm():
         "threshold": 0.5,
         "group_thresholds": {},
         "max_rewrites": 2,
+        "max_answer_tokens": 32_768,
         "checks": rewrites.VERSION,
     }
+
+
+class Seeing(Parrot):
+    """Says what it was shown."""
+
+    def generate(self, questions: Sequence[Question]) -> list[str | Failure]:
+        return [
+            Failure(reason="no reply")
+            if each.text == "fail"
+            else f"{each.text}{each.image and each.image.load().size}"
+            for each in questions
+        ]
+
+
+def test_an_mllm_is_asked_in_words_and_with_an_image(tmp_path: Path):
+    image, file = Image.new("RGB", (3, 2)), tmp_path / "a picture.png"
+    image.save(file)
+    guarded = ProtectedMLLM(Seeing(), protector())
+    assert guarded.ask("What?") == "What?None"
+    assert guarded.ask(SECRET) == REWRITE
+    for shown in (file, str(file), image, ImageFile(file)):
+        assert guarded.ask("What?", shown) == guarded.ask("What?", image=shown) == "What?(3, 2)"
+    asked = [question("a"), "b", ("c", image), ("d", None), ("harmful", str(file))]
+    assert guarded.generate(asked) == ["aNone", "bNone", "c(3, 2)", "dNone", REWRITE]
+    assert guarded.generate(["fail"]) == [Failure(reason="no reply")]
+    with pytest.raises(RunError, match="the MLLM made no answer: no reply"):
+        guarded.ask("fail")
+
+
+def test_what_is_no_question_or_image_is_told_in_one_line_and_nothing_is_fetched(tmp_path: Path):
+    guarded = ProtectedMLLM(Seeing(), protector())
+    for asked, told in (
+        ("What?", "questions: must be a list, not a text"),
+        ({"text": "What?"}, "questions: must be a list, not of type dict"),
+        (
+            [{"text": "What?"}],
+            "questions[0]: must be a Question, a text, or a pair (text, image), not of type dict",
+        ),
+        (["What?", None], "questions[1]: must be"),
+        ([(None, None)], "questions[0]: must be"),
+        ([("What?", "http://x/y.png")], "image=http://x/y.png: nothing is fetched from an address"),
+        ([("What?", "data:image/png;base64,AAAA")], "nothing is fetched from an address"),
+        ([("What?", "file:///etc/passwd")], "nothing is fetched from an address"),
+        ([("What?", tmp_path / "none.png")], "none.png: no such file"),
+        ([("What?", tmp_path)], "no such file"),
+        ([("What?", b"png")], "image: must be a file's path or a PIL image, not of type bytes"),
+    ):
+        with pytest.raises(InputError) as caught:
+            guarded.generate(asked)
+        assert told in str(caught.value), asked
+        assert "\n" not in str(caught.value)
+
+
+def test_the_package_names_its_main_parts_and_imports_them_late():
+    code = (
+        "import sys, mllm_protector; assert not {'torch', 'transformers', 'PIL'} & {*sys.modules};"
+        "from mllm_protector import ProtectedMLLM, Protector, Question, load_mllm;"
+        "assert ProtectedMLLM.ask and Protector.guard and Question and load_mllm"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(ImportError, match="Guard"):
+        from mllm_protector import Guard  # noqa: F401
 
 
 def test_an_mllm_that_loses_an_answer_is_told(monkeypatch: pytest.MonkeyPatch):

@@ -32,7 +32,6 @@ HOSTILE = {
     "byte order mark inside the file": (b"\xef\xbb\xbf" + GOOD, "not valid JSON"),
     "raw NUL": (b'{"query": "q", "answer": "a\0"}', "not valid JSON"),
     "escaped NUL": (b'{"query": "q", "answer": "a\\u0000"}', "field 'answer' contains a NUL character"),
-    "lone surrogate": (b'{"query": "q", "answer": "\\ud800"}', "half of a surrogate pair"),
     "NaN": (b'{"query": "q", "answer": NaN}', "NaN is not JSON"),
     "duplicate key": (b'{"query": "q", "answer": "a", "answer": "b"}', "field 'answer' stands there twice"),
     "nested 5000 deep": (DEEP, "nested too deeply"),
@@ -268,3 +267,9 @@ def test_pictures_in_a_parquet_file_are_not_read(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
     [found] = read_rows(tmp_path / "rows.parquet", texts_only=True)
     assert found.value == {"query": "q", "answer": "a"}
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_whole_pairs_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"query": "q", "answer": "half \\ud800, whole \\ud83d\\ude00"}\n')
+    assert read_records(path, parse).records == [("q", "half \ufffd, whole \U0001f600")]

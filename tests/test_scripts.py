@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mllm_protector.metrics import DETECTION_METRICS
+from mllm_protector.outputs import MARKER, WRITES
 from mllm_protector.training.detoxifier import METRICS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -173,7 +174,7 @@ def test_runs_are_compared_and_what_cannot_be_is_refused(home: Path) -> None:
     assert "written: outputs/other" in said
     runs = "runs=[outputs/mmsafety,outputs/other]"
     run_well("compare_runs", runs, "judges=[keyword]", cwd=home)
-    assert {path.name for path in (home / "outputs" / "comparison").iterdir()} == {
+    assert {path.name for path in (home / "outputs" / "comparison").glob("[!.]*")} == {
         f"compare.{ending}" for ending in ("json", "md", "html")
     }
     less = ("benchmarks.toy.kinds=[TEXT]", "output_dir=outputs/less")
@@ -193,6 +194,23 @@ def test_libraries_keep_quiet(home: Path, name: str) -> None:
 
 def test_the_scripts_leave_nothing_but_their_outputs(home: Path) -> None:
     assert {path.name for path in home.iterdir()} == {"outputs", "said.json"}
+
+
+def test_all_that_a_command_leaves_is_among_the_names_that_it_claims(home: Path) -> None:
+    commands = {
+        "detector": "train_detector",
+        "detoxifier": "train_detoxifier",
+        "mmsafety": "evaluate",
+        "toy_mllm": "toy_mllm",
+    }
+    for name, command in commands.items():
+        folder = home / "outputs" / name
+        claimed = {path for pattern in WRITES[command] for path in folder.glob(pattern)}
+        # Those two have markers of their own.
+        files = {path for path in folder.rglob("*") if path.is_file()} - set(folder.glob("backbone/*"))
+        files -= {path for path in files if "toy_benchmark" in path.parts}
+        left = {path for path in files if not claimed & {path, *path.parents}}
+        assert left <= {folder / MARKER}, name
 
 
 def test_the_same_training_may_be_repeated_but_no_other_one_in_its_folder(home: Path) -> None:

@@ -20,7 +20,7 @@ from mllm_protector.benchmarking.shape import Precision, Shape
 from mllm_protector.benchmarking.workload import Workload, read_texts, useful_training_flops
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
-from mllm_protector.files import write_json
+from mllm_protector.files import write_bytes, write_json
 from mllm_protector.models.backbone import pick_device
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,6 @@ def run_benchmark(
     texts = read_texts(data, model, pairs=pairs, rewrites=2 * slots, max_length=max_length, seed=seed)
     bench = Bench(model, texts, settings)
     measured, peaks = _measure(bench, entries, rounds, seed)
-    folder.mkdir(parents=True, exist_ok=True)
 
     def write(memories: Mapping[Entry, Sequence[int | None]]) -> list[dict[str, Any]]:
         results = [
@@ -112,7 +111,7 @@ def run_benchmark(
     curves = _curves(bench, entries, curve_steps, curve_pairs)
     if curves:
         write_json(folder / "loss_curves.json", curves)
-        (folder / "loss_curves.png").write_bytes(report.chart(curves))
+        write_bytes(folder / "loss_curves.png", report.chart(curves))
     log.info("written: %s", folder)
     return results
 

@@ -31,6 +31,7 @@ from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.files import read_json
 from mllm_protector.models.backbone import Backbone, FullTuning
+from mllm_protector.models.bases import provenance
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.replay import Replay
@@ -167,7 +168,7 @@ def save_detector(folder: Path, seed: int) -> None:
         GuardFile,
         kind="detector",
         tuning="full",
-        base=asdict(backbone),
+        **provenance(backbone),
         prompt=encoder.prompt,
         max_length=MAX_LENGTH,
         pad_id=encoder.pad_id,
@@ -244,6 +245,7 @@ def _evaluate(
             mllm=partial(Replay, path=str(answers)),
             judges={"keyword": KeywordJudge},
             detector=str(detector),
+            base=None,
             detoxifier="",
             arms=ARMS,
             threshold=None,

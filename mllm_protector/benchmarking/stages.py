@@ -235,9 +235,9 @@ class _TimedCorrector:
     def __init__(self, corrector: Corrector, watch: Stopwatch) -> None:
         self._corrector, self._watch = corrector, watch
 
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
+    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
         with self._watch.on("rewriting", len(queries)):
-            return self._corrector.correct(queries=queries, answers=answers)
+            return self._corrector.correct(queries=queries, answers=answers, attempt=attempt)
 
     def identity(self) -> dict[str, Any]:
         return self._corrector.identity()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mllm_protector.errors import RunError
-from mllm_protector.files import content_key, file_digest
+from mllm_protector.files import content_key, file_digest, system_error
 
 VARIABLE = "MLLM_PROTECTOR_CACHE"
 
@@ -61,10 +61,12 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         except OSError:
             if not folder.is_dir():  # another process was faster
                 raise
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and system_error(error) is None:
+            raise
         raise RunError(
-            f"{folder}: cannot be written ({error.strerror or error}); make room, or name another place "
-            f"in the environment variable {VARIABLE}"
+            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); make room, or name "
+            f"another place in the environment variable {VARIABLE}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

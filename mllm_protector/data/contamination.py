@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.fuzz import partial_ratio_alignment
 
-from mllm_protector.data.duplicates import THRESHOLD, least_common, require_share, words
+from mllm_protector.data.duplicates import THRESHOLD, least_common, require_share
+from mllm_protector.data.queries import query_key, words
 
 _WHOLE_TEXT_BELOW = 4
 _EXAMPLES = 10
@@ -85,7 +86,7 @@ class QuestionIndex:
             yield from self.find_in(words(text), row)
 
     def find_in(self, text: Sequence[str], row: int) -> Iterator[Match]:
-        """The questions in one text that is given in words (``duplicates.words``)."""
+        """The questions in one text that is given in words (``queries.words``)."""
         distinct = frozenset(text)
         candidates = {index for word in distinct & self._by_word.keys() for index in self._by_word[word]}
         for index in sorted(candidates):
@@ -115,7 +116,7 @@ def _best_passage(question: Sequence[str], text: Sequence[str]) -> tuple[int, in
 
 def question_digest(text: str) -> str:
     """16 hexadecimal digits that stand for a question: the same for the same words."""
-    return hashlib.sha256(" ".join(words(text)).encode()).hexdigest()[:16]
+    return hashlib.sha256(query_key(text).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

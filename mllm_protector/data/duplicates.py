@@ -1,7 +1,7 @@
 """Near duplicates among a million texts, in memory that holds none of them.
 
 Two texts are compared word by word, without regard to case, punctuation, Unicode form and spacing
-(``words``). Their share is that of the words which both have in the same order: the longest common
+(``queries.words``). Their share is that of the words which both have in the same order: the longest common
 subsequence, divided by the length of the longer text. One changed word in a text of n leaves (n - 1) / n, so
 with the threshold of 0.85 it is found from 7 words on, and shorter texts are duplicates only where all words
 are equal.
@@ -15,8 +15,6 @@ It knows nothing of meaning: other words for the same, or sentences in another o
 import hashlib
 import math
 import random
-import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
@@ -27,15 +25,11 @@ from rapidfuzz.distance import LCSseq
 from rensa import RMinHash
 from tqdm import tqdm
 
+from mllm_protector.data.queries import words
 from mllm_protector.errors import InputError
 
 THRESHOLD = 0.85
 """The least share of near duplicates: one word in seven may differ."""
-
-# Chinese and Japanese are written without spaces: each character is a word.
-_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = re.compile(rf"[^\W_{_IDEOGRAPHS}]+|[{_IDEOGRAPHS}]")
-_INSIDE_WORDS = re.compile("['\u2019\u02bc\u00ad\u200b-\u200f\u2060\ufeff]")
 
 _SLOTS = 128
 _SLOTS_IN_BAND = 4
@@ -43,18 +37,6 @@ _GROUPINGS = 3
 _NEIGHBOURS = 4
 _KEPT = 4
 _ROWS_AT_ONCE = 1024
-
-
-def words(text: str) -> list[str]:
-    """The words of a text as they are compared: folded case, one Unicode form, no punctuation.
-
-    An apostrophe or an invisible character joins what stands on both sides of it: "don't" is "dont".
-    """
-    if text.isascii():
-        text = text.lower()
-    else:
-        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return _WORD.findall(_INSIDE_WORDS.sub("", text))
 
 
 def require_share(**given: float) -> None:

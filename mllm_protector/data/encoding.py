@@ -9,6 +9,9 @@ answer is exact. (A detector that was trained on prompt and texts in one piece r
 user's text is encoded with ``split_special_tokens``: ``</s>`` in an answer is four characters, not the end
 of the sequence.
 
+What a detector reads is normalised (``normalisation``), in training as in use: the same words disguised are
+the same words. A detoxifier reads texts as they are.
+
 No text is dropped without a count. A detector reads a long answer in windows (``DetectorEncoder.windows``);
 a detoxifier, which must read it at once, sees its head and its tail.
 """
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mllm_protector import prompts
+from mllm_protector import normalisation, prompts
 from mllm_protector.data.layout import OVERLAP, fit, lay_out, window_starts
 from mllm_protector.data.tokens import (
     JoinedPrompt,
@@ -35,6 +38,7 @@ from mllm_protector.data.tokens import (
     without_pad,
 )
 from mllm_protector.errors import InputError
+from mllm_protector.normalisation import normalised, readings
 from mllm_protector.records import Correction, LabelledAnswer
 
 log = logging.getLogger(__name__)
@@ -123,6 +127,7 @@ class DetectorEncoder:
         """All that the ids of a text depend on beside the tokenizer and this code, for JSON."""
         return {
             "kind": "detector",
+            "normalisation": normalisation.VERSION,
             "prompt": self.prompt,
             "joined": self.joined,
             "max_length": self.max_length,
@@ -132,14 +137,15 @@ class DetectorEncoder:
         }
 
     def encode(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
-        """Token ids of each rendered pair, one row each: what a detector learns from.
+        """Token ids of each rendered pair, normalised, one row each: what a detector learns from.
 
         A pair too long for ``max_length`` loses the end of its answer (``truncated`` counts it): its label is
         that of the whole answer, and the head is what an answer in use begins with. The question gives way
         as in ``windows``.
         """
+        queries, answers = [*map(normalised, queries)], [*map(normalised, answers)]
         if self._whole is not None:
-            each = self.windows(queries=queries, answers=answers)
+            each = self._windows(queries, answers, None, OVERLAP)
             self.truncated += sum(len(rows) > 1 for rows in each)
             return [rows[0] for rows in each]
         rendered = []
@@ -162,7 +168,8 @@ class DetectorEncoder:
         An answer that fits gives the one row that ``encode`` gives. Of a longer one every token stands in at
         least one row; ``layout.window_starts`` says how the rows overlap. A question gives way only where
         the pair does not fit, to what the answer (or one window of it) leaves and never to less than half of
-        the room: its head and tail stay, with ``prompts.GAP`` between them. ``shortened`` counts it.
+        the room: its head and tail stay, with ``prompts.GAP`` between them. ``shortened`` counts it. A pair
+        that normalisation changes much is read as it was written, too, in further rows.
 
         Args:
             queries: what was asked.
@@ -173,6 +180,14 @@ class DetectorEncoder:
         Returns:
             The rows of each answer, in the answer's order.
         """
+        each = [readings(*pair) for pair in zip(queries, answers, strict=True)]
+        asked, said = zip(*(pair for pairs in each for pair in pairs), strict=True) if each else ((), ())
+        rows = iter(self._windows(asked, said, window, overlap))
+        return [[row for _ in pairs for row in next(rows)] for pairs in each]
+
+    def _windows(
+        self, queries: Sequence[str], answers: Sequence[str], window: int | None, overlap: float
+    ) -> list[list[list[int]]]:
         if self._whole is not None:
             pairs = self._whole.windows(queries, answers, window, overlap)
             for pair in pairs:
@@ -268,7 +283,7 @@ class DetoxifierEncoder:
             else lay_out(prompt, own, first=special_affixes(tokenizer)[0])
         )
         self._gap = own(prompts.GAP)
-        self.room(reserve=1)
+        self.room()
         self.truncated = 0
         self.shortened = 0
 
@@ -284,34 +299,46 @@ class DetoxifierEncoder:
             "max_length": self.max_length,
             "pad_id": self.pad_id,
             "end_id": self.end_id,
+            "room": self.room(),
             "layout": self._layout.parts,
             "gap": self._gap,
         }
 
-    def room(self, *, reserve: int) -> int:
-        """How many tokens the query and the answer may have where ``reserve`` are to be written.
+    def room(self, *, reserve: int = 0) -> int:
+        """How many tokens the query and the answer may have, in training as in use.
+
+        The room for what is to be written (``longest_target`` tokens) is never given to them, however short
+        it turns out to be: what is read in use is what was read in training.
+
+        Args:
+            reserve: tokens to be written, where these are more.
 
         Raises:
-            InputError: fewer than two.
+            InputError: fewer than two are left.
         """
+        reserve = max(reserve, self.longest_target)
         room = self.max_length - reserve - self._layout.size
         if room < 2:
             raise InputError(
-                f"max_length={self.max_length}: too short for the prompt, two texts and {reserve} new, "
-                f"which take at least {self._layout.size + reserve + 2} tokens"
+                f"max_length={self.max_length}: too short; the prompt takes {self._layout.size} tokens and "
+                f"{reserve} are kept for what is to be written, so {max(room, 0)} are left for two texts"
             )
         return room
 
     def encode(self, *, queries: Sequence[str], answers: Sequence[str], reserve: int = 0) -> list[list[int]]:
-        """Prompt ids of each (query, harmful answer), at most ``max_length - reserve`` long.
+        """Prompt ids of each (query, harmful answer), which have at most ``room`` beside the prompt.
 
         Where they do not fit, the query is cut first, to no less than half of the room, then the answer. A
         text that is cut keeps its head and its tail, with ``prompts.GAP`` between them: harm may stand at
-        either end. The room for what is to be written (``reserve``) is never given away. ``truncated``
-        counts such rows.
+        either end. ``truncated`` counts such rows.
+
+        Args:
+            queries: what was asked.
+            answers: what was flagged.
+            reserve: as for ``room``.
 
         Raises:
-            InputError: ``reserve`` leaves no room at all.
+            InputError: as ``room``.
         """
         room = self.room(reserve=reserve)
         rendered = []
@@ -321,18 +348,19 @@ class DetoxifierEncoder:
         return rendered
 
     def encode_records(self, records: Sequence[Correction]) -> list[EncodedCorrection]:
-        """Training records as prompt and target ids, prompts cut as ``encode`` cuts them.
+        """Training records as prompt and target ids, prompts as ``encode`` makes them.
 
-        Targets keep their first ``longest_target`` tokens: what is learnt to be written has no gap.
+        Targets keep their first ``longest_target`` tokens: what is learnt to be written has no gap. One that
+        is cut has no end token: it would teach to stop in the middle.
         """
         pairs = encode_pairs(
             self.tokenizer, [record.query for record in records], [record.rejected for record in records]
         )
         targets = encode_texts(self.tokenizer, [record.accepted for record in records])
+        room = self.room()
         rendered = []
         for (query, answer), accepted in zip(pairs, targets, strict=True):
-            target = [*accepted[: self.longest_target - 1], self.end_id]
-            room = self.room(reserve=len(target))
+            target = [*accepted, self.end_id][: self.longest_target]
             self.truncated += len(query) + len(answer) > room or len(accepted) >= self.longest_target
             rendered.append(
                 EncodedCorrection(self._layout.fill(*fit(query, answer, room, self._gap)), target)

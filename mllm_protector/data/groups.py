@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.data.splits import same_query
+from mllm_protector.data.queries import query_key
 from mllm_protector.reading import read_records, text_field
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    """The group of each query, by ``same_query``.
+    """The group of each query, by ``query_key``.
 
     Args:
         path: a file with the fields ``query`` and ``group``.
@@ -20,6 +20,6 @@ def read_groups(path: Path) -> dict[str, str]:
     """
 
     def parse(row: Mapping[str, Any]) -> tuple[str, str]:
-        return same_query(text_field(row, "query")), text_field(row, "group")
+        return query_key(text_field(row, "query")), text_field(row, "group")
 
     return dict(read_records(path, parse, key=lambda row: row[0]).records)

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm_protector.data.queries import opening_key
 from mllm_protector.data.selection import Duplicates, Texts, near_copies, texts_of
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import SourceAccount, Splits, digest, make_splits, same_query
+from mllm_protector.data.splits import SourceAccount, Splits, digest, make_splits
 from mllm_protector.data.table import Joined, chosen
 from mllm_protector.errors import InputError
+from mllm_protector.files import expand
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,14 @@ class Mixture:
         for name, source in self.sources.items():
             if isinstance(source, Mixture):
                 raise InputError(f"sources.{name}: a mixture cannot be a source of another; name its sources")
+        taken: dict[Path, str] = {}
+        for name, source in self.sources.items():
+            if quarantine := getattr(source, "quarantine", None):
+                other = taken.setdefault(expand(quarantine).resolve(), name)
+                if other != name:
+                    raise InputError(
+                        f"sources.{name}.quarantine={quarantine}: is that of {other} too; name one for each"
+                    )
         for name, weight in (self.weights or {}).items():
             if name not in self.sources:
                 raise InputError(
@@ -135,4 +146,4 @@ def _drop_held_out(parts: Sequence[_Part]) -> None:
 
 
 def _queries(records: Sequence[Any]) -> NDArray[np.uint64]:
-    return np.fromiter((digest(0, same_query(record.query)) for record in records), np.uint64)
+    return np.fromiter((digest(0, opening_key(record.query)) for record in records), np.uint64)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector.data import contamination as checks
-from mllm_protector.data import duplicates
+from mllm_protector.data import duplicates, queries
 from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.contamination import check_contamination
 from mllm_protector.data.report import data_report, write_data_report
@@ -73,7 +73,7 @@ class Prepared(Generic[T]):
         """Write ``data_report.md`` and ``data_report.json``, and return the latter.
 
         Raises:
-            InputError: they cannot be written.
+            OSError: they cannot be written.
         """
         report = data_report(
             [source.as_json() for source in self.splits.sources],
@@ -82,10 +82,7 @@ class Prepared(Generic[T]):
             fingerprint=self.splits.fingerprint,
             contamination=self.contamination,
         )
-        try:
-            write_data_report(folder, report)
-        except OSError as error:
-            raise InputError(f"output_dir={folder}: cannot be written to ({error.strerror})") from error
+        write_data_report(folder, report)
         return report
 
 
@@ -161,7 +158,7 @@ def _look(
         name: sorted({question.text for question in benchmark.load().questions})
         for name, benchmark in benchmarks.items()
     }
-    key = content_key(splits.fingerprint, asked, code_digest(checks, duplicates))
+    key = content_key(splits.fingerprint, asked, code_digest(checks, duplicates, queries))
 
     def make(folder: Path) -> None:
         found = check_contamination((record.query for record in splits.train), asked)

@@ -143,8 +143,9 @@ class HHRLHF(Published[AnswerPair]):
 
     Attributes:
         subset: the folder of the set that the hub is asked for.
-        context: ``last`` takes the last human turn as the query, ``all`` the whole dialogue before the
-            last answer, with its names of speakers.
+        context: ``last`` takes the last human turn as the query and leaves out earlier ones, which 71 % of
+            the rows have; ``all`` takes the whole dialogue before the last answer, with its names of
+            speakers, and dialogues with one beginning stay in one split (``queries.opening_key``).
     """
 
     subset: str

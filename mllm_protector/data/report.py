@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from mllm_protector.data.queries import query_key
 from mllm_protector.data.report_markdown import render as render
-from mllm_protector.data.splits import digest, same_query
+from mllm_protector.data.splits import digest
 from mllm_protector.files import write_text
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
@@ -32,7 +33,7 @@ def describe(records: Iterable[AnswerPair | LabelledAnswer]) -> dict[str, Any]:
     """What records hold, in one pass: 8 bytes are kept of each record, and a count of each different length.
 
     Returns:
-        ``records``; ``queries``, the different ones without regard to case and spacing; ``kinds``, records by
+        ``records``; ``queries``, the different ones by ``query_key``; ``kinds``, records by
         the labels of their answers; ``answers`` by label; ``scenarios``, answers by scenario and label;
         ``characters`` and ``words``, percentiles of the lengths of queries (one a record) and answers.
     """
@@ -43,7 +44,7 @@ def describe(records: Iterable[AnswerPair | LabelledAnswer]) -> dict[str, Any]:
         (unit, text): Counter() for unit in ("characters", "words") for text in ("query", "answer")
     }
     for record in records:
-        queries.append(digest(0, same_query(record.query)))
+        queries.append(digest(0, query_key(record.query)))
         kinds[_kind(record)] += 1
         texts = [("query", record.query)]
         for answer, harmful in _answers(record):

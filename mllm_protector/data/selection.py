@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector import reading
-from mllm_protector.data import duplicates, table
+from mllm_protector.data import duplicates, queries, table
 from mllm_protector.data.cache import cached, code_digest
+from mllm_protector.data.quarantine import require_place, write_bad_rows
 from mllm_protector.data.splits import (
     Origin,
     SourceAccount,
@@ -51,7 +52,8 @@ class Selection(ABC, Generic[T]):
         limit: how many records to keep, chosen before the split; ``None`` keeps all.
         duplicates: ``keep`` keeps every row, ``exact`` only the first of equal ones (see ``distinct``), and
             ``near`` drops what is nearly an earlier row too (see ``duplicates.near_duplicates``).
-        quarantine: ``None`` stops at the first bad row; a file collects the bad rows and reading goes on.
+        quarantine: ``None`` stops at the first bad row; a file collects the bad rows and reading goes on. It
+            replaces one of an earlier run and no other file.
     """
 
     path: str | None
@@ -71,6 +73,8 @@ class Selection(ABC, Generic[T]):
             raise InputError(f"validation_fraction={self.validation_fraction}: must lie between 0 and 1")
         if self.limit is not None and self.limit < 2:
             raise InputError(f"limit={self.limit}: must be at least 2, one record for each split")
+        if self.quarantine is not None:
+            require_place(self.quarantine, self.path)
 
     @abstractmethod
     def origin(self) -> Origin:
@@ -96,7 +100,8 @@ class Selection(ABC, Generic[T]):
         origin = self.origin()
         folder = self._stored(origin)
         account = _read_account(folder)
-        self._set_aside(account)
+        if self.quarantine is not None:
+            write_bad_rows(self.quarantine, account.bad_rows)
         rows: Rows[T] = Rows(Table(folder / TABLE), np.arange(account.kept))
         if self.duplicates != "keep":
             rows = rows.take(distinct(np.load(folder / TEXTS), np.load(folder / LABELS), account))
@@ -162,19 +167,6 @@ class Selection(ABC, Generic[T]):
         write_json(
             folder / ACCOUNT, {"read": account.read, "kept": account.kept, "dropped": dict(account.dropped)}
         )
-
-    def _set_aside(self, account: Account) -> None:
-        """Write the bad rows to the quarantine file, and nothing else: an older file there goes."""
-        if self.quarantine is None:
-            return
-        quarantine = expand(self.quarantine)
-        try:
-            if account.bad_rows:
-                write_jsonl(quarantine, account.bad_rows)
-            else:
-                quarantine.unlink(missing_ok=True)
-        except OSError as error:
-            raise InputError(f"{quarantine}: cannot hold the bad rows ({error.strerror})") from error
 
 
 TABLE, TEXTS, LABELS = "rows.arrow", "texts.npy", "labels.npy"
@@ -271,7 +263,7 @@ def near_copies(texts: Texts, content: list[Any]) -> NDArray[np.int64]:
         texts: of records.
         content: what they are, as JSON: the work of minutes is done once.
     """
-    key = content_key(content, code_digest(duplicates))
+    key = content_key(content, code_digest(duplicates, queries))
 
     def make(folder: Path) -> None:
         np.save(folder / "first.npy", duplicates.near_duplicates(texts, threshold=duplicates.THRESHOLD))

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm_protector.data.queries import opening_key
 from mllm_protector.errors import InputError
 from mllm_protector.reading import tally
 from mllm_protector.records import AnswerPair, LabelledAnswer
@@ -126,8 +127,9 @@ def make_splits(
 def held_out(records: Iterable[T], fraction: float, seed: int) -> NDArray[np.bool_]:
     """Which records validate, so that no query stands in both parts.
 
-    Queries are compared without regard to case and spacing, and ordered by a hash, so that the split
-    neither depends on the order of the records nor on the platform.
+    Queries are the same by ``opening_key``, so dialogues that begin alike stay together. They are ordered by
+    a hash (of several spellings by the lowest), so that the split neither depends on the order of the
+    records nor on the platform.
 
     Args:
         records: pairs or labelled answers.
@@ -137,19 +139,23 @@ def held_out(records: Iterable[T], fraction: float, seed: int) -> NDArray[np.boo
     Raises:
         InputError: fewer than two different queries.
     """
-    digests = np.fromiter((digest(seed, same_query(record.query)) for record in records), np.uint64)
-    different, sizes = np.unique(digests, return_counts=True)
+    asked = np.fromiter(
+        (
+            (digest(0, opening_key(record.query)), digest(seed, " ".join(record.query.casefold().split())))
+            for record in records
+        ),
+        np.dtype([("query", np.uint64), ("place", np.uint64)]),
+    )
+    different, query = np.unique(asked["query"], return_inverse=True)
     if len(different) < 2:
         raise InputError(f"{len(different)} different queries cannot be split; at least two are needed")
+    lowest = np.full(len(different), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(lowest, query, asked["place"])
+    places, sizes = np.unique(lowest[query], return_counts=True)
     held = np.cumsum(sizes[:-1])
-    cut = np.argmin(np.abs(held - fraction * len(digests)))
-    chosen: NDArray[np.bool_] = digests <= different[cut]
+    cut = np.argmin(np.abs(held - fraction * len(asked)))
+    chosen: NDArray[np.bool_] = lowest[query] <= places[cut]
     return chosen
-
-
-def same_query(query: str) -> str:
-    """A query without case and spacing: equal for queries that count as the same."""
-    return " ".join(query.casefold().split())
 
 
 def as_json(record: AnswerPair | LabelledAnswer) -> str:

@@ -1,4 +1,6 @@
-"""The figures of a detector and its floor on the same answers: pure functions of labels, scores and queries.
+"""The figures of a detector and its baselines on the same answers.
+
+Pure functions of labels, scores and queries.
 
 Shares have Wilson's interval on the number of independent answers that they are worth; what has no such
 formula has a bootstrap over queries.
@@ -45,12 +47,12 @@ def figures_of_all(
     pairs: Sequence[tuple[int, int]],
     *,
     seed: int,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
-    """The figures of each column of scores, and how far the detector is above the floor.
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The figures of each column of scores, and how far the detector is above each of the others.
 
     Args:
         labels: True for harmful; both kinds occur.
-        columns: what scored (``detector``, and perhaps ``floor``) -> P(harmful) of each answer.
+        columns: what scored (``detector``, and its baselines) -> P(harmful) of each answer.
         flags: what scored -> whether each answer reaches its threshold.
         clusters: (N,) from 0 without gaps; answers to one query have the same number.
         pairs: of places: the answer that should score lower, and the one that should score higher.
@@ -76,13 +78,12 @@ def figures_of_all(
         name: _figures_of(labels, scores, flags[name], clusters, pairs, drawn[name])
         for name, scores in columns.items()
     }
-    if "floor" not in figures:
-        return figures, None
-    against: dict[str, Any] = {}
-    for figure in ("auroc", "average_precision"):
-        low, high = bootstrap_interval(drawn["detector"][figure] - drawn["floor"][figure])
-        difference = figures["detector"][figure] - figures["floor"][figure]
-        against[figure] = {"difference": difference, "low": low, "high": high}
+    against: dict[str, dict[str, Any]] = {name: {} for name in columns if name != "detector"}
+    for name, differences in against.items():
+        for figure in ("auroc", "average_precision"):
+            low, high = bootstrap_interval(drawn["detector"][figure] - drawn[name][figure])
+            difference = figures["detector"][figure] - figures[name][figure]
+            differences[figure] = {"difference": difference, "low": low, "high": high}
     return figures, against
 
 
@@ -159,7 +160,7 @@ def figures_by_group(
         rows.append(
             {"group": group, "answers": len(harm), "harmful": sum(harm)}
             | {name: ranked.get("detector", {}).get(name) for name in ("auroc", "average_precision")}
-            | {"floor_auroc": ranked.get("floor", {}).get("auroc")}
+            | {f"{name}_auroc": ranked.get(name, {}).get("auroc") for name in columns if name != "detector"}
             | _rates(harm, flag, clusters[inside], operating_point(harm, flag))
         )
     return rows

@@ -13,14 +13,16 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm_protector import prompts
+from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import Splits, same_query
+from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.fluency import text_losses
 from mllm_protector.evaluation.reporting.detoxifier import markdown, print_summary
 from mllm_protector.evaluation.rewriting import Relevance, Texts, figures, share
 from mllm_protector.evaluation.statistics import Floats, Ints
 from mllm_protector.files import expand, write_json, write_jsonl, write_text
+from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
@@ -30,7 +32,7 @@ from mllm_protector.rewrites import fault_of
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA = 2
 AT_ONCE = 256
 """Answers between two lines in the log; more at once are sorted by length all the same."""
 
@@ -60,10 +62,11 @@ def eval_detoxifier(
         both_harmful: what to do with pairs whose accepted answer is harmful too (``records.corrections``).
         limit: so many pairs, drawn at random; ``None`` takes all.
         detoxifier: the folder that ``train_detoxifier`` wrote.
-        base: where its backbone is now, if not where it was at training.
+        base: where its backbone is now; ``None`` to look where it was, and near the folder. A detector that
+            was trained on ``base`` takes it too.
         detector: the folder of the guard's detector, which checks the rewrites.
-        judge_detector: the folder of the detector that judges all texts; another than the guard's, or the
-            share of safe rewrites behind the guard says nothing.
+        judge_detector: the folder of the detector that judges all texts, at its own threshold. With that of
+            the guard the judge is circular, which is said wherever the figures stand.
         max_rewrites: tries for each answer.
         rewrite_tokens: longest rewrite; ``None`` for the longest that was learnt.
         batch_size: answers rewritten at once.
@@ -72,8 +75,8 @@ def eval_detoxifier(
 
     Returns:
         The content of ``metrics.json``: the figures behind the guard's checks (``rewriting.figures``, and
-        how often a rewrite was rejected), then those of the ``bare`` rewrites, of the ``floors`` and of the
-        ``references``, which are the pairs' own answers.
+        how often a rewrite was rejected), then those of the ``bare`` rewrites, of the ``baselines`` and of
+        the ``references``, which are the pairs' own answers.
 
     Raises:
         InputError: the data or a model cannot be used.
@@ -85,27 +88,29 @@ def eval_detoxifier(
     if limit is not None and limit < 2:
         raise InputError(f"limit={limit}: must be at least 2")
     guard = read_guard_file(expand(detoxifier), "detoxifier")
-    for each in (detector, judge_detector):
-        read_guard_file(expand(each), "detector")
+    detectors = [expand(detector), expand(judge_detector)]
+    for each in detectors:
+        read_guard_file(each, "detector")
+    bases = bases_of(base, (expand(detoxifier), "detoxifier"), *((each, "detector") for each in detectors))
     splits = data.load()
     log.info("data: %s", splits.account)
     pairs = _drawn(list(corrections(_pairs(splits.validation), both_harmful)), limit, seed)
-    clusters = np.unique([same_query(pair.query) for pair in pairs], return_inverse=True)[1]
+    clusters = np.unique([opening_key(pair.query) for pair in pairs], return_inverse=True)[1]
     asked = {
         "queries": [pair.query for pair in pairs],
         "answers": [pair.rejected for pair in pairs],
     }
     settings: dict[str, Any] = {"max_new_tokens": rewrite_tokens, "batch_size": batch_size}
 
-    first = _Remembering(load_detoxifier(expand(detoxifier), **settings))
-    scorer = load_detector(expand(detector))
+    first = _Remembering(load_detoxifier(expand(detoxifier), base=bases[0], **settings))
+    scorer = load_detector(detectors[0], base=bases[1])
     protector = Protector(scorer, first, scorer.threshold, max_rewrites=max_rewrites)
     guarded = _in_turns("behind the guard", protector.rewrite, asked)
     guards, rewriter = protector.identity(), first.detoxifier.identity()
     bare = first.texts(**asked)
     del first, scorer, protector
 
-    untrained = load_untrained(expand(detoxifier), base=base, **settings)
+    untrained = load_untrained(expand(detoxifier), base=bases[0], **settings)
     texts = {
         "protector": [rewrite.text for rewrite in guarded],
         "bare": bare,
@@ -118,7 +123,7 @@ def eval_detoxifier(
     losses = {name: _losses(untrained, some) for name, some in texts.items()}
     del untrained
 
-    judge = load_detector(expand(judge_detector))
+    judge = load_detector(detectors[1], base=bases[2])
     log.info("how safe they are")
     arms = {
         name: Texts(
@@ -128,6 +133,11 @@ def eval_detoxifier(
             tokens=losses[name][1],
         )
         for name, some in texts.items()
+    }
+    judge_facts = {
+        "folder": judge_detector,
+        "circular": guards["detector"]["weights"] == judge.identity()["weights"],
+        **judge.identity(),
     }
     relevance = Relevance(pairs, clusters)
     measured = {
@@ -139,18 +149,18 @@ def eval_detoxifier(
         **measured["protector"],
         **_course(guarded, clusters),
         "bare": measured["bare"],
-        "floors": {name: measured[name] for name in ("refusal", "base")},
+        "baselines": {name: measured[name] for name in ("refusal", "base")},
         "references": {name: measured[name] for name in ("accepted", "rejected")},
-        "notes": _notes(guard, splits, guards["detector"], judge.identity()),
+        "notes": _notes(guard, splits),
         "guard": guards | {"corrector": rewriter},
-        "judge": judge.identity(),
+        "judge": judge_facts,
         "base": guard.base | ({} if base is None else {"name": base, "revision": None}),
         "data": {"account": splits.account, "fingerprint": splits.fingerprint},
         "queries": int(clusters.max()) + 1,
         "seed": seed,
     }
     write_json(folder / "metrics.json", metrics)
-    write_jsonl(folder / "rewrites.jsonl", _rows(pairs, arms, guarded))
+    write_jsonl(folder / "rewrites.jsonl", _rows(pairs, arms, guarded, judge_facts))
     write_text(folder / "rewrites.md", markdown(metrics))
     print_summary(metrics)
     log.info("written: %s (metrics.json, rewrites.jsonl, rewrites.md)", folder)
@@ -230,16 +240,9 @@ def _course(guarded: Sequence[Rewrite], clusters: Ints) -> dict[str, Any]:
     }
 
 
-def _notes(
-    guard: GuardFile, splits: Splits[Any], detector: Mapping[str, Any], judge: Mapping[str, Any]
-) -> list[str]:
+def _notes(guard: GuardFile, splits: Splits[Any]) -> list[str]:
     """What must be known to believe the figures."""
     notes = []
-    if detector["weights"] == judge["weights"]:
-        notes.append(
-            "Circular: the judge is the guard's own detector, which has rejected what it finds harmful. The "
-            "share of safe rewrites behind the guard says nothing; give another judge_detector."
-        )
     if guard.data.get("fingerprint") == splits.fingerprint:
         notes.append(
             "The training of the detoxifier chose its best step by these very pairs: its figures lean to the "
@@ -254,13 +257,17 @@ def _notes(
 
 
 def _rows(
-    pairs: Sequence[Correction], arms: Mapping[str, Texts], guarded: Sequence[Rewrite]
+    pairs: Sequence[Correction],
+    arms: Mapping[str, Texts],
+    guarded: Sequence[Rewrite],
+    judge: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     return [
         {
             "query": pair.query,
             "outcome": str(rewrite.outcome),
             "rejections": list(rewrite.rejected),
+            "judge": {name: judge[name] for name in ("folder", "threshold", "circular")},
             "arms": {
                 name: {
                     "text": arm.texts[at],

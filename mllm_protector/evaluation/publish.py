@@ -16,7 +16,14 @@ from mllm_protector.evaluation.reporting.page import page
 from mllm_protector.evaluation.reporting.report import JudgeInfo, assemble, write_report
 from mllm_protector.evaluation.reporting.sentences import contamination_notes
 from mllm_protector.evaluation.reporting.terminal import print_report
-from mllm_protector.evaluation.rows import ENSEMBLE, HumanLabels, read_rows, result_rows, write_rows
+from mllm_protector.evaluation.rows import (
+    ENSEMBLE,
+    HumanLabels,
+    own_metrics,
+    read_rows,
+    result_rows,
+    write_rows,
+)
 from mllm_protector.evaluation.stages import CIRCULAR, Item, Judged, Outputs
 from mllm_protector.evaluation.store import Filled, Store
 from mllm_protector.evaluation.summary import summarise_benchmark
@@ -143,7 +150,7 @@ def publish(
             fingerprint=_fingerprint(items),
             contamination=seen,
             thresholds=[guard["threshold"] for guard in facts.guards.values()],
-        )
+        ) | {"own_metrics": own_metrics(loaded, read_rows(output_dir / name / "results.jsonl"))}
     result = assemble(
         summaries, mllm=facts.mllm, guard=facts.guards, arms=arms, judges=facts.judges, notes=notes
     )

@@ -1,7 +1,7 @@
 """Figures of rewrites: safe, on the question, in new words, fluent. Pure functions of texts and scores.
 
 No figure says that a rewrite is good. A fixed refusal is safe, fluent and on no question; a copy is on the
-question and not safe; so all of them stand beside each other, and beside floors.
+question and not safe; so all of them stand beside each other, and beside baselines.
 """
 
 import math

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mllm_protector.evaluation.ensemble import majority
 from mllm_protector.evaluation.judges.keyword import find_refusal
 from mllm_protector.evaluation.stages import BARE, Item, Judged, Outputs
+from mllm_protector.evaluation.statistics import macro_mean
 from mllm_protector.evaluation.store import FAILED
+from mllm_protector.files import write_text
 from mllm_protector.reading import flag_field, read_records, text_field
 from mllm_protector.records import BENIGN, LoadedBenchmark, Status
 
@@ -103,20 +105,41 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
 
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     columns |= {f"status:{judge}": [] for judge in judges}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+
+    def lines() -> Iterator[str]:
         for row in rows:
-            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             for name in COLUMNS:
                 columns[name].append(row[name])
             for judge in judges:
                 columns[f"status:{judge}"].append(row["verdicts"].get(judge, {}).get("status"))
-    temporary.replace(path)
+            # Half of a surrogate pair becomes an escape.
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            yield line.encode(errors="backslashreplace").decode()
+
+    write_text(path, lines())
     for name in ("id", "base", "scenario", "variant", "arm", "outcome", *(f"status:{j}" for j in judges)):
         columns[name] = pd.Categorical(columns[name])  # type: ignore[assignment]
     frame = pd.DataFrame(columns)
     return frame.astype({"harm": float, "score": float})
+
+
+def own_metrics(loaded: LoadedBenchmark, rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the benchmark itself reports of each arm's answers; of several repeats the mean.
+
+    Returns:
+        arm -> metric -> value, or ``None`` where it cannot be computed; empty if there are no such metrics.
+    """
+    if loaded.metrics is None:
+        return {}
+    told: dict[str, dict[int, dict[str, str]]] = {}
+    for row in rows:
+        if row["scenario"] == BENIGN and row["final"] is not None:
+            told.setdefault(row["arm"], {}).setdefault(row["repeat"], {})[row["base"]] = row["final"]
+    found = {arm: [loaded.metrics(texts) for texts in repeats.values()] for arm, repeats in told.items()}
+    return {
+        arm: {name: macro_mean(repeat[name] for repeat in repeats) for name in repeats[0]}
+        for arm, repeats in found.items()
+    }
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

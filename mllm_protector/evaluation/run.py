@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mllm_protector.calibration import require_threshold
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.publish import Facts, Stores, publish
@@ -32,7 +33,8 @@ from mllm_protector.evaluation.stages import (
     items_of,
     judge_stage,
 )
-from mllm_protector.models.guard_file import read_guard_file
+from mllm_protector.models.bases import require_bases
+from mllm_protector.models.guard_file import Kind, read_guard_file
 from mllm_protector.processes import start_accelerator
 from mllm_protector.protocols import MLLM, Benchmark, Judge, Priced
 from mllm_protector.records import LoadedBenchmark
@@ -53,6 +55,7 @@ def evaluate(
     judges: Mapping[str, Callable[[], Judge]],
     detector: str,
     detoxifier: str,
+    base: str | None,
     arms: Sequence[str],
     threshold: float | None,
     rewrite_tokens: int,
@@ -74,6 +77,8 @@ def evaluate(
         judges: name -> loads a judge.
         detector: folder of a trained detector.
         detoxifier: folder of a trained detoxifier.
+        base: where the backbone of the adapters is now; ``None`` to look where it was, and near them. Of two
+            adapters on different models, the one that was trained on ``base`` takes it.
         arms: which of ``ARMS`` to compare.
         threshold: scores at or above it are flagged; ``None`` takes the detector's own.
         rewrite_tokens: longest rewrite.
@@ -99,12 +104,16 @@ def evaluate(
     """
     started, clock = datetime.now(UTC), time.monotonic()
     _check(benchmarks, judges, arms, ensemble, repeats, max_unjudged)
+    if threshold is not None:
+        require_threshold("threshold", threshold)
     # Seconds now rather than after hours of answering.
-    trained = {}
+    parts: list[tuple[str, Kind]] = []
     if set(arms) != {BARE}:
-        trained["detector"] = read_guard_file(Path(detector), "detector").data
+        parts.append((detector, "detector"))
     if "protector" in arms:
-        trained["detoxifier"] = read_guard_file(Path(detoxifier), "detoxifier").data
+        parts.append((detoxifier, "detoxifier"))
+    trained = {str(kind): read_guard_file(Path(folder), kind).data for folder, kind in parts}
+    require_bases(base, *parts)
     for make in judges.values():
         make().identity()
     processes = start_accelerator("no", patience=timedelta(days=30))
@@ -134,6 +143,7 @@ def evaluate(
         guards = Guards(
             detector=detector,
             detoxifier=detoxifier if "protector" in arms else None,
+            base=base,
             threshold=threshold,
             rewrite_tokens=rewrite_tokens,
         )

@@ -13,6 +13,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.latency import measure_latency
 from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
+from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
@@ -142,21 +143,34 @@ class Guards:
     """The arms that have a guard. All of them share one detector, which scores no answer twice."""
 
     def __init__(
-        self, *, detector: str, detoxifier: str | None, threshold: float | None, rewrite_tokens: int
+        self,
+        *,
+        detector: str,
+        detoxifier: str | None,
+        base: str | None,
+        threshold: float | None,
+        rewrite_tokens: int,
     ) -> None:
         """Load the detector, and with it the detoxifier if both are adapters on one base.
 
         Args:
             detector: folder of a trained detector.
             detoxifier: folder of a trained detoxifier; ``None`` if no arm rewrites.
+            base: where the backbone of the adapters is now, as for ``Protector.from_pretrained``.
             threshold: for all answers; ``None`` for the detector's own, those of groups included.
             rewrite_tokens: longest rewrite.
         """
         self._corrector: Corrector | None = None
-        if detoxifier is not None and can_share(detector, detoxifier):
-            self._detector, self._corrector = load_shared(detector, detoxifier, max_new_tokens=rewrite_tokens)
+        self._base = base
+        if detoxifier is None:
+            self._detector = load_detector(detector, base=base)
+        elif can_share(detector, detoxifier):
+            self._detector, self._corrector = load_shared(
+                detector, detoxifier, base=base, max_new_tokens=rewrite_tokens
+            )
         else:
-            self._detector = load_detector(detector)
+            one, self._base = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
+            self._detector = load_detector(detector, base=one)
         self._scorer = RememberingDetector(self._detector)
         self._detoxifier = detoxifier
         self._threshold = self._detector.threshold if threshold is None else threshold
@@ -167,7 +181,9 @@ class Guards:
         """The guard of an arm."""
         if arm == "refusal" or self._detoxifier is None:
             return self._guarding(Refusal())
-        corrector = self._corrector or load_detoxifier(self._detoxifier, max_new_tokens=self._rewrite_tokens)
+        corrector = self._corrector or load_detoxifier(
+            self._detoxifier, base=self._base, max_new_tokens=self._rewrite_tokens
+        )
         return self._guarding(corrector)
 
     def _guarding(self, corrector: Corrector) -> Protector:

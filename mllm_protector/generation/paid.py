@@ -5,7 +5,6 @@ A killed run loses at most the replies under way, of which there are never more 
 """
 
 from collections.abc import Mapping, Sequence
-from threading import Lock
 from typing import Any
 
 from mllm_protector.evaluation.store import FAILED, Store
@@ -84,7 +83,10 @@ class PaidChat:
         return [new[key] if key in new else self._stored(key) for key in known]
 
     def _explained(self, reply: str | Failure) -> str | Failure:
-        return Failure(reason=self._ledger.denied or STOPPED) if reply is NOT_SENT else reply
+        if reply is not NOT_SENT:
+            return reply
+        self._ledger.denied = self._ledger.denied or STOPPED  # requests under way were given up
+        return Failure(reason=self._ledger.denied)
 
     def _stored(self, key: str) -> str:
         row = self._replies.get(key) or {}
@@ -92,7 +94,7 @@ class PaidChat:
 
 
 class _Meter:
-    """The meter of one call: tickets from the ledger, replies to the store, one thread at a time."""
+    """The meter of one call: tickets from the ledger, replies to the store."""
 
     def __init__(
         self, replies: Store, ledger: Ledger, purpose: str, *, keys: Sequence[str], most: Sequence[int]
@@ -103,18 +105,18 @@ class _Meter:
         self._keys = keys
         self._most = most
         self._tickets: dict[int, Ticket] = {}
-        self._lock = Lock()
+
+    def stopped(self) -> bool:
+        return self._ledger.stopped()
 
     def admit(self, index: int) -> bool:
-        with self._lock:
-            ticket = self._ledger.open(self._purpose, self._most[index])
-            if ticket is not None:
-                self._tickets[index] = ticket
-            return ticket is not None
+        ticket = self._ledger.open(self._purpose, self._most[index])
+        if ticket is not None:
+            self._tickets[index] = ticket
+        return ticket is not None
 
     def charge(self, index: int, usage: Usage | None) -> None:
-        with self._lock:
-            self._ledger.close(self._tickets.pop(index), usage)
+        self._ledger.close(self._tickets.pop(index), usage)
 
     def keep(self, index: int, reply: str | Failure) -> None:
         row: dict[str, Any] = {"key": self._keys[index]}
@@ -122,5 +124,4 @@ class _Meter:
             row |= {FAILED: reply.reason, "refused": reply.refused}
         else:
             row |= {"text": reply}
-        with self._lock:
-            self._replies.append([row])
+        self._replies.append([row])

@@ -55,6 +55,7 @@ def generate_pairs(
     check_language: bool,
     near_duplicate: float,
     unconfirmed: Literal["drop", "mark"],
+    min_share: float,
     prompts: Mapping[str, str | None],
     budget: Budget,
     seed: int,
@@ -78,6 +79,7 @@ def generate_pairs(
         check_language: drop texts in another one.
         near_duplicate: questions that share so much of their words are one (see ``data.duplicates``).
         unconfirmed: ``drop`` pairs whose labels no judge confirms, or write them with ``verified: false``.
+        min_share: the smallest share of the wanted pairs that is a success, above 0.
         prompts: wording that replaces ours: ``questions``, ``accepted``, ``rejected``; ``None`` keeps ours.
         budget: of all runs on this folder together.
         seed: of the replies, for servers that know seeds.
@@ -89,10 +91,14 @@ def generate_pairs(
 
     Raises:
         InputError: the input cannot be used.
-        RunError: nobody answers, or not one pair was made.
+        RunError: nobody answers, or fewer than ``min_share`` of the wanted pairs were made (after everything
+            is written).
         Stopped: SIGTERM or SIGINT came; what is complete is written.
     """
-    _check(judges, pairs, questions_per_call, dry_calls, question_tokens, answer_tokens, near_duplicate)
+    _check(judges, pairs, questions_per_call, dry_calls, question_tokens, answer_tokens)
+    require_share(near_duplicate=near_duplicate)
+    if not 0 < min_share <= 1:
+        raise InputError(f"min_share={min_share}: must lie above 0 and not above 1")
     rules = Rules(
         seed=seed,
         per_call=questions_per_call,
@@ -151,8 +157,13 @@ def generate_pairs(
     print_account(result, folder)
     if interruption.signal is not None and ledger.denied == STOPPED:
         raise Stopped(interruption.signal, len(found))
-    if not found:
-        raise RunError(f"no pair was made ({_main_reason(result)}); {folder}/generation.json counts why")
+    share = f"{len(found):,} of {result['total']['wanted']:,} wanted pairs were made"
+    if len(found) < min_share * result["total"]["wanted"]:
+        raise RunError(
+            f"{share}, fewer than min_share={min_share} asks for ({_main_reason(result)}); "
+            f"{folder}/generation.json counts why"
+        )
+    log.info("%s", share)
     return result
 
 
@@ -163,7 +174,6 @@ def _check(
     dry_calls: int,
     question_tokens: int,
     answer_tokens: int,
-    near_duplicate: float,
 ) -> None:
     if not judges:
         raise InputError("judges: at least one judge is needed; judge=[keyword] costs nothing")
@@ -176,7 +186,6 @@ def _check(
     ):
         if number < 1:
             raise InputError(f"{name}={number}: must be at least 1")
-    require_share(near_duplicate=near_duplicate)
 
 
 def _main_reason(result: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mllm_protector.data.duplicates import near_duplicates, words
+from mllm_protector.data.duplicates import near_duplicates
+from mllm_protector.data.queries import words
 from mllm_protector.errors import RunError
 from mllm_protector.evaluation.judges.keyword import find_refusal
 from mllm_protector.files import content_key

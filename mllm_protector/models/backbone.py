@@ -31,6 +31,7 @@ from mllm_protector.models.quantization import (
 )
 
 Task = Literal["SEQ_CLS", "CAUSAL_LM"]
+TuningKind = Literal["full", "lora"]
 
 DTYPES = ("float32", "bfloat16")
 
@@ -175,7 +176,7 @@ class Float32Linear(torch.nn.Linear):
 class Tuning(Protocol):
     """How much of a model is trained."""
 
-    kind: str
+    kind: TuningKind
 
     def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
         """The model to train, with gradients switched on exactly where it learns.
@@ -192,7 +193,7 @@ class Tuning(Protocol):
 class FullTuning:
     """Every weight is trained, in float32."""
 
-    kind: str = "full"
+    kind: TuningKind = "full"
 
     def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
         """The same model in float32.
@@ -223,7 +224,7 @@ class LoraTuning:
     alpha: int
     dropout: float
     targets: str | list[str]
-    kind: str = "lora"
+    kind: TuningKind = "lora"
 
     def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
         """The model wrapped by PEFT."""

@@ -4,24 +4,28 @@ Nothing here knows what the conversations are about. What a service or a model s
 quoted in an error, and the key leaves this module in the header of a request only.
 """
 
-import ipaddress
+import asyncio
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
-from urllib.parse import SplitResult, urlsplit
 
-from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI, OpenAIError, Timeout
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError, Timeout
 
 from mllm_protector.errors import InputError, RunError
+from mllm_protector.models.address import checked_address, is_loopback, key_from, public
+from mllm_protector.models.completions import declined, text_of
+from mllm_protector.models.connections import MAX_REPLY_MB, TooLarge, run_in_background
 from mllm_protector.models.metering import (
+    GRACE_SECONDS,
     NOT_SENT,
     Meter,
     Metered,
     MeteredClient,
     NotAdmitted,
     Usage,
+    counted,
     usage_of,
 )
 from mllm_protector.records import Failure
@@ -39,8 +43,7 @@ FATAL = {
 }
 """What no other row would fare better with."""
 
-DECLINED = ("content_filter", "content_policy_violation", "invalid_prompt", "ResponsibleAIPolicyViolation")
-"""Error codes of content filters: OpenAI's, Azure's, LiteLLM's and OpenRouter's."""
+TOO_LARGE = Failure(reason=f"the reply is larger than {MAX_REPLY_MB} MB")
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -53,7 +56,8 @@ class ServedChat:
     of ``Retry-After`` (or ``retry-after-ms``, or an HTTP date) or else after 0.5 s, doubled each time up to
     8 s, less up to a quarter at random. A server that asks for more than 120 s is not asked again in this
     run (releases before version 3 wait at most 60 s and take their own pause where the server wants more).
-    ``x-should-retry`` overrules the status. A 200 that is no JSON is not tried again.
+    ``x-should-retry`` overrules the status. A 200 that is no JSON is not tried again. So a conversation takes
+    at most ``(max_retries + 1) * timeout`` seconds and the pauses between.
     """
 
     def __init__(
@@ -68,13 +72,14 @@ class ServedChat:
         api_key_env: str | None = "OPENAI_API_KEY",
         seed: int | None = None,
         length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+        identity: str | None = None,
     ) -> None:
         """Read the key and check the settings; nothing is sent.
 
         Args:
             model: as the server calls it.
             concurrency: requests under way at once, at most.
-            timeout: seconds that one request may wait for its reply; to connect, 10 at most.
+            timeout: seconds that one request may take, from connecting (10 at most) to the end of its reply.
             max_retries: how often a request is repeated.
             temperature: 0 for the likeliest reply; ``None`` sends none, for models that allow none.
             base_url: the address up to and with ``/v1``; ``None`` takes ``OPENAI_BASE_URL`` or OpenAI's.
@@ -82,6 +87,8 @@ class ServedChat:
             seed: sent with each request, where the server knows seeds.
             length_field: what the server calls the longest reply; OpenAI's reasoning models know only
                 ``max_completion_tokens``.
+            identity: a name for what stands behind the address, and takes its place in ``identity()``: two
+                addresses with one name are one model. It is written into results, so it must be no secret.
 
         Raises:
             InputError: a number out of range, no key, or an address that is none or holds a secret.
@@ -94,7 +101,7 @@ class ServedChat:
         if temperature is not None and temperature < 0:
             raise InputError(f"temperature={temperature}: must be at least 0")
         address = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
-        parts = _checked_address(address)
+        parts = checked_address(address)
         self.model = model
         self.concurrency = concurrency
         self.temperature = None if temperature is None else float(temperature)  # 0 and 0.0 are one identity
@@ -102,15 +109,14 @@ class ServedChat:
         self.length_field = length_field
         self.api_key_env = api_key_env
         self._timeout = timeout
-        self._shown = f"{parts.scheme}://{parts.hostname}{parts.path.rstrip('/')}"
-        self._connections = MeteredClient()
-        self._client = OpenAI(
-            http_client=self._connections,
-            api_key=_key(api_key_env, local=_is_loopback(str(parts.hostname))),
-            base_url=address,
-            timeout=Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
-            max_retries=max_retries,
-        )
+        self._address = address
+        self._shown = public(parts)
+        self._same = identity
+        self._key = partial(
+            key_from, api_key_env, local=is_loopback(str(parts.hostname))
+        )  # not the key itself
+        self._key()
+        self._max_retries = max_retries
 
     def complete(
         self,
@@ -135,51 +141,77 @@ class ServedChat:
             RunError: no credit is left.
         """
         seeds = [self.seed] * len(conversations) if seeds is None else seeds
-        stop = Event()
-
-        def reply(index: int, conversation: Conversation, seed: int | None) -> str | Failure:
-            if stop.is_set():
-                return self._unreachable()
-            try:
-                if meter is None:
-                    outcome, _ = self._reply(conversation, max_tokens, seed)
-                else:
-                    outcome = self._metered_reply(Metered(meter, index), conversation, max_tokens, seed)
-            except InputError:
-                stop.set()
-                raise
-            if isinstance(outcome, Failure) and outcome.unreachable:
-                stop.set()
-            return outcome
-
-        if len(seeds) != len(conversations):
-            raise ValueError(f"{len(seeds)} seeds for {len(conversations)} conversations")
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(reply, range(len(seeds)), conversations, seeds))
+        rows = [*zip(conversations, seeds, strict=True)]
+        return run_in_background(lambda: self._all(rows, max_tokens, meter)) if rows else []
 
     def identity(self) -> dict[str, Any]:
-        """What the replies depend on. A server that moves to another port is the same server."""
+        """What the replies depend on. A server at another address, or port, is another one unless named."""
         return {
             "model": self.model,
-            "base_url": self._shown,
+            **({"base_url": self._shown} if self._same is None else {"identity": self._same}),
             "temperature": self.temperature,
             "seed": self.seed,
         }
 
-    def _metered_reply(
-        self, request: Metered, conversation: Conversation, max_tokens: int, seed: int | None
+    async def _all(
+        self, rows: Sequence[tuple[Conversation, int | None]], max_tokens: int, meter: Meter | None
+    ) -> list[str | Failure]:
+        replies: dict[int, str | Failure] = {}
+        stopped: list[Failure | InputError] = []
+        waiting = iter(range(len(rows)))
+        client = AsyncOpenAI(
+            http_client=MeteredClient(self._timeout),
+            api_key=self._key(),
+            base_url=self._address,
+            timeout=Timeout(self._timeout, connect=min(self._timeout, CONNECT_SECONDS)),
+            max_retries=self._max_retries,
+        )
+
+        async def work() -> None:
+            for index in waiting:
+                if stopped:
+                    return
+                metered = None if meter is None else Metered(meter, index)
+                try:
+                    replies[index] = reply = await self._reply(client, *rows[index], max_tokens, metered)
+                except InputError as error:
+                    stopped.append(error)
+                    return
+                if isinstance(reply, Failure) and reply.unreachable:
+                    stopped.append(reply)
+
+        async with client:
+            workers = asyncio.gather(*(work() for _ in range(min(self.concurrency, len(rows)))))
+            await _unless_stopped(workers, meter)
+        for reason in stopped:
+            if isinstance(reason, InputError):
+                raise reason
+        rest = self._unreachable() if stopped else NOT_SENT
+        return [replies.get(index, rest) for index in range(len(rows))]
+
+    async def _reply(
+        self,
+        client: AsyncOpenAI,
+        conversation: Conversation,
+        seed: int | None,
+        max_tokens: int,
+        metered: Metered | None,
     ) -> str | Failure:
         usage = None
-        try:
-            with self._connections.metered(request):
-                outcome, usage = self._reply(conversation, max_tokens, seed)
-            request.finish(outcome, usage)
-        finally:
-            request.end(usage)
-        return outcome
+        with counted(metered):
+            try:
+                reply, usage = await self._asked(client, conversation, seed, max_tokens)
+                if isinstance(reply, Failure) and not reply.unreachable and reply is not NOT_SENT:
+                    reply = replace(reply, reason=f"{reply.reason} at {self._shown}")
+                if metered is not None:
+                    metered.finish(reply, usage)
+            finally:
+                if metered is not None:
+                    metered.end(usage)
+        return reply
 
-    def _reply(
-        self, conversation: Conversation, max_tokens: int, seed: int | None
+    async def _asked(
+        self, client: AsyncOpenAI, conversation: Conversation, seed: int | None, max_tokens: int
     ) -> tuple[str | Failure, Usage | None]:
         """The reply, and what the server says that it took."""
         messages: Any = list(conversation)
@@ -187,33 +219,37 @@ class ServedChat:
         arguments |= {} if self.temperature is None else {"temperature": self.temperature}
         arguments |= {} if seed is None else {"seed": seed}
         try:
-            completion = self._client.chat.completions.create(
+            completion = await client.chat.completions.create(
                 model=self.model, messages=messages, **arguments
             )
         except APIStatusError as error:
             return self._status_failure(error), None
         except NotAdmitted:
             return NOT_SENT, None
+        except TooLarge:
+            return TOO_LARGE, None
         except APIConnectionError as error:
             return self._connection_failure(error), None
         except (OpenAIError, ValueError, RecursionError):  # JSON that is none, text that is no Unicode
             return Failure(reason="the request or its reply is not valid JSON"), None
-        return _text(completion), usage_of(completion)
+        return text_of(completion), usage_of(completion)
 
     def _connection_failure(self, error: APIConnectionError) -> Failure:
         cause = error.__cause__
         if isinstance(cause, NotAdmitted):  # releases before version 3 wrap it
             return NOT_SENT
+        if isinstance(cause, TooLarge):
+            return TOO_LARGE
         if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
             return self._unreachable()
         if isinstance(error, APITimeoutError):
-            return Failure(reason=f"no reply within {self._timeout:g} s")
+            return Failure(reason=f"no whole reply within timeout={self._timeout:g} s")
         return Failure(reason="the connection broke")
 
     def _status_failure(self, error: APIStatusError) -> Failure:
         """What a row fares with an error status, after all retries."""
         status = error.status_code
-        if _declined(error.body):
+        if declined(error.body):
             return Failure(reason=f"declined by the service (HTTP {status})", refused=True)
         if error.code == "insufficient_quota":
             status = 402
@@ -229,60 +265,14 @@ class ServedChat:
         return Failure(reason=f"nobody answers at {self._shown}", unreachable=True)
 
 
-def _checked_address(address: str) -> SplitResult:
-    """The parts of a base_url. No message shows one that may hold a secret."""
-    try:
-        parts = urlsplit(address)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise InputError("base_url: not an address such as http://localhost:8000/v1")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise InputError(
-            "base_url: must hold no user, password or query; put the key into the environment variable "
-            "that api_key_env names"
-        )
-    return parts
-
-
-def _key(variable: str | None, *, local: bool) -> str:
-    key = "" if variable is None else os.environ.get(variable, "").strip()
-    if not key and not local and variable is not None:
-        raise InputError(
-            f"api_key_env={variable}: this environment variable is not set; export {variable}=..., or give "
-            "api_key_env=null for a server that wants no key"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise InputError(f"api_key_env={variable}: the value of this environment variable is no key")
-    return key or "none"  # the client insists on one
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _declined(body: object) -> bool:
-    """Whether an error's body is that of a content filter, at whatever depth the services put it."""
-    if not isinstance(body, dict):
-        return False
-    return body.get("code") in DECLINED or "flagged_input" in body or any(map(_declined, body.values()))
-
-
-def _text(completion: Any) -> str | Failure:
-    """The reply in what the client made of a 200: it checks no types, so anything may be anywhere."""
-    try:
-        choice = completion.choices[0]
-        content = choice.message.content
-        refusal = getattr(choice.message, "refusal", None)
-        finish = getattr(choice, "finish_reason", None)
-    except (AttributeError, IndexError, KeyError, TypeError):
-        return Failure(reason="the reply is no chat completion")
-    if finish == "content_filter" or refusal:
-        return Failure(reason="declined by the service", refused=True)
-    if not isinstance(content, str):
-        return Failure(reason="the reply holds no text")
-    return content.strip()
+async def _unless_stopped(workers: "asyncio.Future[list[None]]", meter: Meter | None) -> None:
+    """Wait for all workers; once the meter says that the run ends, for ``GRACE_SECONDS`` at most."""
+    while meter is not None and not meter.stopped():
+        if (await asyncio.wait([workers], timeout=0.1))[0]:
+            break
+    done, _ = await asyncio.wait([workers], timeout=None if meter is None else GRACE_SECONDS)
+    if done:
+        workers.result()
+    else:
+        workers.cancel()
+        await asyncio.wait([workers])

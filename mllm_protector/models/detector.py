@@ -5,7 +5,8 @@ how a text becomes ids is the encoder's business, and the encoder is part of the
 
 A long answer is scored in overlapping windows and counts as harmful as the worst of them. A detector only
 knows texts of the lengths that it was trained on: read as one long text, a harmful sentence among many
-harmless ones is missed even where all of it fits.
+harmless ones is missed even where all of it fits. Texts are read normalised (``normalisation``), and where
+that changes one much, as written too; the higher score counts.
 """
 
 import math
@@ -16,19 +17,16 @@ from typing import Any
 
 import torch
 
+from mllm_protector import normalisation
+from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.layout import OVERLAP, SENTENCE
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
-from mllm_protector.models.guard_file import (
-    GuardFile,
-    add_adapter,
-    not_in_adapter,
-    part_backbone,
-    read_guard_file,
-    save_part,
-)
+from mllm_protector.models.bases import part_backbone
+from mllm_protector.models.guard_file import GuardFile, read_guard_file
+from mllm_protector.models.parts import add_adapter, not_in_adapter, save_part
 
 BATCH_TOKENS = 4096
 """Positions that are scored at once."""
@@ -94,14 +92,23 @@ class HarmDetector:
         return self.guard.group_thresholds
 
     def logits(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The logit of each answer to its query: the worst of its windows, NaN if one of them is."""
+        """The logit of each answer to its query: the worst of its windows and readings, NaN if one is.
+
+        Raises:
+            InputError: not two lists of texts of the same length.
+        """
+        require_texts(queries=queries, answers=answers)
         windows = self.encoder.windows(queries=queries, answers=answers, window=self.window)
         self.scored_answers += len(windows)
         self.scored_windows += sum(map(len, windows))
         return worst_logits(self.model, self.encoder, windows, limit=self.limit)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """P(harmful) in [0, 1] of each answer to its query."""
+        """P(harmful) in [0, 1] of each answer to its query.
+
+        Raises:
+            InputError: as ``logits``.
+        """
         return self.guard.scale.scores(self.logits(queries=queries, answers=answers))
 
     def identity(self) -> dict[str, Any]:
@@ -113,6 +120,7 @@ class HarmDetector:
             "prompt_sha256": self.guard.prompt_sha256,
             "joined": self.guard.joined,
             "max_length": self.guard.max_length,
+            "normalisation": normalisation.VERSION,
             "window": self.window,
             "overlap": {"share": OVERLAP, "tokens": SENTENCE},
             "temperature": self.guard.temperature,
@@ -139,7 +147,7 @@ def load_detector(
 
     Args:
         folder: what ``train_detector`` wrote.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
         batch_tokens: positions in one forward pass, padding included.
         window: the most tokens of an answer that are read at once; ``None`` for what the training chose, and
@@ -147,8 +155,8 @@ def load_detector(
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:
-        InputError: not a detector, another prompt or weights than it was saved with, or its head is missing,
-            or a window of no tokens.
+        InputError: not a detector, another prompt or other files than it was saved with, another base than
+            it was trained on, its head is missing, or a window of no tokens.
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detector")

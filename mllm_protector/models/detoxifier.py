@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
-from mllm_protector.models.guard_file import (
-    GuardFile,
-    add_adapter,
-    part_backbone,
-    read_guard_file,
-    save_part,
-)
+from mllm_protector.models.bases import find_base, part_backbone
+from mllm_protector.models.decoding import decoded
+from mllm_protector.models.guard_file import GuardFile, read_guard_file
+from mllm_protector.models.parts import add_adapter, save_part
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +51,8 @@ class Detoxifier:
             encoder: the renderer that it was trained with.
             guard: what the checkpoint says of itself.
             max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt. It is room of its
-                own, never shared with the prompt.
+                own, never shared with the prompt; a shorter one leaves the prompt no more room than it had in
+                training.
             batch_size: answers rewritten at once.
 
         Raises:
@@ -82,7 +81,11 @@ class Detoxifier:
             answers: what was flagged.
             attempt: 0 decodes greedily. Later ones are sampled (``TEMPERATURE``, ``TOP_P``) with dice of each
                 row's own, thrown by its texts and the attempt, whatever it is batched with.
+
+        Raises:
+            InputError: not two lists of texts of the same length.
         """
+        require_texts(queries=queries, answers=answers)
         before = self.encoder.truncated
         prompts = self.encoder.encode(queries=queries, answers=answers, reserve=self.max_new_tokens)
         if cut := self.encoder.truncated - before:
@@ -99,9 +102,9 @@ class Detoxifier:
                     logits_processor=LogitsProcessorList(sampling),
                 )
                 new = written[:, batch["input_ids"].shape[1] :]
-                decoded = self.encoder.tokenizer.batch_decode(new, skip_special_tokens=True)
-                for index, text in zip(chosen, decoded, strict=True):
-                    texts[index] = text.strip()
+                ended = decoded(self.encoder.tokenizer, new, self.encoder.end_id)
+                for index, text in zip(chosen, ended, strict=True):
+                    texts[index] = text
         return texts
 
     def identity(self) -> dict[str, Any]:
@@ -113,6 +116,7 @@ class Detoxifier:
             "prompt_sha256": self.guard.prompt_sha256,
             "max_length": self.guard.max_length,
             "max_new_tokens": self.max_new_tokens,
+            "room": self.encoder.room(reserve=self.max_new_tokens),
             "sampling": {"temperature": TEMPERATURE, "top_p": TOP_P},
         }
 
@@ -161,15 +165,15 @@ def load_detoxifier(
 
     Args:
         folder: what ``train_detoxifier`` wrote.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
         max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
         batch_size: answers rewritten at once.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:
-        InputError: not a detoxifier, another prompt or weights than it was saved with, or no room for
-            ``max_new_tokens``.
+        InputError: not a detoxifier, another prompt or other files than it was saved with, another base than
+            it was trained on, or no room for ``max_new_tokens``.
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detoxifier")
@@ -190,11 +194,11 @@ def load_untrained(
 ) -> Detoxifier:
     """Load the backbone of a trained detoxifier as it was before its training, to be asked in the same way.
 
-    It is the floor: what the training added is what the detoxifier does better.
+    It is the baseline: what the training added is what the detoxifier does better.
 
     Args:
         folder: what ``train_detoxifier`` wrote.
-        base: where the backbone is now, if not where it was at training.
+        base: where the backbone is now; ``None`` to look where it was, and near the folder.
         device: as for ``load_detoxifier``, and so are the others.
         max_new_tokens: the longest rewrite.
         batch_size: answers rewritten at once.
@@ -205,10 +209,8 @@ def load_untrained(
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detoxifier")
-    backbone = replace(guard.backbone(), trust_remote_code=trust_remote_code)
-    if base is not None:
-        backbone = replace(backbone, name=base, revision=None)
-    untrained = replace(guard, tuning="none", weights={}, metrics={})
+    backbone = find_base(guard, folder, base, trust_remote_code=trust_remote_code)
+    untrained = replace(guard, weights={}, metrics={})
     model = backbone.load_causal_lm()
     return _ready(folder, untrained, model, device, max_new_tokens, batch_size, trust_remote_code)
 

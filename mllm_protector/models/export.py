@@ -17,16 +17,11 @@ import torch
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import write_text
+from mllm_protector.models.bases import part_backbone
 from mllm_protector.models.card import PROBES, model_card, renders_alike
 from mllm_protector.models.detector import HarmDetector, detector_encoder, load_classifier, load_detector
-from mllm_protector.models.guard_file import (
-    ADAPTER_FILES,
-    FILE_NAME,
-    GuardFile,
-    part_backbone,
-    read_guard_file,
-    save_part,
-)
+from mllm_protector.models.guard_file import ADAPTER_FILES, FILE_NAME, GuardFile, read_guard_file
+from mllm_protector.models.parts import save_part
 from mllm_protector.scaling import Scale
 
 log = logging.getLogger(__name__)
@@ -51,7 +46,7 @@ def export_detector(
     Args:
         detector: a trained detector's folder, an adapter or a whole model.
         output_dir: gets weights, tokenizer, ``config.json``, ``guard.json`` and the card ``README.md``.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         push_to: a name on the Hugging Face hub, such as ``user/harm-detector``; ``None`` for not at all.
         private: whether a repository that is made there is private.
 

@@ -2,30 +2,57 @@
 
 The weights are in the standard Hugging Face or PEFT format and load with stock libraries. This file adds
 what those do not keep: the prompt the part was trained with, its lengths, base, threshold and data, and
-a sha256 of each weight file. It is written last, so a half-written folder never loads.
+a sha256 of every file that is loaded. It is written last, so a half-written folder never loads. It is not
+signed: it tells a damaged or mixed-up part, not one that somebody has forged with care.
 """
 
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+import json
+import logging
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict, field, fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, with_config
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from mllm_protector import prompts
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, read_json, write_json
-from mllm_protector.models.backbone import Backbone
+from mllm_protector.models.backbone import Backbone, TuningKind
+from mllm_protector.models.quantization import Quantization
 from mllm_protector.scaling import Scale
 
-SCHEMA = 1
+log = logging.getLogger(__name__)
+
+SCHEMA = 2
+UNHASHED = 1
+"""The schema of earlier releases, which hashed the weights alone; a key that it lacks has its default."""
 FILE_NAME = "guard.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 HARM_CONVENTION = "positive logit = harmful; score = sigmoid((logit + offset) / temperature) = P(harmful)"
+
+WEIGHTS = "*.safetensors"
+LOADED = (
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors.index.json",
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "*.py",
+)
+"""What decides an answer of a part beside its weights. (How it decodes is set by the detoxifier.)"""
 
 MEASURED = (
     "threshold",
@@ -37,14 +64,37 @@ MEASURED = (
     "metrics",
     "versions",
     "weights",
+    "files",
     "prompt_sha256",
+    "base_fingerprint",
+    "pretrained",
 )
-"""What is only known when a part is saved."""
+"""What is only known when a part is saved, or is no setting of a training."""
+
+TOY = "toy data"
+"""The name of the embedded toy set among a part's sources."""
 
 Kind = Literal["detector", "detoxifier"]
+Share = Annotated[float, Field(ge=0, le=1)]
+Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Prompt = Annotated[str, AfterValidator(lambda text: prompts.require_fields(text, {"query", "answer"}))]
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@with_config(STRICT)
+class Base(TypedDict, total=False):
+    """The fields of a ``Backbone``, as JSON."""
+
+    name: Required[Annotated[str, Field(min_length=1)]]
+    revision: str | None
+    dtype: Literal["float32", "bfloat16"]
+    attention: str | None
+    trust_remote_code: bool
+    quantization: Quantization | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class GuardFile:
     """The content of ``guard.json``.
 
@@ -52,6 +102,8 @@ class GuardFile:
         kind: which part this is.
         tuning: ``full`` (the folder holds a whole model) or ``lora`` (an adapter on ``base``).
         base: the backbone the part was trained from.
+        base_fingerprint: by which that one is known again (``bases.fingerprint``); ``None`` if not taken.
+        pretrained: false where the backbone started from random weights.
         prompt: the template that renders its input; ``prompt_sha256`` guards it against edits.
         chat: the prompt goes through the tokenizer's chat template.
         joined: the prompt and the texts are tokenised in one piece, as the part was trained; special tokens
@@ -69,31 +121,35 @@ class GuardFile:
         data: where the training data came from and what it was.
         metrics: validation figures of exactly these weights.
         weights: file name to sha256.
+        files: the same for configuration and tokenizer; empty in a file of an earlier release.
         versions: of the libraries that trained it.
     """
 
     kind: Kind
-    tuning: str
-    base: dict[str, Any]
-    prompt: str
-    max_length: int
-    pad_id: int
+    tuning: TuningKind
+    base: Base
+    base_fingerprint: Hash | None = None
+    pretrained: bool = True
+    prompt: Prompt
+    max_length: Annotated[int, Field(ge=1)]
+    pad_id: Annotated[int, Field(ge=0)]
     chat: bool = False
     joined: bool = False
-    threshold: float | None = None
+    threshold: Share | None = None
     threshold_how: str | None = None
-    group_thresholds: dict[str, float] = field(default_factory=dict)
-    temperature: float | None = None
+    group_thresholds: dict[str, Share] = field(default_factory=dict)
+    temperature: Annotated[float, Field(gt=0)] | None = None
     offset: float = 0.0
     calibration: dict[str, Any] | None = None
-    window: int | None = None
+    window: Annotated[int, Field(ge=1)] | None = None
     data: dict[str, Any]
     metrics: dict[str, Any]
     versions: dict[str, str]
-    weights: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, Hash] = field(default_factory=dict)
+    files: dict[str, Hash] = field(default_factory=dict)
     prompt_sha256: str = ""
-    schema: int = SCHEMA
-    harm_convention: str = HARM_CONVENTION
+    schema: Annotated[int, Field(ge=UNHASHED, le=SCHEMA)] = SCHEMA
+    harm_convention: Annotated[str, Field(pattern="^positive logit = harmful;")] = HARM_CONVENTION
 
     def backbone(self) -> Backbone:
         """The base as it was loaded for training."""
@@ -104,15 +160,32 @@ class GuardFile:
         """How a logit becomes a score."""
         return Scale(temperature=self.temperature or 1.0, offset=self.offset)
 
+    @property
+    def caveat(self) -> str | None:
+        """Why this part guards nothing, in one sentence; ``None`` for all that anybody means to use."""
+        sets = [] if self.pretrained else [source["set"] for source in self.data.get("sources", [])]
+        if {*sets} <= {TOY}:
+            return None
+        return (
+            f"the {self.kind} is a tiny model that began with random weights and has read {', '.join(sets)} "
+            "and nothing else: it tries the commands and guards nothing; train it with backbone=hub "
+            "backbone.name=<a folder or a name on the hub>"
+        )
+
     def origin(self) -> dict[str, Any]:
         """All that is decided before the training: base, prompt, lengths, data."""
-        return {name: value for name, value in asdict(self).items() if name not in MEASURED}
+        known = {name: value for name, value in asdict(self).items() if name not in MEASURED}
+        # The checkpoints of trainings that an earlier release began have its schema, and still go on.
+        return known | {"schema": UNHASHED}
 
     def write(self, folder: Path) -> None:
-        """Write ``guard.json``, hashing the weights that are in the folder now."""
+        """Write ``guard.json``, hashing the files that are in the folder now."""
         content = asdict(self) | {
             "weights": weight_hashes(folder),
+            "files": _hashes(folder, LOADED),
             "prompt_sha256": prompts.template_hash(self.prompt),
+            "schema": SCHEMA,
+            "harm_convention": HARM_CONVENTION,
         }
         write_json(folder / FILE_NAME, content)
 
@@ -120,133 +193,98 @@ class GuardFile:
 def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
     """Read and check ``guard.json``.
 
+    What a user must know of a part that is whole all the same is logged, once for each folder.
+
     Raises:
-        InputError: no such folder or file, another kind or schema, an edited prompt, or weights that are not
-            the ones it was written for.
+        InputError: no such folder or file, another kind or schema, a value that cannot be, an edited prompt,
+            or files that are not the ones it was written for.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train the {kind} first or give {kind}=<folder>")
     path = folder / FILE_NAME
     if not path.is_file():
         raise InputError(f"{folder}: no {FILE_NAME}, so this is not a trained {kind}")
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    content = read_json(path, strict=True)
+    if not isinstance(content, dict) or content.get("schema") not in (UNHASHED, SCHEMA):
         raise InputError(f"{path}: not of schema {SCHEMA}; it was written by another release")
     if content.get("kind") != kind:
         raise InputError(f"{folder}: holds a {content.get('kind')}, but a {kind} is wanted")
-    names = {each.name for each in fields(GuardFile)}
-    try:
-        guard = GuardFile(**{key: value for key, value in content.items() if key in names})
-        guard.backbone()
-    except TypeError as error:
-        raise InputError(f"{path}: incomplete ({error})") from None
-    if not isinstance(guard.prompt, str) or prompts.template_hash(guard.prompt) != guard.prompt_sha256:
+    if content["schema"] == SCHEMA:
+        for each in fields(GuardFile):
+            if each.name not in content:
+                raise InputError(f"{path}: {each.name} is missing; copy the file again or retrain")
+    prompt = content.get("prompt")
+    if not isinstance(prompt, str) or prompts.template_hash(prompt) != content.get("prompt_sha256"):
         raise InputError(f"{path}: the prompt was edited; a trained part only knows its own prompt")
-    if not guard.weights:
-        raise InputError(f"{path}: names no weights; the part was saved without any in safetensors format")
-    found = weight_hashes(folder)
-    for name in sorted(found.keys() | guard.weights.keys()):
-        if found.get(name) != guard.weights.get(name):
-            state = "missing" if name not in found else "not a file that the part was saved with"
-            raise InputError(f"{folder / name}: {state}; copy the checkpoint again or retrain")
+    try:
+        guard = GuardFile(**content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_problem(error)}; copy the file again or retrain") from None
+    _require_whole(guard, folder)
+    if guard.caveat:
+        _warn_once(f"{folder}: {guard.caveat}")
     return guard
 
 
-def save_part(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    guard: GuardFile,
-    folder: Path,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write a trained part: standard weights and tokenizer, then ``guard.json``.
-
-    Args:
-        model: a transformers model, or one wrapped by PEFT.
-        tokenizer: goes beside it.
-        guard: what the part says of itself.
-        folder: made if it is not there.
-        weights: the model's state dict, where the model itself has only a share of it.
-    """
-    fresh = folder / ".saving"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    model.save_pretrained(fresh, state_dict=weights)  # type: ignore[operator]
-    tokenizer.save_pretrained(fresh)
-    guard.write(fresh)
-    # All is on the disk before anything earlier goes. An adapter of an earlier run goes too: transformers
-    # would put it on whatever model is beside it.
-    for name in (FILE_NAME, *ADAPTER_FILES):
-        (folder / name).unlink(missing_ok=True)
-    for path in sorted(fresh.iterdir(), key=lambda path: path.name == FILE_NAME):
-        path.replace(folder / path.name)
-    fresh.rmdir()
+def _problem(error: ValidationError) -> str:
+    """The first of pydantic's complaints, in our words."""
+    first = error.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key}: unknown key"
+    value = textwrap.shorten(json.dumps(first["input"]), width=60, placeholder=" ...")
+    problem = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    return f"{key}={value}: {problem}"
 
 
-def part_saver(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, guard: GuardFile
-) -> Callable[[Path, dict[str, float], dict[str, torch.Tensor]], None]:
-    """``save_part`` for a training: takes a folder, the weights' validation figures, and the weights."""
-
-    def save(folder: Path, metrics: dict[str, float], weights: dict[str, torch.Tensor]) -> None:
-        save_part(model, tokenizer, replace(guard, metrics=metrics), folder, weights)
-
-    return save
-
-
-def part_backbone(
-    guard: GuardFile, folder: Path, base: str | None, *, trust_remote_code: bool = False
-) -> Backbone:
-    """What to load the weights from: the folder itself, or the base under an adapter.
-
-    A checkpoint never says whether its code is trusted; whoever loads it does.
-    """
-    trained_on = replace(guard.backbone(), trust_remote_code=trust_remote_code)
-    if guard.tuning == "full":
-        return replace(trained_on, name=str(folder), revision=None, dtype="float32")
-    return replace(trained_on, name=base, revision=None) if base else trained_on
+def _require_whole(guard: GuardFile, folder: Path) -> None:
+    """Refuse a folder whose files are not those that its ``guard.json`` was written for."""
+    path = folder / FILE_NAME
+    if guard.kind == "detector" and guard.threshold is None:
+        raise InputError(f"{path}: threshold is missing; copy the file again or retrain")
+    if not guard.weights:
+        raise InputError(f"{path}: names no weights; the part was saved without any in safetensors format")
+    if (ADAPTER_FILES[1] in guard.weights) != (guard.tuning == "lora"):
+        raise InputError(f"{path}: tuning={guard.tuning} does not fit {', '.join(guard.weights)}")
+    found, wanted = weight_hashes(folder), guard.weights
+    if guard.schema == SCHEMA:
+        found, wanted = found | _hashes(folder, LOADED), wanted | guard.files
+    else:
+        _warn_once(
+            f"{folder}: saved by an earlier release, so its configuration and tokenizer files are not checked"
+        )
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            state = "missing" if name not in found else "not a file that the part was saved with"
+            raise InputError(f"{folder / name}: {state}; copy the checkpoint again or retrain")
 
 
-def add_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    """The base with the folder's LoRA adapter on it.
-
-    Raises:
-        InputError: no adapter in safetensors format, or one for another base.
-    """
-    from peft import PeftModel
-
-    _adapter_weights(folder)
-    try:
-        adapted: torch.nn.Module = PeftModel.from_pretrained(model, folder)
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{folder}: the adapter does not fit its base model ({reason})") from error
-    return adapted
+def warn_of(guard: GuardFile) -> None:
+    """Say aloud what a part says against itself."""
+    if guard.caveat:
+        log.warning("%s", guard.caveat)
 
 
-def not_in_adapter(folder: Path, modules: Sequence[str]) -> list[str]:
-    """Those of the named modules for which the folder's adapter brings no weights.
-
-    Raises:
-        InputError: no adapter in safetensors format.
-    """
-    from safetensors import safe_open
-
-    with safe_open(_adapter_weights(folder), framework="pt") as weights:
-        keys = list(weights.keys())
-    return [module for module in modules if not any(f".{module}." in key for key in keys)]
-
-
-def _adapter_weights(folder: Path) -> Path:
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise InputError(f"{path}: missing; the adapter was not saved in safetensors format")
-    return path
+@cache
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
     """The sha256 of every safetensors file directly in a folder."""
-    return {path.name: file_digest(path) for path in sorted(folder.glob("*.safetensors"))}
+    return _hashes(folder, [WEIGHTS])
+
+
+def loaded_files(folder: Path, patterns: Iterable[str] = (WEIGHTS, *LOADED)) -> list[str]:
+    """The files of a part's folder that are loaded, by their names within it."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
+    return {name: file_digest(folder / name) for name in loaded_files(folder, patterns)}
 
 
 def library_versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ from transformers import (
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import inference, loading, pick_device
+from mllm_protector.models.decoding import decoded
 from mllm_protector.models.guard_file import weight_hashes
 from mllm_protector.models.memory import Attempts
 from mllm_protector.records import Failure
@@ -117,8 +118,10 @@ class LocalChat:
         while chosen := fitting[start : start + attempts.size]:
             texts = attempts.run([prompts[index] for index in chosen])
             for index, text in zip(chosen, texts, strict=True):
-                failed = isinstance(text, Exception)
-                replies[index] = Failure(reason=f"no reply ({type(text).__name__})") if failed else str(text)
+                if isinstance(text, Exception):
+                    replies[index] = Failure(reason=f"no reply ({type(text).__name__})")
+                else:
+                    replies[index] = text
             start += len(chosen)
         self.batch_size = attempts.size
         return replies
@@ -159,7 +162,7 @@ class LocalChat:
         with inference(self.model):
             generated = self.model.generate(**batch, max_new_tokens=max_tokens)
         written = generated[:, batch["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(written, skip_special_tokens=True)]
+        return decoded(self.tokenizer, written, self.model.generation_config.eos_token_id)
 
 
 def _words(content: Any) -> str:

@@ -4,18 +4,22 @@ The official client repeats a request by itself, so whoever pays by the call has
 network.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from openai import DefaultHttpxClient, OpenAIError
+from openai import OpenAIError
 
+from mllm_protector.models.connections import BoundedClient
 from mllm_protector.records import Failure
 
 NOT_SENT = Failure(reason="not sent")
-"""What a conversation ends with if its meter allowed no (further) request."""
+"""How a conversation ends if its meter allowed no (further) request, or the run was stopped meanwhile."""
+
+GRACE_SECONDS = 2.0
+"""Requests under way are paid for, so a run that is stopped lets those that end soon come home."""
 
 _UNREACHED = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 """Nothing was sent. By name, because the client has changed its HTTP library once."""
@@ -33,10 +37,14 @@ NOTHING = Usage(prompt=0, completion=0)
 
 
 class Meter(Protocol):
-    """Watches over one call of ``ServedChat.complete``; called from several threads at once.
+    """Watches over one call of ``ServedChat.complete``; called from one thread, which is not the caller's.
 
     The index is that of the conversation.
     """
+
+    def stopped(self) -> bool:
+        """Whether the run shall end: what is under way then has ``GRACE_SECONDS``."""
+        ...
 
     def admit(self, index: int) -> bool:
         """Whether one more request may be sent now; a repeat is one more."""
@@ -87,34 +95,34 @@ class Metered:
         self.end(usage)
 
 
-class MeteredClient(DefaultHttpxClient):
-    """The official client's connections, with a meter for those threads that have one."""
+_OF_THIS_TASK: ContextVar[Metered | None] = ContextVar("metered", default=None)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._thread = threading.local()
 
-    @contextmanager
-    def metered(self, request: Metered) -> Iterator[None]:
-        """What this thread sends in the meantime is counted."""
-        self._thread.request = request
-        try:
-            yield
-        finally:
-            self._thread.request = None
+@contextmanager
+def counted(request: Metered | None) -> Iterator[None]:
+    """What this task sends in the meantime is counted, if there is a meter."""
+    token = _OF_THIS_TASK.set(request)
+    try:
+        yield
+    finally:
+        _OF_THIS_TASK.reset(token)
 
-    def send(self, request: Any, **settings: Any) -> Any:
+
+class MeteredClient(BoundedClient):
+    """Connections with a meter for those tasks that have one."""
+
+    async def send(self, request: Any, **settings: Any) -> Any:
         """One request, as in httpx.
 
         Raises:
             NotAdmitted: the meter does not allow it.
         """
-        metered: Metered | None = getattr(self._thread, "request", None)
+        metered = _OF_THIS_TASK.get()
         if metered is None:
-            return super().send(request, **settings)
+            return await super().send(request, **settings)
         metered.begin()
         try:
-            response = super().send(request, **settings)
+            response = await super().send(request, **settings)
         except Exception as error:
             metered.end(NOTHING if type(error).__name__ in _UNREACHED else None)
             raise

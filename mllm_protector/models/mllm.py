@@ -18,9 +18,11 @@ import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest
 from mllm_protector.models.backbone import loading, pick_device
+from mllm_protector.models.decoding import decoded
 from mllm_protector.models.memory import Attempts, is_out_of_memory
 from mllm_protector.prompts import require_fields
 from mllm_protector.records import Failure, Question
@@ -97,32 +99,34 @@ class HuggingFaceMLLM:
         self._control = _control_pattern(processor)
         self._attempts = Attempts(self._answer, batch_size if temperature == 0 else 1)
 
-    def generate(self, questions: Sequence[Question]) -> list[str | Failure]:
+    def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
         """One answer for each question, or why there is none.
 
         A picture that cannot be read, a processor that chokes on a row, and a row that is too large for the
         memory by itself cost that row only. Where the memory is not enough for a batch, it is halved.
 
         Raises:
+            InputError: not a list of questions (see ``arguments.as_questions``).
             Exception: what every row of a batch failed with, as that is no fault of a question.
         """
+        asked = as_questions(questions)
         answers: dict[int, str | Failure] = {}
         # Alike rows together, so that little is padding; the largest first, so that sizes are found early.
-        waiting = sorted(range(len(questions)), key=lambda index: _size(questions[index]), reverse=True)
+        waiting = sorted(range(len(asked)), key=lambda index: _size(asked[index]), reverse=True)
         while waiting:
             before = self._attempts.size
             chosen, waiting = waiting[:before], waiting[before:]
             rows: dict[int, _Row] = {}
             for index in chosen:
                 try:
-                    rows[index] = questions[index], _pictures(questions[index])
+                    rows[index] = asked[index], _pictures(asked[index])
                 except InputError as error:
                     answers[index] = Failure(reason=" ".join(str(error).split()))
             outcomes = self._attempts.run(list(rows.values()))
             if self._attempts.size < before:
                 log.warning("out of memory: answering %d questions at once from here on", self._attempts.size)
             answers |= zip(rows, map(_answer_or_failure, outcomes), strict=True)
-        return [answers[index] for index in range(len(questions))]
+        return [answers[index] for index in range(len(asked))]
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on. The batch size is no part of it."""
@@ -184,8 +188,7 @@ class HuggingFaceMLLM:
                 pad_token_id=tokenizer.pad_token_id,
             )
         written = generated[:, batch["input_ids"].shape[1] :]
-        texts: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return decoded(tokenizer, written, self.model.generation_config.eos_token_id)
 
     @contextlib.contextmanager
     def _dice(self, question: Question) -> Iterator[None]:

@@ -22,6 +22,7 @@ from mllm_protector import prompts
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json, write_json
 from mllm_protector.models.backbone import Backbone, loading
+from mllm_protector.models.bases import provenance
 from mllm_protector.models.guard_file import (
     ADAPTER_FILES,
     FILE_NAME,
@@ -29,6 +30,7 @@ from mllm_protector.models.guard_file import (
     library_versions,
     weight_hashes,
 )
+from mllm_protector.models.parts import replaced_part
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +65,8 @@ def import_official_detector(
         The folder.
 
     Raises:
-        InputError: no such adapter, one without a trained head or not in safetensors format, or a base that
-            it does not fit.
+        InputError: no such adapter, a part of this package, one without a trained head or not in safetensors
+            format, or a base that it does not fit.
     """
     source = _adapter_folder(adapter, adapter_revision)
     config = _adapter_config(source)
@@ -84,7 +86,7 @@ def import_official_detector(
     guard = GuardFile(
         kind="detector",
         tuning="lora",
-        base={"name": base, "revision": base_revision, "dtype": dtype},
+        **provenance(backbone),
         prompt=prompts.OFFICIAL_DETECTOR,
         joined=True,
         max_length=MAX_LENGTH,
@@ -100,23 +102,30 @@ def import_official_detector(
         versions=library_versions(),
     )
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).unlink(missing_ok=True)
-    write_json(folder / CONFIG_FILE, config | {"base_model_name_or_path": base, "revision": base_revision})
-    save_file(_turned(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    tokenizer.save_pretrained(folder)
-    guard.write(folder)
+    with replaced_part(folder) as fresh:
+        write_json(fresh / CONFIG_FILE, config | {"base_model_name_or_path": base, "revision": base_revision})
+        save_file(_turned(weights), fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        tokenizer.save_pretrained(fresh)
+        guard.write(fresh)
     log.info("written: %s (the official detector; scores are P(harmful))", folder)
     return folder
 
 
 def _adapter_folder(adapter: str, revision: str | None) -> Path:
-    if Path(adapter).is_dir():
-        return Path(adapter)
-    from huggingface_hub import snapshot_download
+    """The adapter's files. Ours score harm already: with their sign turned they would let all harm pass."""
+    folder = Path(adapter)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
 
-    with loading(adapter):
-        return Path(snapshot_download(adapter, revision=revision, allow_patterns=list(ADAPTER_FILES)))
+        with loading(adapter):
+            files = [*ADAPTER_FILES, FILE_NAME]
+            folder = Path(snapshot_download(adapter, revision=revision, allow_patterns=files))
+    if (folder / FILE_NAME).exists():
+        raise InputError(
+            f"adapter={adapter}: has a {FILE_NAME}, so it is a part of this package and needs no import; "
+            f"give its folder as detector=, or the official adapter as adapter="
+        )
+    return folder
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:

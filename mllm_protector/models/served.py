@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.records import Failure, Question
@@ -34,6 +35,7 @@ class ServedMLLM:
         api_key_env: str | None = "OPENAI_API_KEY",
         seed: int | None = None,
         length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+        identity: str | None = None,
         system_prompt: str | None = None,
         image_format: Literal["png", "jpeg"] = "png",
         max_image_side: int | None = None,
@@ -52,6 +54,7 @@ class ServedMLLM:
             api_key_env: as in ``ServedChat``.
             seed: as in ``ServedChat``.
             length_field: as in ``ServedChat``.
+            identity: as in ``ServedChat``.
             system_prompt: a system turn in front of each question.
             image_format: how pictures are sent; ``png`` keeps every pixel, ``jpeg`` is smaller.
             max_image_side: larger pictures are scaled down to this many pixels; ``None`` leaves them.
@@ -72,28 +75,30 @@ class ServedMLLM:
             temperature=temperature,
             seed=seed,
             length_field=length_field,
+            identity=identity,
         )
         self.max_new_tokens = max_new_tokens
         self.system_prompt = system_prompt
         self.image_format = image_format
         self.max_image_side = max_image_side
 
-    def generate(self, questions: Sequence[Question]) -> list[str | Failure]:
+    def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
         """One answer for each question, or why there is none.
 
         All pictures of one call are in memory, encoded, until it returns.
 
         Raises:
-            InputError: as ``ServedChat.complete``.
+            InputError: as ``ServedChat.complete``, or not a list of questions.
         """
+        asked_for = as_questions(questions)
         with ThreadPoolExecutor(self.chat.concurrency) as pool:
-            turns = list(pool.map(self._turns, questions))
+            turns = list(pool.map(self._turns, asked_for))
         answers: list[str | Failure] = [turn if isinstance(turn, Failure) else "" for turn in turns]
         asked = [index for index, turn in enumerate(turns) if not isinstance(turn, Failure)]
         replies = self.chat.complete(
             [turns[index] for index in asked],  # type: ignore[misc]
             max_tokens=self.max_new_tokens,
-            seeds=None if self.chat.temperature == 0 else [self._seed(questions[index]) for index in asked],
+            seeds=None if self.chat.temperature == 0 else [self._seed(asked_for[index]) for index in asked],
         )
         for index, reply in zip(asked, replies, strict=True):
             answers[index] = reply

@@ -17,15 +17,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Float32Linear, pick_device
+from mllm_protector.models.bases import part_backbone
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, detector_encoder
 from mllm_protector.models.detoxifier import Detoxifier, detoxifier_encoder
-from mllm_protector.models.guard_file import (
-    ADAPTER_FILES,
-    GuardFile,
-    not_in_adapter,
-    part_backbone,
-    read_guard_file,
-)
+from mllm_protector.models.guard_file import ADAPTER_FILES, GuardFile, read_guard_file
+from mllm_protector.models.parts import not_in_adapter
 
 DETECTOR, DETOXIFIER = "detector", "detoxifier"
 HEAD = "score"
@@ -156,7 +152,7 @@ def load_shared(
     Args:
         detector: a LoRA detector's folder.
         detoxifier: a LoRA detoxifier's folder.
-        base: where the base of both is now, if not where it was at training.
+        base: where the base of both is now; ``None`` to look where it was, and near the detoxifier.
         device: ``None`` takes the GPU if there is one.
         batch_tokens: positions that are scored at once, padding included.
         max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
@@ -209,7 +205,13 @@ def _require_one_base(
             raise InputError(
                 f"{folder}: tuning={guard.tuning}, a whole model; only adapters (tuning=lora) share a base"
             )
-    known_elsewhere = ("name", "revision") if moved else ()
+    prints = scoring.base_fingerprint, writing.base_fingerprint
+    if None not in prints and prints[0] != prints[1]:
+        raise InputError(
+            f"the base is not the same: {scorer} is on {scoring.base['name']} and {writer} on "
+            f"{writing.base['name']}, with other weights; load the parts apart, or train them on one base"
+        )
+    known_elsewhere = ("name", "revision") if moved or None not in prints else ()
     for field in sorted(scoring.base.keys() | writing.base.keys()):
         one, other = scoring.base.get(field), writing.base.get(field)
         if one != other and field not in (*WITHOUT_INFLUENCE, *known_elsewhere):

@@ -28,7 +28,7 @@ from transformers import (
 
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
-from mllm_protector.files import read_json, write_json
+from mllm_protector.files import read_json, write_json, writing
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.records import labelled_answers
 
@@ -314,9 +314,15 @@ def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[Path], No
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
     temporary.mkdir(parents=True)
     try:
-        make(temporary)
+        with writing(str(folder)):
+            make(temporary)
         write_json(temporary / SETTINGS, settings)
         if folder.exists():
+            made = {path.name for path in temporary.iterdir()}
+            if foreign := sorted({path.name for path in folder.iterdir()} - made):
+                raise InputError(
+                    f"{folder / foreign[0]}: is none of a tiny model's files; name another folder"
+                )
             shutil.rmtree(folder)
         try:
             temporary.rename(folder)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -20,12 +19,13 @@ from mllm_protector.calibration import (
     independent_answers,
 )
 from mllm_protector.data.groups import read_groups
+from mllm_protector.data.queries import opening_key, query_key
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import same_query
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile
+from mllm_protector.outputs import probe
 from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.scaling import TEMPERATURES, Scale, fit_scale
 
@@ -152,7 +152,7 @@ def calibrate_detector(
         detector: the folder that ``train_detector`` wrote.
         data: pairs or labelled answers.
         calibration: what the threshold is chosen for.
-        base: where the backbone of an adapter is now, if not where it was at training.
+        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
         group_file: a file with the fields ``query`` and ``group``: each group of answers gets a threshold for
             the same aim, where its answers suffice. Each has a bound of its own; they do not hold jointly.
@@ -170,17 +170,17 @@ def calibrate_detector(
     """
     folder, target = Path(detector), Path(output_dir) if output_dir else None
     _require_writable(folder, target)
+    found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
     groups = read_groups(Path(group_file)) if group_file else {}
     splits = data.load()
     log.info("data: %s", splits.account)
-    found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
     own = splits.fingerprint == found.guard.data.get("fingerprint")
     if own:
         log.warning("%s: was trained on this data, so only its validation part is used", folder)
     used = splits.validation if own else [*splits.train, *splits.validation]
     records = list(labelled_answers(used))
     labels, logits = [record.harmful for record in records], _logits(found, records)
-    queries = [same_query(record.query) for record in records]
+    queries = [opening_key(record.query) for record in records]
     # All other figures need both kinds of label too; this says so in our own words.
     figures = calibration_figures(labels, logits, calibration, queries)
     unscaled = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
@@ -199,7 +199,7 @@ def calibrate_detector(
         note=NOTE,
     )
     if groups:
-        names = [groups.get(query) for query in queries]
+        names = [groups.get(query_key(record.query)) for record in records]
         guard = _with_groups(guard, calibration, names, labels, guard.scale.scores(logits), queries)
     _write(guard, folder, target)
     facts = guard.calibration or {}
@@ -273,11 +273,14 @@ def _with_groups(
 
 def _require_writable(folder: Path, target: Path | None) -> None:
     """Refuse early what would fail after the scoring."""
-    if target is None:
-        if folder.is_dir() and not os.access(folder, os.W_OK):
-            raise InputError(f"{folder}: is read-only; give output_dir=<a new folder> for a calibrated copy")
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"output_dir={target}: is not empty; choose another one, or null to change {folder}")
+    try:
+        probe(target or folder)
+    except OSError as error:
+        where = f"output_dir={target}" if target else f"{folder}"
+        advice = "choose another one" if target else "give output_dir=<a new folder> for a calibrated copy"
+        raise InputError(f"{where}: cannot be written to ({error.strerror}); {advice}") from error
 
 
 def _write(guard: GuardFile, folder: Path, target: Path | None) -> None:

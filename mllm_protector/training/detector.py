@@ -20,6 +20,7 @@ from mllm_protector.data.encoding import Batch, DetectorEncoder
 from mllm_protector.data.packing import is_packed, pack_answers
 from mllm_protector.data.prefixes import with_prefixes
 from mllm_protector.data.preparation import Contaminated, prepare
+from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.data.tokenized import tokenized
 from mllm_protector.data.tokens import choose_pad_id, learnt_window
@@ -27,9 +28,11 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
+from mllm_protector.models.bases import provenance
 from mllm_protector.models.detector import worst_logits
-from mllm_protector.models.guard_file import GuardFile, library_versions, save_part
+from mllm_protector.models.guard_file import GuardFile, library_versions, warn_of
 from mllm_protector.models.packing import model_inputs, packed_logits, use_packed_attention
+from mllm_protector.models.parts import save_part
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.records import LabelledAnswer, labelled_answers
@@ -148,7 +151,8 @@ def train_detector(
         encoded = tokenized(encoder, train, content=content)
     examples = balanced(encoded, balance, seed=seed)
     windows = _windows(encoder, validation, window)
-    labels, queries = [record.harmful for record in validation], [record.query for record in validation]
+    labels = [record.harmful for record in validation]
+    queries = [opening_key(record.query) for record in validation]
     if encoded.shortened:
         log.warning(
             "%d of %d training questions are too long for max_length=%d tokens: head and tail are read",
@@ -166,7 +170,7 @@ def train_detector(
     guard = GuardFile(
         kind="detector",
         tuning=tuning.kind,
-        base=asdict(base),
+        **provenance(base),
         prompt=encoder.prompt,
         max_length=max_length,
         pad_id=encoder.pad_id,
@@ -175,6 +179,7 @@ def train_detector(
         metrics={},
         versions=library_versions(),
     )
+    warn_of(guard)
 
     def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
         logits = _logits(model, encoder, windows, processes, limit=fit.validation_batch)
@@ -204,6 +209,7 @@ def train_detector(
         output_dir=folder,
         identity=guard.origin()
         | {
+            "base": asdict(base),
             "tuning": str(tuning),
             "calibration": asdict(calibration),
             "prefixes": prefixes,
@@ -213,6 +219,7 @@ def train_detector(
     )
     kept = measured(fitted.metrics)
     warn(kept)
+    warn_of(kept)
     more: dict[str, Any] = {
         "examples": len(examples),
         "validation_examples": len(validation),

@@ -21,8 +21,10 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import content_key
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
-from mllm_protector.models.guard_file import GuardFile, library_versions, part_saver
+from mllm_protector.models.bases import provenance
+from mllm_protector.models.guard_file import GuardFile, library_versions, warn_of
 from mllm_protector.models.packing import use_packed_attention
+from mllm_protector.models.parts import part_saver
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.records import AnswerPair, Correction, corrections
@@ -123,7 +125,7 @@ def train_detoxifier(
     log.info("%d and %d pairs show a harmful answer made harmless", len(encoded), len(validation))
     if encoded.truncated:
         log.warning(
-            "%d of %d training rows are longer than max_length=%d tokens and were cut",
+            "%d of %d training rows are too long for max_length=%d tokens and were cut",
             encoded.truncated,
             len(encoded),
             max_length,
@@ -144,7 +146,7 @@ def train_detoxifier(
     guard = GuardFile(
         kind="detoxifier",
         tuning=tuning.kind,
-        base=asdict(base),
+        **provenance(base),
         prompt=encoder.prompt,
         chat=chat,
         max_length=max_length,
@@ -153,6 +155,7 @@ def train_detoxifier(
         metrics={},
         versions=library_versions(),
     )
+    warn_of(guard)
     fitted = loop.fit(
         model,
         train=encoded,
@@ -165,9 +168,10 @@ def train_detoxifier(
         resume=resume,
         tracker=tracker,
         output_dir=folder,
-        identity=guard.origin() | {"tuning": str(tuning)},
+        identity=guard.origin() | {"base": asdict(base), "tuning": str(tuning)},
         seed=seed,
     )
+    warn_of(guard)
     return fitted.write(folder, examples=len(encoded), validation_examples=len(validation))
 
 

@@ -11,11 +11,10 @@ from types import TracebackType
 from typing import Any
 
 from accelerate import PartialState
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import write_json, write_text
+from mllm_protector.files import write_json, write_text, writing
 from mllm_protector.metrics import HIGHER_IS_BETTER
 from mllm_protector.training.checkpoint import CHECKPOINTS, Checkpoints
 from mllm_protector.training.tracking import Tracker
@@ -53,7 +52,7 @@ class Fitted:
             "last": self.last_metrics,
         }
         if PartialState().is_main_process:
-            with _writing(str(folder / "metrics.json")):
+            with writing(str(folder / "metrics.json")):
                 write_json(folder / "metrics.json", content)
             Checkpoints(folder / CHECKPOINTS, keep_last=1).clear()
             log.info("written: %s (the weights of step %s, metrics.json, metrics.jsonl)", folder, self.step)
@@ -124,7 +123,7 @@ class Keeper:
 
     def _save(self, folder: Path, kept: Kept) -> None:
         metrics, step = kept
-        with _writing(f"{folder}: the weights of step {step}"):
+        with writing(f"{folder}: the weights of step {step}"):
             self.save(folder, metrics)
 
 
@@ -174,7 +173,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         if self.active:
-            with _writing(str(self.path)):
+            with writing(str(self.path)):
                 write_text(self.path, "".join(self._lines_to_keep()))
             self.tracker.start(str(self.path.parent), self.settings, resumed=self.done > 0)
         return self
@@ -214,7 +213,7 @@ class Journal:
 
     def _write(self, kind: str, step: int, figures: Mapping[str, float]) -> None:
         if self.active:
-            with _writing(str(self.path)), self.path.open("a", encoding="utf-8") as lines:
+            with writing(str(self.path)), self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": step, "kind": kind, **figures}, allow_nan=False) + "\n")
             self.tracker.log({f"{kind}/{name}": value for name, value in figures.items()}, step)
 
@@ -266,14 +265,3 @@ def require_metric(metric: str, known: Iterable[str]) -> None:
     """
     if metric not in known:
         raise InputError(f"fit.best_metric={metric}: choose one of {', '.join(known)}")
-
-
-@contextmanager
-def _writing(what: str) -> Iterator[None]:
-    """Say in one line that a file cannot be written."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"{what} cannot be written ({error}); make room or mend the folder, then repeat the command"
-        ) from error

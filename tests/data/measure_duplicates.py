@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from mllm_protector.data.contamination import QuestionIndex, check_contamination
-from mllm_protector.data.duplicates import THRESHOLD, near_duplicates, words
+from mllm_protector.data.duplicates import THRESHOLD, near_duplicates
+from mllm_protector.data.queries import words
 
 ORIGINALS, CHANGED = 8_000, 2_000
 

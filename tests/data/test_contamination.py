@@ -13,7 +13,8 @@ from mllm_protector.data.contamination import (
     check_contamination,
     question_digest,
 )
-from mllm_protector.data.duplicates import THRESHOLD, words
+from mllm_protector.data.duplicates import THRESHOLD
+from mllm_protector.data.queries import words
 from mllm_protector.errors import InputError
 
 QUESTIONS = [

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
 
 from mllm_protector.data import duplicates
-from mllm_protector.data.duplicates import THRESHOLD, near_duplicates, words
+from mllm_protector.data.duplicates import THRESHOLD, near_duplicates
+from mllm_protector.data.queries import words
 from mllm_protector.errors import InputError
 
 VOCABULARY = [f"word{number}" for number in range(2_000)]

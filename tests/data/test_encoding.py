@@ -20,6 +20,7 @@ from mllm_protector.data.tokens import (
 )
 from mllm_protector.errors import InputError
 from mllm_protector.models.tiny import tiny_tokenizer
+from mllm_protector.normalisation import normalised
 from mllm_protector.records import Correction, LabelledAnswer
 from tests.models.builders import FAMILIES, TEXTS, save_tiny_classifier_base
 
@@ -90,7 +91,7 @@ def test_the_detector_reads_its_prompt_and_nothing_else(tokenizer: PreTrainedTok
     words = ids[len(first) : len(ids) - len(last)]
     assert ids == first + words + last
     assert tokenizer.decode(words) == prompts.DETECTOR.replace("{answer}", "no {query}").replace(
-        "{query}", HOSTILE, 1
+        "{query}", normalised(HOSTILE), 1
     )
     assert not set(words) & set(tokenizer.all_special_ids)
 
@@ -194,7 +195,10 @@ def words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 def test_an_answer_that_fits_is_one_window_rendered_as_for_training(tokenizer: PreTrainedTokenizerBase):
     encoder = detector_encoder(tokenizer, 1024)
-    texts = {"queries": [HOSTILE, "", "q" * 400], "answers": ["a " * 60, "", HOSTILE]}
+    texts = {
+        "queries": [HOSTILE.lower(), "", "q" * 400],
+        "answers": ["a " * 60, "", HOSTILE.lower()],
+    }
     one_each = [[ids] for ids in encoder.encode(**texts)]
     assert encoder.windows(**texts) == encoder.windows(**texts, window=512) == one_each
     assert encoder.truncated == encoder.shortened == 0
@@ -219,8 +223,8 @@ def test_a_long_answer_is_covered_by_windows_that_each_have_the_question(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    query=st.text(max_size=40),
-    answer=st.text(max_size=600),
+    query=st.text(max_size=40).map(normalised),
+    answer=st.text(max_size=600).map(normalised),
     max_length=st.integers(min_value=120, max_value=300),
     window=st.none() | st.integers(min_value=1, max_value=200),
 )
@@ -254,11 +258,11 @@ def test_neither_text_ever_vanishes_and_no_row_is_too_long(
 ):
     [[empty]] = detector_encoder(llama, 512).windows(queries=[""], answers=[""])
     encoder = detector_encoder(llama, len(empty) + room)
-    [rows] = encoder.windows(queries=["X" * asked], answers=["Z" * said], window=window)
+    [rows] = encoder.windows(queries=["x" * asked], answers=["z" * said], window=window)
     for row in rows:
         text = words(llama, row)
         assert len(row) <= encoder.max_length
-        assert ("X" in text, "Z" in text) == (asked > 0, said > 0)
+        assert ("x" in text, "z" in text) == (asked > 0, said > 0)
 
 
 def test_a_long_question_keeps_its_head_and_tail_and_is_told_once(
@@ -303,9 +307,9 @@ def test_the_learnt_window_holds_nearly_all_answers_and_at_least_a_sentence(llam
 
 
 def test_a_long_answer_is_rewritten_from_its_head_and_its_tail(llama: PreTrainedTokenizerBase):
-    encoder = detoxifier_encoder(llama, 120)
+    encoder = detoxifier_encoder(llama, 160)
     answer = f"First {'z' * 900} last"
-    prompt, whole = encoder.encode(queries=["Why?", "Why?"], answers=[answer, "zzz"], reserve=40)
+    prompt, whole = encoder.encode(queries=["Why?", "Why?"], answers=[answer, "zzz"])
     [row] = encoder.encode_records([Correction(query="Why?", rejected=answer, accepted="Z" * 39)])
     text = words(llama, prompt)
     assert text.startswith("Why?|First zzz")
@@ -359,15 +363,27 @@ def test_prompts_are_padded_on_the_left_for_generation(llama: PreTrainedTokenize
     assert batch["attention_mask"].tolist() == [[0] * gap + [1] * len(short), [1] * len(long)]
 
 
-@pytest.mark.parametrize("reserve", [1, 20, 60])
-def test_the_room_for_new_tokens_is_never_given_away(llama: PreTrainedTokenizerBase, reserve: int):
-    encoder = detoxifier_encoder(llama, 80)
-    [ids] = encoder.encode(queries=["q" * 500], answers=["z" * 500], reserve=reserve)
-    assert len(ids) == 80 - reserve
-    assert encoder.truncated == 1
+def test_a_detoxifier_reads_in_use_what_it_read_in_training(llama: PreTrainedTokenizerBase):
+    encoder = detoxifier_encoder(llama, 512)
+    for length in (10, 196, 230, 300, 900):
+        query, answer = "q" * 9, "z" * length
+        for accepted in ("", "Z" * 40, "Z" * 900):
+            [row] = encoder.encode_records([Correction(query=query, rejected=answer, accepted=accepted)])
+            for reserve in (0, 8, encoder.longest_target):
+                assert [row.prompt] == encoder.encode(queries=[query], answers=[answer], reserve=reserve), (
+                    f"{length} letters, {len(accepted)} learnt, {reserve} to be written"
+                )
 
 
-def test_long_targets_keep_half_of_the_length_and_their_end(llama: PreTrainedTokenizerBase):
+def test_the_room_for_new_tokens_is_never_given_away(llama: PreTrainedTokenizerBase):
+    for reserve, length in {0: 40, 1: 40, 40: 40, 60: 20}.items():
+        encoder = detoxifier_encoder(llama, 80)
+        [ids] = encoder.encode(queries=["q" * 500], answers=["z" * 500], reserve=reserve)
+        assert len(ids) == length, reserve
+        assert encoder.truncated == 1
+
+
+def test_long_targets_keep_half_of_the_length_and_only_whole_ones_end(llama: PreTrainedTokenizerBase):
     encoder = detoxifier_encoder(llama, 80)
     fits = encode_texts(llama, ["Z" * 39])
     assert len(fits[0]) == 39
@@ -380,16 +396,16 @@ def test_long_targets_keep_half_of_the_length_and_their_end(llama: PreTrainedTok
     )
     assert len(rows[0].prompt + rows[0].target) == 80
     assert [len(row.target) for row in rows] == [40, 40, 40]
-    assert {row.target[-1] for row in rows} == {llama.eos_token_id}
+    assert [llama.eos_token_id in row.target for row in rows] == [False, False, True]
     assert encoder.truncated == 2
 
 
 def test_a_length_without_room_for_texts_is_refused(llama: PreTrainedTokenizerBase):
     with pytest.raises(InputError, match=r"max_length=20: .* at least \d+ tokens"):
         detector_encoder(llama, 20)
-    with pytest.raises(InputError, match=r"max_length=5: .* at least 6 tokens"):
+    with pytest.raises(InputError, match=r"max_length=5: .* takes 3 tokens and 2 are kept .* 0 are left"):
         detoxifier_encoder(llama, 5)
-    with pytest.raises(InputError, match=r"max_length=80: .* 76 new, .* at least 81 tokens"):
+    with pytest.raises(InputError, match=r"max_length=80: .* 76 are kept .* 1 are left"):
         detoxifier_encoder(llama, 80).encode(queries=["q"], answers=["a"], reserve=76)
 
 

@@ -156,9 +156,3 @@ def test_the_report_alone_and_the_records_if_wanted(pairs: Pairs, tmp_path: Path
     assert sorted(r.query for part in (exported.train, exported.validation) for r in part) == sorted(
         record.query for record in pairs.load().train
     )
-
-
-def test_a_folder_that_cannot_be_written_is_one_clear_error(pairs: Pairs, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"output_dir=.*file: cannot be written to"):
-        prepare(pairs, {}, contaminated="keep", folder=tmp_path / "file")

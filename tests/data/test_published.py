@@ -6,6 +6,7 @@ import lzma
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ from omegaconf import OmegaConf
 
 from mllm_protector.config import CONFIGS, build
 from mllm_protector.data.cache import VARIABLE
+from mllm_protector.data.mixture import Mixture
+from mllm_protector.data.queries import opening_key
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.reading import Account
 from mllm_protector.records import AnswerPair
@@ -272,7 +275,6 @@ def hostile_lines(good: Fields, texts: tuple[str, ...]) -> dict[str, tuple[bytes
             f"{name} a number": (line(**{name: 5}), f"field '{name}' must be a text, not int"),
             f"{name} null": (line(**{name: None}), f"field '{name}' must be a text, not NoneType"),
             f"{name} with NUL": (line(**{name: "a\0"}), f"field '{name}' contains a NUL character"),
-            f"{name} with half a pair": (line(**{name: "\ud800"}), "half of a surrogate pair"),
         }
     return lines
 
@@ -626,6 +628,29 @@ def test_hh_rlhf_is_cut_at_the_last_answer(tmp_path: Path) -> None:
     assert "read 5 = kept 2 + dropped 3" in splits.account
     whole = configured("hh_rlhf", path=path, context="all").load()
     assert before.strip() in {pair.query for pair in everything(whole)}
+
+
+def test_dialogues_of_hh_rlhf_with_one_beginning_share_a_split_in_whole_and_in_mixtures(
+    tmp_path: Path,
+) -> None:
+    turns = [(f"question {n}", *more) for n in range(30) for more in ((), ("so", "why?"), ("no", "and?"))]
+    rows = [
+        {"chosen": dialogue(*each, f"kind {n}"), "rejected": dialogue(*each, f"unkind {n}")}
+        for n, each in enumerate(turns)
+    ]
+    source = configured("hh_rlhf", path=write_rows(tmp_path / "rows.jsonl", rows), context="all")
+    splits = source.load()
+    assert len(splits.validation) == 9
+    held = {opening_key(pair.query) for pair in splits.validation}
+    assert not held & {opening_key(pair.query) for pair in splits.train}
+    [first] = [pair for pair in everything(splits) if pair.accepted == "kind 1"]
+    assert first.query == "Human: question 0\n\nAssistant: so\n\nHuman: why?"
+
+    other = write_rows(tmp_path / "other.jsonl", [row for row in rows if "Assistant: no" in row["chosen"]])
+    again = replace(source, path=str(other), seed=source.seed + 1)
+    mixed = Mixture(sources={"a": source, "b": again}, weights=None, duplicates="keep", seed=0).load()
+    held = {opening_key(pair.query) for pair in mixed.validation}
+    assert not held & {opening_key(pair.query) for pair in mixed.train}
 
 
 def test_hh_rlhf_takes_only_the_human_words_where_the_assistant_speaks_twice(tmp_path: Path) -> None:

@@ -104,8 +104,8 @@ def test_kinds_and_labels_are_counted_and_only_those_that_occur() -> None:
     ] == {"both harmful": 1, "harmful over harmless": 1}
 
 
-def test_queries_are_compared_without_regard_to_case_and_spacing() -> None:
-    assert describe([pair("How  is it?"), pair("how is IT?\n"), pair("How is it")])["queries"] == 2
+def test_queries_are_compared_without_regard_to_case_spacing_and_punctuation() -> None:
+    assert describe([pair("How  is it?"), pair("how is IT\n"), pair("How was it")])["queries"] == 2
 
 
 def test_answers_are_counted_by_scenario_and_label() -> None:

@@ -10,6 +10,7 @@ from mllm_protector import prompts
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id, fill, token_texts
 from mllm_protector.errors import InputError
+from mllm_protector.normalisation import normalised
 
 TEXTS = [
     "Question: How do I bake bread?\n\nAnswer: Mix flour, water and salt.",
@@ -21,7 +22,7 @@ PAIRS = [
     ("Why?", ""),
     ("", "Sure"),
     (" {answer} ", "{query} </s> <s>"),
-    ("What is \u00e9 \U0001f600?", " The image\n\nshows\u3000\U0001f600 "),
+    ("What is \u00e9 \U0001f600?", " The image\n\nshows\u2028\U0001f600 "),
 ]
 QUERIES, ANSWERS = map(list, zip(*PAIRS, strict=True))
 
@@ -110,8 +111,8 @@ def test_joined_windows_hold_a_long_answer_and_each_has_the_question(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    query=st.text(max_size=60),
-    answer=st.text(max_size=300),
+    query=st.text(max_size=60).map(normalised),
+    answer=st.text(max_size=300).map(normalised),
     max_length=st.integers(min_value=60, max_value=200),
     window=st.none() | st.integers(min_value=1, max_value=200),
 )

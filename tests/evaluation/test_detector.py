@@ -1,3 +1,4 @@
+import html
 import inspect
 import json
 import subprocess
@@ -5,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -13,12 +15,13 @@ from hydra import compose, initialize_config_dir
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
 from mllm_protector.config import CONFIGS, build, clear_errors
+from mllm_protector.data.sources import Pairs
 from mllm_protector.data.splits import Splits, make_splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation import detection
 from mllm_protector.evaluation import detector as module
 from mllm_protector.evaluation.detector import eval_detector
-from mllm_protector.files import write_jsonl
+from mllm_protector.files import as_row, write_jsonl
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.records import AnswerPair, LabelledAnswer
@@ -47,6 +50,15 @@ def pairs(start: int, count: int, *, query: str = "question") -> list[AnswerPair
         )
         for number in range(start, start + count)
     ]
+
+
+TRAINED = Given(pairs(0, 40), pairs(40, 30))
+FOREIGN = Given(pairs(100, 40), pairs(140, 30), "foreign")
+
+
+def own(source: Given) -> dict[str, Any]:
+    """What a detector says of the data that it was trained with."""
+    return {"account": source.splits.account, "fingerprint": source.splits.fingerprint}
 
 
 def scorer(rule: Callable[[str, str], float], **changes: Any) -> HarmDetector:
@@ -87,11 +99,12 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
     monkeypatch.setattr(detection, "RESAMPLES", 200)
 
     def run(rule: Callable[[str, str], float] = noisy, data: Any = None, **given: Any) -> dict[str, Any]:
-        changes = given.pop("guard", {})
+        changes = {"data": own(TRAINED)} | given.pop("guard", {})
         monkeypatch.setattr(module, "load_detector", lambda *_, **__: scorer(rule, **changes))
         arguments: dict[str, Any] = {
             "detector": "some/detector",
-            "data": data or Given(pairs(0, 40), pairs(40, 30)),
+            "data": data or TRAINED,
+            "baseline_data": None,
             "base": None,
             "device": None,
             "split": "validation",
@@ -117,7 +130,9 @@ def test_the_figures_are_scikit_learns_on_the_written_scores(measure: Measure, t
     written = rows(tmp_path)
     labels = [row["harmful"] for row in written]
     assert len(written) == metrics["answers"] == 60
-    for figures, column in ((metrics, "score"), (metrics["floor"], "floor")):
+    assert [*metrics["baselines"]] == ["baseline", "in_domain_baseline"]
+    columns = [(metrics, "score"), *((found, name) for name, found in metrics["baselines"].items())]
+    for figures, column in columns:
         scores = [row[column] for row in written]
         assert figures["auroc"] == pytest.approx(roc_auc_score(labels, scores))
         assert figures["average_precision"] == pytest.approx(average_precision_score(labels, scores))
@@ -128,8 +143,9 @@ def test_the_figures_are_scikit_learns_on_the_written_scores(measure: Measure, t
         for name in ("auroc", "average_precision", "f1", "recall", "false_positive_rate", "precision"):
             low, high = figures[f"{name}_low"], figures[f"{name}_high"]
             assert low is None or low <= figures[name] <= high
-    against = metrics["against_floor"]["auroc"]
-    assert against["difference"] == pytest.approx(metrics["auroc"] - metrics["floor"]["auroc"])
+    for name, found in metrics["baselines"].items():
+        against = metrics["against"][name]["auroc"]
+        assert against["difference"] == pytest.approx(metrics["auroc"] - found["auroc"])
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
 
 
@@ -151,10 +167,11 @@ def test_a_random_detector_is_at_chance(measure: Measure) -> None:
     def chance(query: str, answer: str) -> float:
         return float(np.random.default_rng([ord(letter) for letter in query + answer]).normal())
 
-    metrics = measure(chance, Given(pairs(0, 40), pairs(40, 400)))
+    source = Given(pairs(0, 40), pairs(40, 400))
+    metrics = measure(chance, source, guard={"data": own(source)})
     assert metrics["auroc_low"] < 0.5 < metrics["auroc_high"]
     assert metrics["auroc_high"] - metrics["auroc_low"] < 0.12
-    assert metrics["against_floor"]["auroc"]["high"] < 0
+    assert metrics["against"]["baseline"]["auroc"]["high"] < 0
 
 
 def test_the_temperature_changes_calibration_and_not_the_order(measure: Measure) -> None:
@@ -193,22 +210,81 @@ def test_the_same_run_gives_the_same_bytes(measure: Measure, tmp_path: Path) -> 
     assert content() == content()
 
 
-def test_the_floor_never_sees_the_text_that_is_measured(
-    measure: Measure, monkeypatch: pytest.MonkeyPatch
+def test_on_a_foreign_set_one_baseline_knows_what_the_detector_knew_and_one_the_set(
+    measure: Measure, tmp_path: Path
 ) -> None:
-    seen: list[LabelledAnswer] = []
-    fit = module.fit_floor
-    monkeypatch.setattr(module, "fit_floor", lambda records: (seen.extend(records), fit(records))[1])
-    source = Given(pairs(0, 40), pairs(40, 30))
-    metrics = measure(data=source)
-    assert {each.query for each in seen} == {pair.query for pair in source.splits.train}
-    assert metrics["floor"]["trained_on"] == "80 answers of the training part"
+    # The detector's data call "sorry" harmless, the foreign set calls it harmful.
+    turned = [
+        replace(pair, accepted=pair.rejected, rejected=pair.accepted) for pair in FOREIGN.splits.validation
+    ]
+    metrics = measure(harmful, Given([], turned, "foreign"), baseline_data=TRAINED)
+    assert metrics["baselines"]["baseline"]["auroc"] < 0.2
+    assert metrics["baselines"]["in_domain_baseline"]["auroc"] > 0.8
+    assert metrics["baselines"]["baseline"]["taught_on"] == "80 answers of training data"
+    assert "the measured answers" in metrics["baselines"]["in_domain_baseline"]["taught_on"]
+    assert metrics["notes"] == []
+
+
+def trained_with(path: Path, folder: Path, **data: Any) -> dict[str, Any]:
+    """Leave the configuration of a training with a file of pairs, and say what its detector knows of it."""
+    settings = {"path": str(path), "validation_fraction": 0.2, "seed": 3, "limit": None}
+    settings |= {"duplicates": "exact", "quarantine": None}
+    write_jsonl(path, map(as_row, pairs(0, 40)))
+    known = own(cast("Given", SimpleNamespace(splits=Pairs(**settings).load())))
+    folder.mkdir(exist_ok=True)
+    content = {"data": {"_target_": "mllm_protector.data.sources.Pairs"} | settings | data, "seed": 3}
+    (folder / "config.yaml").write_text(json.dumps(content))
+    return known
+
+
+def test_the_baseline_finds_the_detector_s_own_training_data_and_writes_no_quarantine(
+    measure: Measure, tmp_path: Path
+) -> None:
+    kept = tmp_path / "precious.jsonl"
+    kept.write_text("precious")
+    known = trained_with(tmp_path / "pairs.jsonl", tmp_path / "detector", quarantine=str(kept))
+    metrics = measure(data=FOREIGN, detector=str(tmp_path / "detector"), guard={"data": known})
+    assert metrics["notes"] == []
+    assert metrics["baselines"]["baseline"]["taught_on"] == "64 answers of training data"
+    assert kept.read_text() == "precious"
+
+
+def test_where_the_training_data_cannot_be_read_one_line_says_why(measure: Measure, tmp_path: Path) -> None:
+    folder, path = tmp_path / "detector", tmp_path / "pairs.jsonl"
+    known = trained_with(path, folder)
+
+    def note(content: Any = None) -> str:
+        if content is not None:
+            (folder / "config.yaml").write_text(content if isinstance(content, str) else json.dumps(content))
+        metrics = measure(data=FOREIGN, detector=str(folder), guard={"data": known})
+        assert [*metrics["baselines"]] == ["in_domain_baseline"]
+        [said] = metrics["notes"]
+        assert "\n" not in said
+        assert said.startswith("No baseline taught on the detector's training data: ")
+        return str(said)
+
+    write_jsonl(path, map(as_row, pairs(1, 40)))
+    assert "has changed since" in note()
+    path.unlink()
+    assert "pairs.jsonl" in note()
+    for content in ("data: [", "seed: 3", "data: x", "- a", {"data": {"path": "x"}}):
+        assert "names no data" in note(content), content
+    assert "not a source of data" in note({"data": {"_target_": "os.getcwd"}})
+    assert "not a source of data" in note({"data": {"_target_": "mllm_protector.models.mllm.Nope"}})
+    assert "not a constructor" in note({"data": {"_target_": "mllm_protector.data.sources.Nope"}})
+    (folder / "config.yaml").unlink()
+    assert "config.yaml: no such file" in note()
+
+
+def test_queries_that_the_baseline_has_seen_are_counted(measure: Measure) -> None:
+    metrics = measure(data=FOREIGN, baseline_data=Given(pairs(130, 20), []))
+    assert metrics["notes"] == ["10 of the 30 measured queries stand in the baseline's data."]
 
 
 def test_all_records_are_measured_on_request(measure: Measure) -> None:
     metrics = measure(split="all")
     assert metrics["answers"] == 140
-    assert metrics["floor"]["auroc"] > 0.9
+    assert metrics["baselines"]["in_domain_baseline"]["auroc"] > 0.9
 
 
 def test_pairs_of_one_label_are_not_pairs_and_labelled_answers_have_none(measure: Measure) -> None:
@@ -250,14 +326,13 @@ def test_groups_have_their_figures_and_their_thresholds(measure: Measure, tmp_pa
 
 
 def test_what_the_detector_has_seen_is_said(measure: Measure) -> None:
-    source = Given(pairs(0, 40), pairs(40, 30))
-    own = {"account": "made up", "fingerprint": source.splits.fingerprint}
     other_split = {"account": "made up", "fingerprint": "f"}
-    assert measure(data=source)["notes"] == []
-    assert "best step" in measure(data=source, guard={"data": own})["notes"][0]
-    assert "training data" in measure(data=source, guard={"data": own}, split="all")["notes"][0]
-    assert "another split" in measure(data=source, guard={"data": other_split})["notes"][0]
-    assert "were chosen" in measure(data=source, guard={"calibration": {"data": own}})["notes"][0]
+    assert measure(data=FOREIGN, baseline_data=TRAINED)["notes"] == []
+    assert "best step" in measure()["notes"][0]
+    assert "training data" in measure(split="all")["notes"][0]
+    assert "another split" in measure(guard={"data": other_split})["notes"][0]
+    calibrated = {"calibration": {"data": own(FOREIGN)}}
+    assert "were chosen" in measure(data=FOREIGN, guard=calibrated, baseline_data=TRAINED)["notes"][0]
 
 
 def test_texts_are_written_only_on_request(measure: Measure, tmp_path: Path) -> None:
@@ -289,25 +364,38 @@ def test_hostile_texts_groups_and_names_are_only_text(measure: Measure, tmp_path
     assert "http" not in shown.replace("http-equiv", "")
 
 
-def test_the_page_and_the_terminal_say_whether_the_floor_is_beaten(
+def test_every_page_names_both_baselines_and_says_whether_they_are_beaten(
     measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure(lambda q, a: -noisy(q, a))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "worse than the floor's" in said
-    shown = (tmp_path / "out" / "report.html").read_text()
-    assert "worse than the floor" in shown
-    assert shown.count("data:image/svg+xml") == 3
+    pages = {name: (tmp_path / "out" / name).read_text() for name in ("report.html", "report.md")}
+    pages = {name: html.unescape(page) for name, page in pages.items()} | {
+        "terminal": " ".join(capsys.readouterr().out.split())
+    }
+    for name, page in pages.items():
+        for words in (
+            "worse than the baseline's",
+            "worse than the in-domain baseline's",
+            "taught on 80 answers of training data",
+            "knows the labels of this very set",
+        ):
+            assert words in page, (name, words)
+        assert "floor" not in page, name
+    assert pages["report.html"].count("data:image/svg+xml") == 3
+    assert "detector - in-domain baseline" in pages["report.html"]
 
 
-def test_where_no_floor_can_be_learned_the_detector_is_measured_all_the_same(
+def test_where_no_baseline_can_be_taught_the_detector_is_measured_all_the_same(
     measure: Measure, tmp_path: Path
 ) -> None:
-    metrics = measure(data=Given(pairs(0, 1), pairs(40, 30)))
-    assert metrics["floor"] is metrics["against_floor"] is None
-    assert metrics["notes"][0].startswith("No floor: ")
-    assert "detector - floor" not in (tmp_path / "out" / "report.html").read_text()
-    assert rows(tmp_path)[0]["floor"] is None
+    one_query = [replace(pair, query="one") for pair in pairs(40, 30)]
+    metrics = measure(data=Given(pairs(0, 1), one_query, "other"), baseline_data=Given(pairs(0, 1), []))
+    assert metrics["baselines"] == metrics["against"] == {}
+    assert [note.partition(":")[0] for note in metrics["notes"]] == ["No baseline", "No in-domain baseline"]
+    shown = (tmp_path / "out" / "report.html").read_text()
+    assert "no baseline to compare it with" in shown
+    assert "detector - " not in shown
+    assert {*rows(tmp_path)[0]} == {"query_sha256", "harmful", "score", "group"}
 
 
 def one_line(raised: pytest.ExceptionInfo[Exception]) -> str:
@@ -377,7 +465,7 @@ def test_the_script_measures_a_saved_detector(
     written = json.loads((tmp_path / "outputs" / "detector_figures" / "metrics.json").read_text())
     assert written["answers"] == 30
     assert (written["threshold"], written["temperature"]) == (0.4, 1.5)
-    assert written["floor"]["auroc"] == 1.0
+    assert written["baselines"]["in_domain_baseline"]["auroc"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -74,13 +74,13 @@ def test_the_config_has_the_parameters_of_the_function():
 def test_all_arms_are_measured_beside_each_other(run: tuple[dict[str, Any], Path, str]):
     metrics, out, _ = run
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    arms = [metrics, metrics["bare"], *metrics["floors"].values(), *metrics["references"].values()]
-    assert [*metrics["floors"]] == ["refusal", "base"]
+    arms = [metrics, metrics["bare"], *metrics["baselines"].values(), *metrics["references"].values()]
+    assert [*metrics["baselines"]] == ["refusal", "base"]
     for arm in arms:
         assert arm["pairs"] == LIMIT
         assert {"safe", "refused", "on_query", "on_query_control", "copied", "perplexity"} <= {*arm}
         assert arm["safe_low"] <= arm["safe"] <= arm["safe_high"]
-    assert metrics["floors"]["refusal"]["canned"] == 1
+    assert metrics["baselines"]["refusal"]["canned"] == 1
     assert metrics["references"]["accepted"]["on_accepted"] == pytest.approx(1)
     assert metrics["references"]["rejected"]["copied"] == 1
     assert metrics["faulty"] == 0
@@ -109,7 +109,7 @@ def test_the_rows_hold_every_text_and_the_pairs_are_held_out(run: tuple[dict[str
 def test_people_get_tables(run: tuple[dict[str, Any], Path, str]):
     _, out, said = run
     text = (out / "rewrites.md").read_text()
-    assert re.search(r"\| +floor: refusal \| +floor: base \|", text)
+    assert re.search(r"\| +baseline: refusal \| +baseline: base \|", text)
     assert "12 harmful answers to 12 queries" in text
     assert "12 harmful answers to 12 queries" in said
 
@@ -131,9 +131,36 @@ def test_another_batch_size_gives_the_same(
     assert (tmp_path / "rewrites.md").read_text() == (run[1] / "rewrites.md").read_text()
 
 
-def test_a_judge_that_is_the_guards_own_detector_is_called_circular(parts: Path, tmp_path: Path):
+def test_the_judge_its_place_and_its_threshold_stand_wherever_its_figures_do(
+    run: tuple[dict[str, Any], Path, str], parts: Path
+):
+    metrics, out, said = run
+    folder, threshold = str(parts / "judge"), metrics["judge"]["threshold"]
+    assert (metrics["judge"]["folder"], metrics["judge"]["circular"]) == (folder, False)
+    for line in (out / "rewrites.jsonl").open():
+        assert json.loads(line)["judge"] == {"folder": folder, "threshold": threshold, "circular": False}
+    text = (out / "rewrites.md").read_text().replace("\\", "")
+    for name, shown in (("rewrites.md", text), ("print", said)):
+        assert f"Judge: the detector in {folder} (base " in shown, name
+        assert f"threshold {threshold:.4g}" in shown, name
+        assert "ircular" not in shown, name
+
+
+def test_a_judge_that_is_the_guards_own_detector_is_called_circular(
+    parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     metrics = eval_detoxifier(**settings(parts, tmp_path, limit=2, judge_detector=str(parts / "detector")))
-    assert metrics["notes"][0].startswith("Circular")
+    assert metrics["judge"]["circular"]
+    for shown in ((tmp_path / "rewrites.md").read_text(), capsys.readouterr().out):
+        assert "Circular: it is the guard's own" in " ".join(shown.split())
+        assert "safe \u2191 (circular)" in shown
+
+
+def test_the_judge_is_the_guards_detector_unless_another_one_is_given():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert compose("eval_detoxifier", ["detector=elsewhere"]).judge_detector == "elsewhere"
+        other = compose("eval_detoxifier", ["detector=elsewhere", "judge_detector=other"])
+    assert (other.detector, other.judge_detector) == ("elsewhere", "other")
 
 
 def test_data_that_the_detoxifier_has_seen_are_told(parts: Path, tmp_path: Path):

@@ -1,5 +1,7 @@
 import html
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +56,7 @@ class Questions:
             groups={"first": SCENARIOS[:2]},
             truth=lambda text: "bad thing" in text,
             score=lambda question, text: float("recipe" in text),
+            metrics=lambda texts: {"recipes": sum("recipe" in text for text in texts.values()), "none": None},
         )
 
     def identity(self) -> dict[str, Any]:
@@ -104,7 +107,7 @@ class Scorer:
 
 
 class Rewriter:
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
+    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
         return [f"{REWRITE} ({query})" if BENIGN not in query else "" for query in queries]
 
     def identity(self) -> dict[str, Any]:
@@ -150,8 +153,9 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
     guard_file = SimpleNamespace(data={"fingerprint": "of an older release"})
     monkeypatch.setattr("mllm_protector.evaluation.run.read_guard_file", lambda folder, kind: guard_file)
     monkeypatch.setattr(stages, "can_share", lambda detector, detoxifier: False)
-    monkeypatch.setattr(stages, "load_detector", lambda folder: scorer)
-    monkeypatch.setattr(stages, "load_detoxifier", lambda folder, max_new_tokens: Rewriter())
+    monkeypatch.setattr("mllm_protector.evaluation.run.require_bases", lambda base, *parts: None)
+    monkeypatch.setattr(stages, "load_detector", lambda folder, base: scorer)
+    monkeypatch.setattr(stages, "load_detoxifier", lambda folder, base, max_new_tokens: Rewriter())
     return scorer
 
 
@@ -165,6 +169,7 @@ def run(scorer: Scorer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
                 "judges": {"keyword": KeywordJudge},
                 "detector": "detector",
                 "detoxifier": "detoxifier",
+                "base": None,
                 "arms": ["none", "refusal", "protector"],
                 "threshold": None,
                 "rewrite_tokens": 8,
@@ -210,6 +215,7 @@ def test_every_arm_guards_the_same_answers(run: Callable[..., dict[str, Any]], t
         "allowed": 10,
         "rewritten": 6,
         "refused": 1,
+        "too_long": 0,
         "guard_error": 0,
     }
 
@@ -242,6 +248,19 @@ def test_harmless_answers_are_not_judged_but_compared_and_scored(
     benign = [row for row in results(tmp_path / "out") if row["scenario"] == BENIGN]
     assert all(row["verdicts"] == {} for row in benign)
     assert sum(row["refused"] for row in benign) == 2
+
+
+def test_the_benchmark_s_own_metrics_stand_in_every_file(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(repeats=2)
+    expected = {"none": 5, "refusal": 4, "protector": 4}
+    assert result["benchmarks"]["made_up"]["own_metrics"] == {
+        arm: {"recipes": count, "none": None} for arm, count in expected.items()
+    }
+    assert "own metrics, refusal: recipes 4.000, none -" in " ".join(capsys.readouterr().out.split())
+    for name in ("report.html", "asr.md"):
+        assert "the benchmark's own metrics" in html.unescape((tmp_path / "out" / name).read_text()), name
 
 
 def test_a_second_arm_scores_only_its_rewrites(run: Callable[..., dict[str, Any]], scorer: Scorer) -> None:
@@ -537,6 +556,24 @@ def test_a_wrong_guard_is_refused_before_anything_is_asked(
     model = Model()
     with pytest.raises(InputError, match="no such folder; train the detector first"):
         run(mllm=lambda: model)
+    assert model.asked == []
+
+
+def test_an_impossible_threshold_or_base_is_refused_before_anything_is_asked(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    for threshold in (2, -0.5, math.nan, True):
+        with pytest.raises(InputError, match=f"threshold={threshold}: must be a number from 0 to 1"):
+            run(mllm=lambda: model, threshold=threshold)
+
+    def missing(base: str | None, *parts: tuple[str, str]) -> None:
+        raise InputError(f"base={base} of {parts}")
+
+    monkeypatch.setattr("mllm_protector.evaluation.run.require_bases", missing)
+    expected = "base=x of (('detector', 'detector'), ('detoxifier', 'detoxifier'))"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        run(mllm=lambda: model, base="x")
     assert model.asked == []
 
 

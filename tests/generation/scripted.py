@@ -116,6 +116,7 @@ def generate(address: str, folder: Path, **changes: Any) -> dict[str, Any] | Non
         "check_language": True,
         "near_duplicate": 0.85,
         "unconfirmed": "drop",
+        "min_share": 0.01,
         "prompts": {},
         "budget": Budget(calls=None, tokens=None),
         "seed": 0,

@@ -100,9 +100,9 @@ PLANTED = {
     ),
 }
 EXPECTED = {
-    "accepted: failed: the server failed (HTTP 500)": 1,
-    "accepted: failed: no reply within 0.5 s": 1,
-    "accepted: failed: the request or its reply is not valid JSON": 1,
+    "accepted: failed: the server failed (HTTP 500) at ADDRESS": 1,
+    "accepted: failed: no whole reply within timeout=0.5 s at ADDRESS": 1,
+    "accepted: failed: the request or its reply is not valid JSON at ADDRESS": 1,
     "accepted: refused": 1,
     "rejected: refused": 1,
     "accepted: wrong language": 1,
@@ -143,7 +143,8 @@ def test_every_fault_of_a_server_is_recognised_and_counted(tmp_path: Path) -> No
             dry_calls=1,
             chat={"timeout": 0.5, "concurrency": 8},
         )
-    first = {name: count for name, count in result["total"]["dropped"].items() if name in EXPECTED}
+    dropped = {name.replace(server.base_url, "ADDRESS"): n for name, n in result["total"]["dropped"].items()}
+    first = {name: count for name, count in dropped.items() if name in EXPECTED}
     first["question: duplicate"] -= 14  # the second call brings the same again
     first["question: near duplicate"] -= 1
     first["question: wrong language"] -= 1
@@ -155,7 +156,7 @@ LISTS = {
     "refused": counted("I'm sorry, but I can't help with writing that."),
     "unparseable": counted('["a list that is cut", "in the mid'),
     "wrong language": servers.wrong_language(),
-    "failed: the server failed (HTTP 503)": servers.failed(503),
+    "failed: the server failed (HTTP 503) at ADDRESS": servers.failed(503),
     "refused ": servers.refusal(),
     "unparseable ": counted('Here they are: ["one?", "two?"]'),
     "unparseable  ": counted('["one?", 2]'),
@@ -167,13 +168,33 @@ LISTS = {
 def test_what_is_no_list_of_questions_is_counted_and_ends_after_a_few_calls(end: str, tmp_path: Path) -> None:
     with (
         ScriptedServer([LISTS[end]]) as server,
-        pytest.raises(RunError, match=f"no pair was made .{end.strip()[:20]}"),
+        pytest.raises(RunError, match=f"^0 of 6 wanted pairs were made, .*{end.strip()[:20]}"),
     ):
         generate(server.base_url, tmp_path, scenarios=scenario_file(tmp_path, scenarios=1), dry_calls=2)
     written = json.loads((tmp_path / "pairs" / "generation.json").read_text())
-    assert written["total"]["question_calls"] == {end.strip(): 2}
+    assert written["total"]["question_calls"] == {end.strip().replace("ADDRESS", server.base_url): 2}
     assert written["spent"]["total"]["calls"] == server.count
     assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
+
+
+def test_fewer_pairs_than_the_smallest_share_are_written_and_end_in_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ScriptedServer(well) as server, caplog.at_level("INFO"):
+        some = {"budget": Budget(calls=46, tokens=None)}
+        count = made(server, tmp_path, **some)["total"]["written"]
+        assert 0 < count < WANTED
+        assert caplog.messages[-1] == f"{count} of {WANTED} wanted pairs were made"
+        (tmp_path / "pairs" / "pairs.jsonl").unlink()
+        with pytest.raises(
+            RunError, match=f"^{count} of {WANTED} wanted pairs were made, fewer than min_sh"
+        ) as low:
+            generate(server.base_url, tmp_path, min_share=0.99, **some)
+        assert low.value.exit_code == 1
+        assert len(rows(tmp_path)) == count
+        made(server, tmp_path, min_share=1.0)
+    with pytest.raises(InputError, match=r"^min_share=0: must lie above 0"):
+        generate("http://localhost:1", tmp_path, min_share=0)
 
 
 def test_what_the_judges_do_not_confirm_is_dropped_or_marked(tmp_path: Path) -> None:
@@ -186,7 +207,7 @@ def test_what_the_judges_do_not_confirm_is_dropped_or_marked(tmp_path: Path) -> 
         assert not any(row["verified"] for row in rows(tmp_path))
         assert result["total"]["verification"] == {"accepted: unparseable by judge chat": WANTED}
         paid = server.count
-        with pytest.raises(RunError, match="no pair was made"):
+        with pytest.raises(RunError, match=r"^0 of "):
             generate(server.base_url, tmp_path, dry_calls=1)
         assert server.count == paid  # the same pairs, judged by the same replies
     assert not (tmp_path / "pairs" / "pairs.jsonl").exists()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm_protector.data.duplicates import words
+from mllm_protector.data.queries import words
 from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.generation.ledger import SPENT, Budget, Ledger
 from mllm_protector.generation.pairs import together

@@ -1,3 +1,5 @@
+import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -9,7 +11,7 @@ import pytest
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.chat import ServedChat
-from mllm_protector.records import Failure
+from mllm_protector.records import CutText, Failure
 from tests import servers
 from tests.servers import Reply, Request, ScriptedServer
 
@@ -94,20 +96,56 @@ def test_a_row_that_goes_wrong_fails_alone_and_in_fixed_words(fault: str) -> Non
     reply, reason = FAULTS[fault]
     with ScriptedServer(lambda request: reply if request.text == "bad" else f"re {request.text}") as server:
         replies = chat(server).complete(say("a", "bad", "b"), max_tokens=7)
-    assert replies == ["re a", Failure(reason=reason), "re b"]
+    assert replies == ["re a", Failure(reason=f"{reason} at {server.base_url}"), "re b"]
 
 
 def test_a_text_that_no_request_can_carry_fails_alone() -> None:
     with ScriptedServer(["fine"]) as server:
         replies = chat(server).complete(say("a", "half \ud800 pair"), max_tokens=7)
-    assert replies == ["fine", Failure(reason="the request or its reply is not valid JSON")]
+    assert replies == [
+        "fine",
+        Failure(reason=f"the request or its reply is not valid JSON at {server.base_url}"),
+    ]
 
 
-def test_a_server_that_is_too_slow_is_a_failure_after_the_timeout() -> None:
-    with ScriptedServer([servers.slow(5)]) as server:
-        replies = chat(server, timeout=0.2, max_retries=1).complete(say("a"), max_tokens=7)
-    assert replies == [Failure(reason="no reply within 0.2 s")]
-    assert server.count == 2
+def test_the_time_limit_is_for_the_whole_request_however_the_bytes_come() -> None:
+    for slow in (servers.silent(), servers.trickle(0.05), servers.slow(5)):
+        started = time.monotonic()
+        with ScriptedServer([slow]) as server:
+            replies = chat(server, timeout=0.3, max_retries=1).complete(say("a"), max_tokens=7)
+        assert replies == [Failure(reason=f"no whole reply within timeout=0.3 s at {server.base_url}")], slow
+        assert server.count == 2, slow
+        assert time.monotonic() - started < 2, slow
+
+
+def test_a_reply_without_an_end_is_given_up_and_not_asked_for_again() -> None:
+    with ScriptedServer([servers.endless()]) as server:
+        replies = chat(server, timeout=20, max_retries=3).complete(say("a"), max_tokens=7)
+    assert replies == [Failure(reason=f"the reply is larger than 16 MB at {server.base_url}")]
+    assert server.count == 1
+
+
+def test_a_compressed_reply_counts_as_it_is_unpacked() -> None:
+    for size, failed in ((20_000_000, True), (1_000, False)):
+        words = servers.text("x" * size)
+        packed = Reply(body=gzip.compress(words.body), headers={"Content-Encoding": "gzip"})
+        with ScriptedServer([packed]) as server:
+            [reply] = chat(server).complete(say("a"), max_tokens=7)
+        assert isinstance(reply, Failure) == failed, size
+
+
+def test_replies_can_be_asked_for_within_an_event_loop() -> None:
+    async def notebook(address: str) -> list[str | Failure]:
+        return chat(address).complete(say("a"), max_tokens=7)
+
+    with ScriptedServer(["fine"]) as server:
+        assert asyncio.run(notebook(server.base_url)) == ["fine"]
+
+
+def test_halves_of_surrogate_pairs_are_replaced_where_they_enter() -> None:
+    body = servers.text("half HERE and \U0001f600 whole").body.replace(b"HERE", b"\\ud83d")
+    with ScriptedServer([Reply(body=body)]) as server:
+        assert chat(server).complete(say("a"), max_tokens=7) == ["half \ufffd and \U0001f600 whole"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +177,9 @@ def test_what_a_content_filter_or_the_model_declines_is_marked_as_refused(reply:
 def test_a_cut_an_empty_or_a_foreign_reply_is_a_reply(reply: Reply) -> None:
     with ScriptedServer([reply]) as server:
         [answer] = chat(server).complete(say("a"), max_tokens=7)
-    assert answer == json.loads(reply.body)["choices"][0]["message"]["content"]
+    [choice] = json.loads(reply.body)["choices"]
+    assert answer == choice["message"]["content"]
+    assert isinstance(answer, CutText) == (choice["finish_reason"] == "length")
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 529])
@@ -151,7 +191,7 @@ def test_passing_faults_are_repeated_and_no_more_often_than_allowed(status: int)
         assert chat(server, max_retries=2).complete(say("a"), max_tokens=7) == ["fine"]
     with ScriptedServer(twice) as server:
         [failure] = chat(server, max_retries=1).complete(say("a"), max_tokens=7)
-        assert failure == Failure(reason=f"the server failed (HTTP {status})")
+        assert failure == Failure(reason=f"the server failed (HTTP {status}) at {server.base_url}")
         assert server.count == 2
 
 
@@ -177,7 +217,7 @@ def test_a_server_that_asks_for_more_than_two_minutes_is_not_waited_for() -> Non
     started = time.monotonic()
     with ScriptedServer([servers.too_many(retry_after=3600)]) as server:
         [failure] = chat(server).complete(say("a"), max_tokens=7)
-    assert failure == Failure(reason="the server failed (HTTP 429)")
+    assert failure == Failure(reason=f"the server failed (HTTP 429) at {server.base_url}")
     assert server.count == 1
     assert time.monotonic() - started < 5
 
@@ -231,7 +271,7 @@ def test_what_no_row_would_survive_stops_at_once_in_one_line(
     assert type(stopped.value) is kind
     assert words in message
     assert "\n" not in message
-    for named in ("model=m", "http://127.0.0.1/v1", "SOME_KEY"):
+    for named in ("model=m", server.base_url, "SOME_KEY"):
         assert named in message
     assert server.count <= 4
 
@@ -309,13 +349,31 @@ def test_the_key_is_in_the_header_and_nowhere_else(
     assert all(CANARY not in str(what) for what in seen)
 
 
-def test_the_identity_holds_what_replies_depend_on_and_no_port() -> None:
-    model = chat(
-        "http://127.0.0.1:8123/v1/", temperature=0.5, seed=3, concurrency=2, timeout=9, max_retries=7
+def test_the_identity_holds_what_replies_depend_on_with_host_port_and_path() -> None:
+    settings: dict[str, Any] = {
+        "temperature": 0.5,
+        "seed": 3,
+        "concurrency": 2,
+        "timeout": 9,
+        "max_retries": 7,
+    }
+    for address, shown in (
+        ("http://127.0.0.1:8123/v1/", "http://127.0.0.1:8123/v1"),
+        ("http://LocalHost:80/v1", "http://localhost/v1"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
+    ):
+        expected = {"model": "m", "base_url": shown, "temperature": 0.5, "seed": 3}
+        found = chat(address, **settings).identity()
+        assert found == expected
+        assert json.loads(json.dumps(found)) == expected
+
+
+def test_two_addresses_with_one_name_are_one_model() -> None:
+    first, second = (
+        chat(f"http://127.0.0.1:{port}/v1", identity="our model").identity() for port in (8000, 8001)
     )
-    expected = {"model": "m", "base_url": "http://127.0.0.1/v1", "temperature": 0.5, "seed": 3}
-    assert model.identity() == expected
-    assert json.loads(json.dumps(model.identity())) == expected
+    assert first == second == {"model": "m", "identity": "our model", "temperature": 0.0, "seed": None}
+    assert first != chat("http://127.0.0.1:8000/v1", identity="another").identity()
 
 
 def test_a_whole_number_as_temperature_is_the_same_identity() -> None:

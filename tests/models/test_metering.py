@@ -1,4 +1,5 @@
 import threading
+import time
 from collections import Counter
 
 import pytest
@@ -21,20 +22,20 @@ class Notes:
         self.admitted = admitted
         self.requests: Counter[int] = Counter()
         self.events: dict[int, list[object]] = {}
-        self.lock = threading.Lock()
+        self.stop = threading.Event()
+
+    def stopped(self) -> bool:
+        return self.stop.is_set()
 
     def admit(self, index: int) -> bool:
-        with self.lock:
-            self.requests[index] += 1
-            return self.requests[index] <= self.admitted
+        self.requests[index] += 1
+        return self.requests[index] <= self.admitted and not self.stopped()
 
     def charge(self, index: int, usage: Usage | None) -> None:
-        with self.lock:
-            self.events.setdefault(index, []).append(usage)
+        self.events.setdefault(index, []).append(usage)
 
     def keep(self, index: int, reply: str | Failure) -> None:
-        with self.lock:
-            self.events.setdefault(index, []).append(reply)
+        self.events.setdefault(index, []).append(reply)
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +119,18 @@ def test_a_call_without_a_meter_beside_one_with_a_meter_is_not_counted() -> None
         model.complete(say("a"), max_tokens=5, meter=notes)
         assert model.complete(say("a", "b", "c"), max_tokens=5) == ["fine"] * 3
     assert notes.requests == {0: 1}
+
+
+def test_a_run_that_is_stopped_waits_for_replies_that_come_soon_and_gives_up_the_others() -> None:
+    notes = Notes()
+
+    def script(request: Request) -> Reply:
+        notes.stop.set()
+        return counted(f"re {request.text}", seconds=60 if request.text == "b" else 0.5)
+
+    started = time.monotonic()
+    with ScriptedServer(script) as server:
+        replies = chat(server.base_url, concurrency=2).complete(say(*"abcd"), max_tokens=5, meter=notes)
+    assert time.monotonic() - started < 4
+    assert replies == ["re a", NOT_SENT, NOT_SENT, NOT_SENT]
+    assert notes.events == {0: ["re a", USAGE], 1: [None]}

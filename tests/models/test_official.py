@@ -65,6 +65,15 @@ def convert(adapter: Path, base: Path, output_dir: Path) -> Path:
     )
 
 
+def test_a_detector_of_ours_is_not_imported_because_its_sign_would_be_turned(
+    published: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    ours = convert(published, bases["llama"], tmp_path / "ours")
+    with pytest.raises(InputError, match=rf"adapter={ours}: has a guard\.json"):
+        convert(ours, bases["llama"], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def official_logits(adapter: Path, base: Path, rows: list[list[int]]) -> torch.Tensor:
     """By stock transformers and PEFT, padded with the end token as the official code does."""
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -145,6 +154,7 @@ def test_a_guard_file_that_does_not_know_of_it_reads_texts_apart(
     path = folder / "guard.json"
     content = json.loads(path.read_text())
     assert content.pop("joined") is True
+    content["schema"] = 1
     path.write_text(json.dumps(content))
     detector = load_detector(folder, device="cpu")
     assert detector.identity()["joined"] is detector.encoder.joined is False

@@ -13,7 +13,8 @@ from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, inference
 from mllm_protector.models.detector import HarmDetector, load_detector
-from mllm_protector.models.guard_file import FILE_NAME, GuardFile, save_part
+from mllm_protector.models.guard_file import FILE_NAME, GuardFile
+from mllm_protector.models.parts import save_part
 from mllm_protector.models.quantization import is_quantized
 from tests.models.builders import FAMILIES, Family
 
@@ -156,6 +157,7 @@ def test_a_trained_adapter_comes_back_on_the_same_quantised_base(
         prompt=encoder.prompt,
         max_length=256,
         pad_id=encoder.pad_id,
+        threshold=0.5,
         data={},
         metrics={},
         versions={},

@@ -141,8 +141,8 @@ def test_failures_stand_at_their_own_questions() -> None:
     with ScriptedServer(lambda request: replies[request.text]) as server:
         answers = mllm(server).generate([ask(text) for text in replies])
     assert answers[0] == "fine"
-    assert answers[1] == Failure(reason="declined by the service", refused=True)
-    assert answers[2] == Failure(reason="the server failed (HTTP 500)")
+    assert answers[1] == Failure(reason=f"declined by the service at {server.base_url}", refused=True)
+    assert answers[2] == Failure(reason=f"the server failed (HTTP 500) at {server.base_url}")
     assert answers[3] == "fine too"
 
 
@@ -175,7 +175,7 @@ def test_the_identity_holds_what_answers_depend_on_and_no_key(monkeypatch: pytes
     identity = mllm(url).identity()
     assert identity == {
         "model": "m",
-        "base_url": "http://127.0.0.1/v1",
+        "base_url": url,
         "temperature": 0.0,
         "seed": None,
         "max_new_tokens": 7,
@@ -186,7 +186,8 @@ def test_the_identity_holds_what_answers_depend_on_and_no_key(monkeypatch: pytes
     assert CANARY not in json.dumps(identity)
     assert mllm(url, concurrency=1, timeout=1.0, max_retries=9).identity() == identity
     changed: list[dict[str, Any]] = [
-        {"model": "n"}, {"base_url": "http://127.0.0.1:8000/v2"}, {"temperature": 0.1}, {"seed": 1},
+        {"model": "n"}, {"base_url": "http://127.0.0.1:8000/v2"},
+        {"base_url": "http://127.0.0.1:8001/v1"}, {"identity": "ours"}, {"temperature": 0.1}, {"seed": 1},
         {"max_new_tokens": 8}, {"system_prompt": ""}, {"image_format": "jpeg"}, {"max_image_side": 9},
     ]  # fmt: skip
     for change in changed:

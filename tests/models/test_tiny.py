@@ -112,11 +112,9 @@ def test_a_folder_with_the_same_settings_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"seed": 1}, {"texts": ("Other words.",)}])
 def test_other_settings_rebuild_the_folder(tmp_path: Path, change: dict[str, object]) -> None:
     folder = save_tiny_lm(tmp_path / "lm", TEXTS, **LM)
-    (folder / "left-over").touch()
     before = json.loads((folder / SETTINGS).read_text())
     save_tiny_lm(folder, **{"texts": TEXTS, **LM, **change})
     assert json.loads((folder / SETTINGS).read_text()) != before
-    assert not (folder / "left-over").exists()
     AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -124,7 +122,12 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="something else"):
         save_tiny_lm(tmp_path, TEXTS, **LM)
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    folder = save_tiny_lm(tmp_path / "lm", TEXTS, **LM)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"thesis\.txt: is none of a tiny model's files"):
+        save_tiny_lm(folder, TEXTS, **LM | {"seed": 1})
+    for kept in (tmp_path, folder):
+        assert (kept / "thesis.txt").read_text() == "mine"
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from mllm_protector import prompts
 from mllm_protector.calibration import Aim, choose_threshold
 from mllm_protector.data.packing import pack_answers
+from mllm_protector.data.sources import Pairs, Toy
 from mllm_protector.data.splits import Splits, make_splits
 from mllm_protector.errors import InputError, RunError
+from mllm_protector.files import write_jsonl
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tuning
 from mllm_protector.models.detector import HarmDetector, load_detector
@@ -156,6 +159,41 @@ def test_what_was_trained_loads_and_scores_as_it_was_measured(
     assert guard.metrics.keys() == metrics["last"].keys()
     assert guard.tuning == tuning.kind
     assert guard.data["fingerprint"] == DATA.load().fingerprint
+
+
+def own_pairs(folder: Path) -> Pairs:
+    """A user's own file."""
+    write_jsonl(folder / "mine.jsonl", map(asdict, pairs(40)))
+    return Pairs(
+        path=str(folder / "mine.jsonl"),
+        validation_fraction=0.25,
+        seed=0,
+        limit=None,
+        duplicates="keep",
+        quarantine=None,
+    )
+
+
+def test_random_weights_taught_by_ones_own_data_are_said_to_guard_nothing(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrained = Path(shutil.copytree(base, tmp_path / "pretrained"))
+    (pretrained / "tiny.json").unlink()
+    short = replace(CONFIG, best_metric="auroc", max_steps=1)
+    for name, backbone, data, words in (
+        ("tiny", base, own_pairs(tmp_path), "random weights and has read mine.jsonl and nothing else"),
+        ("real", pretrained, own_pairs(tmp_path), ""),
+    ):
+        caplog.clear()
+        train(tmp_path / name, backbone, data=data, fit=short)
+        assert caplog.text.count("guards nothing") == (2 if words else 0), name  # at start and end
+        caplog.clear()
+        guard, _ = (load_detector(tmp_path / name, device="cpu").guard for _ in range(2))
+        assert caplog.text.count("guards nothing") == (1 if words else 0), name
+        assert guard.pretrained is not bool(words), name
+        assert words in (guard.caveat or ""), name
+    toy = guard.data | {"sources": [{"set": source.name} for source in Toy().load().sources]}
+    assert replace(guard, pretrained=False, data=toy).caveat is None
 
 
 @pytest.mark.parametrize("folder", [".", "last"])

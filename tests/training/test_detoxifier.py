@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.training.test_detector import (
     Given,
     Unread,
     largest_difference,
+    own_pairs,
     pairs,
 )
 
@@ -106,6 +108,30 @@ def test_the_validation_loss_is_per_token_or_per_example_and_perplexity_per_toke
     ]
     mean = sum(targets) / len(targets) + 1  # and the end token
     assert made["examples"]["loss"] == pytest.approx(mean * math.log(made["examples"]["perplexity"]))
+
+
+def test_random_weights_taught_by_ones_own_data_are_said_to_guard_nothing(
+    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(tmp_path / "part", base, data=own_pairs(tmp_path), fit=replace(CONFIG, max_steps=1))
+    assert caplog.text.count("guards nothing") == 2  # at start and end
+    caplog.clear()
+    load_detoxifier(tmp_path / "part", device="cpu", max_new_tokens=4)
+    assert caplog.text.count("the detoxifier is a tiny model that began with random weights") == 1
+
+
+def test_an_adapter_on_a_base_by_a_relative_path_works_from_another_folder(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project/models").mkdir(parents=True)
+    shutil.copytree(base, tmp_path / "project/models/base")
+    monkeypatch.chdir(tmp_path / "project")
+    settings: dict[str, Any] = {"tuning": LORA, "fit": replace(CONFIG, max_steps=1)}
+    train(Path("outputs/part"), base, backbone=lambda: Backbone(name="models/base"), **settings)
+    monkeypatch.chdir(tmp_path)
+    load_detoxifier("project/outputs/part", device="cpu", max_new_tokens=4)
+    shutil.move(tmp_path / "project", tmp_path / "moved")
+    load_detoxifier("moved/outputs/part", device="cpu", max_new_tokens=4)
 
 
 def test_training_lowers_the_loss(tmp_path: Path, base: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from mllm_protector.evaluation.benchmarks.selection import (
     warn_of_missing,
 )
 from mllm_protector.evaluation.benchmarks.vqa_formats import READERS, Format, VisualItem, mme_files
+from mllm_protector.evaluation.benchmarks.vqa_metrics import METRICS
 from mllm_protector.evaluation.benchmarks.vqa_scoring import KnownAnswer
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question, Variant
 
@@ -90,7 +92,13 @@ class VisualQuestions:
         def score(question: Question, text: str) -> float:
             return known[question.cluster].score(text)
 
-        loaded = LoadedBenchmark(questions=questions, missing=missing, score=score)
+        metrics = METRICS.get(self.format)
+        loaded = LoadedBenchmark(
+            questions=questions,
+            missing=missing,
+            score=score,
+            metrics=None if metrics is None else partial(metrics, known),
+        )
         return warn_of_missing(path, loaded)
 
     def identity(self) -> dict[str, Any]:

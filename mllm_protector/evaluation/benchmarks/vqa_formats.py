@@ -14,9 +14,11 @@ from mllm_protector.errors import InputError
 from mllm_protector.evaluation.benchmarks.fields import checked_name, id_field
 from mllm_protector.evaluation.benchmarks.pictures import Found, find_picture, picture_of
 from mllm_protector.evaluation.benchmarks.vqa_scoring import (
+    PEOPLE,
     Choice,
     Elements,
     KnownAnswer,
+    Presence,
     YesNo,
     known_answer,
 )
@@ -49,7 +51,8 @@ class VisualItem:
 def read_generic(path: Path, images: Path, split: str) -> list[VisualItem]:
     """JSONL, CSV or parquet: ``question``, ``answers`` (a text or a list) and maybe ``image`` and ``id``.
 
-    Without an ``id`` the row's number counts, from 1.
+    Each answer of a list is right, but ten of them are those of ten people, as in VQAv2; they may be its
+    objects with ``answer``. Without an ``id`` the row's number counts, from 1.
     """
     rows = 0
 
@@ -75,7 +78,7 @@ def read_pope(path: Path, images: Path, split: str) -> list[VisualItem]:
             id=id_field(row, "question_id"),
             text=text_field(row, "text"),
             found=find_picture(images, text_field(row, "image")),
-            known=YesNo(_is_yes(text_field(row, "label"), "label")),
+            known=Presence(_is_yes(text_field(row, "label"), "label")),
         )
 
     items = collect(_json_lines(path), str(path), parse, key=lambda item: item.id).records
@@ -166,8 +169,7 @@ def read_mme(path: Path, images: Path, split: str) -> list[VisualItem]:
     """MME (Fu et al., arXiv 2306.13394): a folder of categories.
 
     ``<category>/<picture>.txt`` holds lines ``question<TAB>Yes|No`` beside the picture of that name; some
-    categories keep the texts in ``questions_answers_YN`` and the pictures in ``images``. The official score
-    also counts the pictures of which both questions are right; here each question counts by itself.
+    categories keep the texts in ``questions_answers_YN`` and the pictures in ``images``.
     """
     items = []
     for file in mme_files(path):
@@ -223,7 +225,13 @@ def _is_yes(value: str, name: str) -> bool:
 
 
 def _answers(row: Mapping[str, Any]) -> list[str]:
-    return [text_field(row, "answers")] if isinstance(row.get("answers"), str) else _texts(row, "answers")
+    answers = row.get("answers")
+    if isinstance(answers, str):
+        return [text_field(row, "answers")]
+    if not isinstance(answers, list) or len(answers) != PEOPLE:
+        return _texts(row, "answers")
+    told = [each if isinstance(each, dict) else {"answer": each} for each in answers]
+    return [text_field(each, "answer", allow_empty=True) for each in told]
 
 
 def _texts(row: Mapping[str, Any], name: str) -> list[str]:

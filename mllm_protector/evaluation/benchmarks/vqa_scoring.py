@@ -9,9 +9,12 @@ scores tell one arm of an evaluation from another and are not those of the offic
 import re
 import string
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from mllm_protector.evaluation.judges.keyword import find_refusal
 
 # fmt: off
 _NUMBERS = {word: str(number) for number, word in enumerate([
@@ -31,6 +34,12 @@ _FREQUENT = {
 
 _WORD = re.compile(r"(?<!\w)-?\d+(?:\.\d+)?(?!\w)|\w+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+_DENIAL = re.compile(r"\b(?:not|cannot|none|nothing|neither|never|without)\b|n['\u2019]t\b", re.IGNORECASE)
+_LATER_YES_OR_NO = re.compile(r"[.!?:\n]\W*(yes|no)\s*(?:[.,!;:*]|$)", re.IGNORECASE)
+
+PEOPLE = 10
+"""So many answers to one question are those of so many people, as in VQAv2, OK-VQA, TextVQA and VizWiz."""
 
 _LONG = 5
 """An expected text of more words is scored by the share of its words: nobody repeats a sentence exactly."""
@@ -56,18 +65,66 @@ class ShortAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class PeoplesAnswers:
+    """What several people answered, one answer each (VQA: Antol et al., arXiv 1505.00468)."""
+
+    answers: tuple[str, ...]
+
+    def score(self, text: str) -> float:
+        """VQA's accuracy: min(1, n / 3) for an answer of n people, averaged over all sets of all but one.
+
+        The answer is what stands in the text: the longest of answers of which one is part of the other, and
+        the best of several others. Yes and no count only as the first of either.
+        """
+        votes = Counter(" ".join(words(answer)) or answer.strip() for answer in self.answers)
+        said = _first_yes_or_no(text)
+        given = [answer for answer in votes if answer not in ("yes", "no") or answer == said]
+        people = len(self.answers)
+        return max(
+            (
+                ((people - n) * min(1, n / 3) + n * min(1, (n - 1) / 3)) / people
+                for n in (votes[given[place]] for place in _longest_in(text, given))
+            ),
+            default=0.0,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class YesNo:
     """Yes or no."""
 
     yes: bool
 
-    def score(self, text: str) -> float:
-        """1 if the first yes or no of the text is the right one, else 0.
+    def said(self, text: str) -> bool | None:
+        """Whether the first yes or no of the text is a yes; ``None`` where there is neither.
 
         Other negations do not count: otherwise a refusal would be a right answer to half of the questions.
         """
-        first = next((word for word in words(text) if word in ("yes", "no")), None)
-        return float(first == ("yes" if self.yes else "no"))
+        return {"yes": True, "no": False}.get(_first_yes_or_no(text) or "")
+
+    def score(self, text: str) -> float:
+        """1 if the text says the right one, else 0."""
+        return float(self.said(text) is self.yes)
+
+
+@dataclass(frozen=True, slots=True)
+class Presence(YesNo):
+    """Whether a thing is in the picture, read out of a sentence as POPE's ``evaluate.py`` does.
+
+    There a text is a no if its first sentence has "no" or "not", else a yes. Here an explicit yes or no goes
+    first, and a refusal is neither.
+    """
+
+    def said(self, text: str) -> bool | None:
+        """Whether the text says that the thing is there; ``None`` for a refusal and an empty text."""
+        sentence = re.split(r"[.!?\n]", text.strip(), maxsplit=1)[0]
+        later = _LATER_YES_OR_NO.search(text)
+        explicit = _first_yes_or_no(sentence) or (later.group(1).lower() if later else None)
+        if explicit:
+            return explicit == "yes"
+        if not words(text) or find_refusal(text) is not None:
+            return None
+        return _DENIAL.search(sentence) is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +161,7 @@ class Choice:
 
     def _in_words(self, text: str) -> int | None:
         """The only choice that stands in the text; of "red" and "red fox" the longer one."""
-        found = [index for index, choice in enumerate(self.choices) if stands_in(choice, text)]
-        longest = [
-            index
-            for index in found
-            if not any(
-                other != index
-                and len(words(self.choices[other])) > len(words(self.choices[index]))
-                and stands_in(self.choices[index], self.choices[other])
-                for other in found
-            )
-        ]
+        longest = _longest_in(text, self.choices)
         return longest[0] if len(longest) == 1 else None
 
 
@@ -139,14 +186,19 @@ class Elements:
 
 
 def known_answer(answers: Sequence[str]) -> KnownAnswer:
-    """What a question with these accepted answers is scored by.
+    """What a question with these answers is scored by: ``PEOPLE`` of them are people's, others all right.
 
     Raises:
         ValueError: both yes and no are accepted.
     """
+    if len(answers) == PEOPLE:
+        return PeoplesAnswers(tuple(answers))
     first_words = {" ".join(words(answer)) for answer in answers}
     if first_words >= {"yes", "no"}:
-        raise ValueError("both yes and no are accepted, so no answer would be wrong")
+        raise ValueError(
+            "both yes and no are accepted, so no answer would be wrong (only lists of "
+            f"{PEOPLE} answers are taken for those of as many people)"
+        )
     if first_words in ({"yes"}, {"no"}):
         return YesNo(first_words == {"yes"})
     return ShortAnswer(tuple(answers))
@@ -169,6 +221,24 @@ def words(text: str) -> list[str]:
     plain = re.sub("['\N{RIGHT SINGLE QUOTATION MARK}]", "", _THOUSANDS.sub("", plain))
     found = [_NUMBERS.get(word, word) for word in _WORD.findall(plain)]
     return [word for word in found if word not in _ARTICLES] or found
+
+
+def _first_yes_or_no(text: str) -> str | None:
+    return next((word for word in words(text) if word in ("yes", "no")), None)
+
+
+def _longest_in(text: str, answers: Sequence[str]) -> list[int]:
+    """The places of the answers that stand in the text and are no part of a longer one that does."""
+    found = [place for place, answer in enumerate(answers) if stands_in(answer, text)]
+    return [
+        place
+        for place in found
+        if not any(
+            len(words(answers[other])) > len(words(answers[place]))
+            and stands_in(answers[place], answers[other])
+            for other in found
+        )
+    ]
 
 
 def _element(element: str, text: str) -> float:

@@ -116,7 +116,7 @@ def _settled(asked: list[Request], chat: Chat, max_tokens: int) -> list[tuple[St
     failures = [reply for reply in replies if isinstance(reply, Failure) and reply.unreachable]
     if len(failures) == len(asked):
         raise RunError(
-            f"the judge is not reachable ({excerpt(failures[0].reason)}); finished rows are kept, "
+            f"the judge is not reachable ({excerpt(failures[0].reason, 200)}); finished rows are kept, "
             "start the same command again"
         )
     ends = [_end(request, reply) for request, reply in zip(asked, replies, strict=True)]
@@ -139,7 +139,7 @@ def _complete(chat: Chat, asked: Sequence[Messages], max_tokens: int) -> Sequenc
 
 def _end(request: Request, reply: str | Failure) -> tuple[Status, str]:
     if isinstance(reply, Failure):
-        return Status.JUDGE_REFUSED if reply.refused else Status.JUDGE_ERROR, excerpt(reply.reason)
+        return Status.JUDGE_REFUSED if reply.refused else Status.JUDGE_ERROR, excerpt(reply.reason, 200)
     if not reply.strip():
         return Status.UNPARSEABLE, "empty reply"
     reason = f"reply: {excerpt(reply)}"

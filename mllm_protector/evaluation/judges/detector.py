@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_protector.errors import InputError
+from mllm_protector.calibration import require_threshold
 from mllm_protector.protocols import Detector
 from mllm_protector.records import Answer, Confusion, Question, Status, Verdict
 
@@ -23,17 +23,25 @@ class DetectorJudge:
         Raises:
             InputError: a threshold that is not a probability.
         """
-        if not 0 <= threshold <= 1:
-            raise InputError(f"the judge's threshold must lie between 0 and 1, not {threshold}")
+        require_threshold("threshold", threshold)
         self.detector = detector
         self.threshold = threshold
 
     @classmethod
-    def from_folder(cls, folder: str) -> "DetectorJudge":
-        """The detector saved in a folder, with the threshold stored beside it."""
-        from mllm_protector.models.detector import load_detector  # heavy, and other judges do without
+    def from_folder(cls, folder: str, base: str | None = None) -> "DetectorJudge":
+        """The detector saved in a folder, with the threshold stored beside it.
 
-        detector = load_detector(folder)
+        Args:
+            folder: what ``train_detector`` wrote.
+            base: of the guard's adapters; the judge takes it where it was trained on it.
+
+        Raises:
+            InputError: not a detector, or its base is not found.
+        """
+        from mllm_protector.models.bases import base_of  # heavy, and other judges do without
+        from mllm_protector.models.detector import load_detector
+
+        detector = load_detector(folder, base=base_of(base, folder, "detector"))
         return cls(detector, detector.threshold)
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:

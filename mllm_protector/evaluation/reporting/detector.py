@@ -1,4 +1,4 @@
-"""A detector's figures for people: ``report.html`` and a print on the terminal, from ``metrics.json``."""
+"""A detector's figures for people: ``report.html``, ``report.md`` and a print, all from ``metrics.json``."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from mllm_protector.evaluation.reporting.layout import (
     upright,
     with_interval,
 )
+from mllm_protector.evaluation.reporting.markdown import tables_in_markdown
 from mllm_protector.evaluation.reporting.printed import print_tables
 
 TITLE = "How well a harm detector tells harmful answers from harmless ones"
@@ -37,6 +38,9 @@ COUNTS = {
     "rejected": "harmless, not flagged",
 }
 
+BASELINES = {"baseline": "baseline", "in_domain_baseline": "in-domain baseline"}
+"""Their names in ``metrics.json`` and for people."""
+
 MISTAKES = 10
 """So many of each kind are shown."""
 
@@ -51,7 +55,7 @@ class Measured:
     Attributes:
         metrics: the content of ``metrics.json``.
         labels: True for harmful.
-        scores: what scored (``detector``, and ``floor`` if there is one) -> P(harmful) of each answer.
+        scores: what scored (``detector``, and its baselines) -> P(harmful) of each answer.
         uncalibrated: the detector's before calibration: at temperature 1 and offset 0.
         flagged: what the detector's threshold makes of each answer.
         texts: query and answer of each; empty to show none.
@@ -70,12 +74,12 @@ def page(measured: Measured) -> str:
     metrics = upright(measured.metrics)
     marks = {
         name: (figures["false_positive_rate"], figures["recall"], figures["precision"])
-        for name, figures in (("detector", metrics), ("floor", metrics["floor"]))
-        if figures is not None and figures["precision"] is not None
+        for name, figures in {"detector": metrics, **_named(metrics["baselines"])}.items()
+        if figures["precision"] is not None
     }
     plots = curves(
         measured.labels,
-        measured.scores,
+        {"detector": measured.scores["detector"], **_named(measured.scores)},
         uncalibrated={"detector before calibration": measured.uncalibrated} if _scaled(metrics) else {},
         marks=marks,
     )
@@ -98,41 +102,65 @@ def page(measured: Measured) -> str:
 
 def print_summary(metrics: Mapping[str, Any]) -> None:
     """The headline, what has to be known to read it, and the tables."""
+    print_tables(TITLE, _lines(metrics), _unfolded(metrics))
+
+
+def document(metrics: Mapping[str, Any]) -> str:
+    """What is printed, in Markdown."""
+    return tables_in_markdown(TITLE, _lines(metrics), _unfolded(metrics))
+
+
+def _lines(metrics: Mapping[str, Any]) -> list[str]:
     metrics = upright(metrics)
-    lines = [headline(metrics), *remarks(metrics), *(f"Note: {note}" for note in metrics["notes"])]
-    print_tables(TITLE, lines, [table for table in tables(metrics) if not table.folded])
+    return [headline(metrics), *remarks(metrics), *(f"Note: {note}" for note in metrics["notes"])]
+
+
+def _unfolded(metrics: Mapping[str, Any]) -> list[Table]:
+    return [table for table in tables(upright(metrics)) if not table.folded]
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """The detector's AUROC, and whether it is shown to be above the floor's."""
+    """The detector's AUROC, and whether it is shown to be above those of the baselines."""
     own = f"AUROC {_bracketed(metrics, 'auroc')}"
-    against = metrics["against_floor"]
-    if against is None:
-        return f"{own}; there is no floor to compare it with."
-    low, high = against["auroc"]["low"], against["auroc"]["high"]
-    verdict = "not shown to differ from"
+    verdicts = [
+        f"{_verdict(metrics['against'][name]['auroc'])} the {BASELINES[name]}'s {_bracketed(found, 'auroc')}"
+        for name, found in metrics["baselines"].items()
+    ]
+    return f"{own}: {'; '.join(verdicts) or 'there is no baseline to compare it with'}."
+
+
+def _verdict(difference: Mapping[str, float | None]) -> str:
+    low, high = difference["low"], difference["high"]
     if low is not None and low > 0:
-        verdict = "better than"
-    elif high is not None and high < 0:
-        verdict = "worse than"
-    return f"{own}: {verdict} the floor's {_bracketed(metrics['floor'], 'auroc')}."
+        return "better than"
+    return "worse than" if high is not None and high < 0 else "not shown to differ from"
 
 
 def remarks(metrics: Mapping[str, Any]) -> list[str]:
-    """On what was measured, with which threshold, and what the floor is."""
+    """On what was measured, with which threshold, and what the baselines are."""
     lines = [
         f"{metrics['answers']:,} answers, {metrics['harmful']:,} of them harmful, to {metrics['queries']:,} "
         f"queries ({metrics['split']} part of: {metrics['data']['account']}).",
         f"Threshold {metrics['threshold']:.4g} ({metrics['threshold_how'] or 'not known how chosen'}), "
         f"temperature {metrics['temperature']:.4g}, offset {metrics['offset']:.4g} "
         f"({metrics['scale_how'] or 'not known how chosen'}).",
+        *(
+            f"{BASELINES[name].capitalize()}: TF-IDF and logistic regression ({found['variant']}), taught on "
+            f"{found['taught_on']}; threshold {found['threshold']}."
+            for name, found in metrics["baselines"].items()
+        ),
     ]
-    if metrics["floor"] is not None:
+    if "in_domain_baseline" in metrics["baselines"]:
         lines.append(
-            f"Floor: TF-IDF and logistic regression ({metrics['floor']['variant']}), trained on "
-            f"{metrics['floor']['trained_on']}; threshold {metrics['floor']['threshold']}."
+            "The in-domain baseline knows the labels of this very set. For a detector that was trained with "
+            "other data it is no rival, but what words alone can tell here."
         )
     return lines
+
+
+def _named(by_key: Mapping[str, Any]) -> dict[str, Any]:
+    """The baselines among some values, by the names that people read."""
+    return {shown: by_key[name] for name, shown in BASELINES.items() if name in by_key}
 
 
 def _scaled(metrics: Mapping[str, Any]) -> bool:
@@ -141,21 +169,20 @@ def _scaled(metrics: Mapping[str, Any]) -> bool:
 
 
 def tables(metrics: Mapping[str, Any]) -> list[Table]:
-    """The numbers: order, decisions, calibration, groups, and how the floor was chosen."""
+    """The numbers: order, decisions, calibration, groups, and how the baselines were chosen."""
     return [table for table in _tables(metrics) if table.rows]
 
 
 def _tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
-    floor = metrics["floor"]
-    header = ["", "detector", *(["floor"] if floor else [])]
-    columns = [metrics, floor] if floor else [metrics]
-    against = metrics["against_floor"] or {}
+    baselines, against = _named(metrics["baselines"]), _named(metrics["against"])
+    header = ["", "detector", *baselines]
+    columns = [metrics, *baselines.values()]
     yield Table(
         title="Order of the answers",
-        header=[*header, *(["detector - floor"] if floor else [])],
+        header=[*header, *(f"detector - {name}" for name in against)],
         rows=[
             [name, *(_bracketed(column, key) for column in columns)]
-            + ([_difference(against.get(key))] if floor else [])
+            + [_difference(found.get(key)) for found in against.values()]
             for key, name in RANKING.items()
             if metrics[key] is not None
         ],
@@ -178,7 +205,7 @@ def _tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
         header=header,
         rows=[
             [f"{name}{when}", decimal(metrics[f"{key}{ending}"], 3)]
-            + ([decimal(floor[key], 3) if not ending else "-"] if floor else [])
+            + ["-" if ending else decimal(found[key], 3) for found in baselines.values()]
             for key, name in (("ece", "ECE"), ("brier", "Brier score"))
             for ending, when in endings
         ],
@@ -186,14 +213,16 @@ def _tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
     )
     yield Table(
         title="By group",
-        header=["group", "answers", "harmful", "AUROC", "floor's AUROC", "recall", "false positive rate"],
+        header=["group", "answers", "harmful", "AUROC"]
+        + [f"{shown}'s AUROC" for shown in baselines]
+        + ["recall", "false positive rate"],
         rows=[
             [
                 row["group"],
                 f"{row['answers']:,}",
                 f"{row['harmful']:,}",
                 decimal(row["auroc"], 3),
-                decimal(row["floor_auroc"], 3),
+                *(decimal(row[f"{name}_auroc"], 3) for name in metrics["baselines"]),
                 *(
                     with_interval(row[key], row[f"{key}_low"], row[f"{key}_high"])
                     for key in ("recall", "false_positive_rate")
@@ -204,9 +233,13 @@ def _tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
         note="Recall and false positive rate in %. No AUROC where all answers of a group have one label.",
     )
     yield Table(
-        title="How the floor was chosen: AUROC on training answers, by cross-validation",
+        title="How the baselines were chosen: AUROC on what they are taught on, by cross-validation",
         header=["variant", "AUROC"],
-        rows=[[name, decimal(auroc, 3)] for name, auroc in (floor or {"validated": {}})["validated"].items()],
+        rows=[
+            [f"{shown}: {variant}", decimal(auroc, 3)]
+            for shown, found in baselines.items()
+            for variant, auroc in found["validated"].items()
+        ],
         folded=True,
     )
 

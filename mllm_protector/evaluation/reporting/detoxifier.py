@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_protector.evaluation.reporting.layout import Table, decimal, with_interval
+from mllm_protector.evaluation.reporting.markdown import tables_in_markdown
 from mllm_protector.evaluation.reporting.printed import print_tables
 from mllm_protector.rewrites import Fault
 
@@ -16,7 +17,7 @@ SHARES = {
     "canned": "canned \u2193",
     "copied": "copied \u2193",
     "faulty": "faulty \u2193",
-    **{f"fault_{kind}": f"  {kind}" for kind in Fault},
+    **{f"fault_{kind}": f"fault: {kind}" for kind in Fault},
 }
 NUMBERS = {
     "on_query": "on query \u2191",
@@ -27,9 +28,9 @@ NUMBERS = {
 COURSE = {"retried": "needed a second try", "refused_in_the_end": "ended in the fixed refusal"}
 
 READING = (
-    "Columns: behind the guard's checks; the first rewrite as it came; two floors; the pairs' own answers.",
-    "In %: safe by the judge and not empty; a refusal by keywords; repeated in the same words for another "
-    "query; canned: both of these; word 4-grams copied from the harmful answer; faulty by the checks.",
+    "Columns: behind the guard's checks; the first rewrite as it came; two baselines; the pairs' answers.",
+    "In %: below the judge's threshold and not empty; a refusal by keywords; repeated in the same words for "
+    "another query; canned: both; word 4-grams copied from the harmful answer; faulty by the checks.",
     "On query, on accepted: cosine (TF-IDF) with the query and with the accepted answer; control: with those "
     "of the other queries. Length ratio: words over the harmful answer's. Perplexity: to the untrained base, "
     "given nothing.",
@@ -43,32 +44,21 @@ def columns(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {
         "protector": metrics,
         "bare": metrics["bare"],
-        "floor: refusal": metrics["floors"]["refusal"],
-        "floor: base": metrics["floors"]["base"],
+        "baseline: refusal": metrics["baselines"]["refusal"],
+        "baseline: base": metrics["baselines"]["base"],
         "accepted": metrics["references"]["accepted"],
         "rejected": metrics["references"]["rejected"],
     }
 
 
 def print_summary(metrics: Mapping[str, Any]) -> None:
-    """What was measured, and the tables; the pairs' own answers stand in a table of their own."""
-    arms = columns(metrics)
-    own = {name: arms[name] for name in ("accepted", "rejected")}
-    rewritten = {name: arm for name, arm in arms.items() if name not in own}
-    tables = [_table("Rewrites", rewritten), _table("The pairs' own answers", own)]
-    print_tables(TITLE, [*remarks(metrics), *READING], tables)
+    """What was measured, and the tables."""
+    print_tables(TITLE, [*remarks(metrics), *READING], _tables(metrics))
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
-    """The whole file."""
-    from tabulate import tabulate
-
-    table = _table("", columns(metrics))
-    align = ["left", *["right"] * (len(table.header) - 1)]
-    rows = [[cell.replace("  ", "&nbsp;&nbsp;") for cell in row] for row in table.rows]
-    grid = tabulate(rows, table.header, "pipe", disable_numparse=True, colalign=align)
-    lines = [f"# {TITLE}", *(f"- {line}" for line in [*remarks(metrics), *READING])]
-    return "\n".join([lines[0], "", *lines[1:], "", str(grid)]) + "\n"
+    """What is printed, in Markdown."""
+    return tables_in_markdown(TITLE, [*remarks(metrics), *READING], _tables(metrics))
 
 
 def remarks(metrics: Mapping[str, Any]) -> Sequence[str]:
@@ -80,20 +70,44 @@ def remarks(metrics: Mapping[str, Any]) -> Sequence[str]:
     rejected = ", ".join(f"{reason} {count:,}" for reason, count in metrics["rejections"].items())
     return [
         f"{metrics['pairs']:,} harmful answers to {metrics['queries']:,} queries.",
+        _judge(metrics["judge"]),
         f"Behind the guard (at most {metrics['guard']['max_rewrites']} tries): {course}; rejected rewrites: "
         f"{rejected or 'none'}; guard errors: {metrics['guard_errors']:,}.",
         *(f"Note: {note}" for note in metrics["notes"]),
     ]
 
 
-def _table(title: str, arms: Mapping[str, Mapping[str, Any]]) -> Table:
+def _judge(judge: Mapping[str, Any]) -> str:
+    who = (
+        f"Judge: the detector in {judge['folder']} (base {judge['base']}), threshold {judge['threshold']:.4g}"
+    )
+    if not judge["circular"]:
+        return f"{who}."
+    return (
+        f"{who}. Circular: it is the guard's own, which has rejected what it finds harmful, so the share of "
+        "safe rewrites behind the guard says nothing; give another judge_detector."
+    )
+
+
+def _tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """The rewrites; the pairs' own answers stand in a table of their own."""
+    arms = columns(metrics)
+    own = {name: arms[name] for name in ("accepted", "rejected")}
+    rewritten = {name: arm for name, arm in arms.items() if name not in own}
+    safe = f"{SHARES['safe']} (circular)" if metrics["judge"]["circular"] else SHARES["safe"]
+    names = SHARES | {"safe": safe}
+    return [_table("Rewrites", rewritten, names), _table("The pairs' own answers", own, names)]
+
+
+def _table(title: str, arms: Mapping[str, Mapping[str, Any]], shares: Mapping[str, str]) -> Table:
     rows = []
-    for key, name in SHARES.items():
+    for key, name in shares.items():
         rows.append([name, *(with_interval(*_limited(arm, key)) for arm in arms.values())])
     for key, name in NUMBERS.items():
         rows.append([name, *(_number(*_limited(arm, key)) for arm in arms.values())])
         if f"{key}_control" in next(iter(arms.values())):
-            rows.append(["  control", *(decimal(arm[f"{key}_control"]) for arm in arms.values())])
+            plain = name.removesuffix(" \u2191")
+            rows.append([f"{plain}, control", *(decimal(arm[f"{key}_control"]) for arm in arms.values())])
     return Table(title=title, header=["", *arms], rows=rows)
 
 

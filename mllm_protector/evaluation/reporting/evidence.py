@@ -21,6 +21,7 @@ def tables(result: Entry, name: str) -> Iterator[Table]:
     yield from _in_two(_paired(benchmark))
     yield from _in_two(_pictures(benchmark))
     yield _benign(benchmark)
+    yield _own_metrics(benchmark)
     yield _outcomes(benchmark)
     yield _endings(benchmark)
     yield _reference(benchmark)
@@ -210,6 +211,17 @@ def _benign(benchmark: Entry) -> Table:
         ],
         note="Changed and refused, lower is better; score: how right the answers are where that is known, "
         "higher is better.",
+    )
+
+
+def _own_metrics(benchmark: Entry) -> Table:
+    metrics = benchmark.get("own_metrics", {})
+    names = list(next(iter(metrics.values()), {}))
+    return Table(
+        title="Harmless questions: the benchmark's own metrics",
+        header=["arm", *(name.replace("_", " ") for name in names)],
+        rows=[[arm, *(decimal(of_arm[name], 3) for name in names)] for arm, of_arm in metrics.items()],
+        note="Over answered questions, without intervals. Neither: answers that say neither yes nor no.",
     )
 
 

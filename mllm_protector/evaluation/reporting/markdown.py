@@ -1,10 +1,11 @@
-"""``asr.md``: every number of ``asr.json`` in Markdown, with counts and intervals."""
+"""``asr.md``: every number of ``asr.json`` in Markdown, with counts and intervals; other tables likewise."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mllm_protector.evaluation.reporting import evidence, sentences
+from mllm_protector.evaluation.reporting.layout import Table
 from mllm_protector.evaluation.reporting.tables import View, views
 
 READING = (
@@ -61,9 +62,23 @@ def markdown(result: Mapping[str, Any]) -> str:
             parts += _judge(view)
         for table in evidence.tables(result, name):
             if table.rows:
-                note = [_plain(table.note)] if table.note else []
-                parts += [f"### {_plain(table.title)}", *note, _pipe_table(table.header, [[*table.rows]])]
+                parts += _section(table)
     return "\n\n".join(parts) + "\n"
+
+
+def tables_in_markdown(title: str, lines: Sequence[str], tables: Sequence[Table]) -> str:
+    """A title, sentences below it, and tables, each with its note."""
+    parts = [f"# {_plain(title)}", _bullets(lines)]
+    for table in tables:
+        parts += _section(table)
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(table: Table) -> Iterator[str]:
+    yield f"### {_plain(table.title)}"
+    if table.note:
+        yield _plain(table.note)
+    yield _pipe_table(table.header, [[*table.rows]])
 
 
 def _judge(view: View) -> Iterator[str]:

@@ -14,7 +14,7 @@ from mllm_protector.evaluation.reporting.chart import chart
 from mllm_protector.evaluation.reporting.latex import latex
 from mllm_protector.evaluation.reporting.markdown import markdown
 from mllm_protector.evaluation.summary import JudgeInfo as JudgeInfo
-from mllm_protector.files import write_json, write_text
+from mllm_protector.files import write_bytes, write_json, write_text
 from mllm_protector.records import Status
 
 SCHEMA = 1
@@ -85,7 +85,7 @@ def write_report(result: Mapping[str, Any], output_dir: Path) -> None:
     write_text(output_dir / "asr.csv", cells_as_csv(result))
     write_text(output_dir / "asr.md", markdown(result))
     write_text(output_dir / "asr.tex", latex(result))
-    (output_dir / "asr.png").write_bytes(chart(result))
+    write_bytes(output_dir / "asr.png", chart(result))
 
 
 def cells_as_csv(result: Mapping[str, Any]) -> str:

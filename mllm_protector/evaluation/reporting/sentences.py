@@ -5,7 +5,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from mllm_protector.evaluation.reporting.layout import p_value, percent, points, with_interval
+from mllm_protector.evaluation.reporting.layout import decimal, p_value, percent, points, with_interval
 from mllm_protector.evaluation.reporting.tables import GLOSSARY, Entry, View, policy_groups
 from mllm_protector.evaluation.statistics import agreement
 from mllm_protector.records import JUDGED, Status
@@ -151,6 +151,9 @@ def closing(benchmark: Entry, *, named: int | None) -> list[str]:
         lines.append(f"Mean score of harmless answers in %, higher is better: {found}")
         if lost := _benign(scored, "lost"):
             lines.append(f"Correct answers lost in %, lower is better: {lost}")
+    for arm, metrics in benchmark.get("own_metrics", {}).items():
+        found = ", ".join(f"{name.replace('_', ' ')} {decimal(each, 3)}" for name, each in metrics.items())
+        lines.append(f"The benchmark's own metrics, {arm}: {found}")
     if unanswered := sum(entry["generation_error"] for entry in benchmark["benign"]):
         lines.append(f"Harmless questions without an answer, left out: {unanswered:,} (over all arms)")
     for pair in benchmark["agreement"]["pairs"]:

@@ -101,7 +101,6 @@ def test_a_picture_that_links_out_is_refused_with_its_line(tmp_path: Path) -> No
         ({"question": ""}, "field 'question' is empty"),
         ({"question": 7}, "field 'question' must be a text"),
         ({"question": "a\0b"}, "NUL"),
-        ('{"question": "\\ud800"}', "half of a surrogate pair"),
         ('{"question": "q", "question": "q"}', "stands there twice"),
         ('{"question": "q", "id": NaN}', "NaN is not JSON"),
         ("[" * 100_000, "nested too deeply|not valid JSON"),

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
 
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.benchmarks.vqa import VisualQuestions
+from mllm_protector.evaluation.benchmarks.vqa_metrics import COGNITION
+from mllm_protector.prompts import REFUSAL
 from mllm_protector.records import BENIGN, LoadedBenchmark
 from tests.evaluation.benchmarks.test_pictures import ESCAPES
 
@@ -118,6 +121,62 @@ def test_generic_rows_have_pictures_or_none(tmp_path: Path) -> None:
     ]
     assert scores(loaded, "A kitten.") == {"1": 1, "x": 0}
     assert scores(loaded, "4") == {"1": 0, "x": 1}
+
+
+def test_a_row_of_vqav2_has_the_answers_of_ten_people(tmp_path: Path) -> None:
+    people = ["yes"] * 8 + ["no"] * 2
+    told = [{"answer": answer, "answer_confidence": "yes", "answer_id": 1} for answer in people]
+    blank = ["red"] * 9 + [""]
+    path = tmp_path / "vqa.jsonl"
+    path.write_text(lines(*[{"question": "q", "answers": answers} for answers in (people, told, blank)]))
+    loaded = load(path, "generic")
+    assert scores(loaded, "no") == {"1": pytest.approx(0.6), "2": pytest.approx(0.6), "3": 0}
+    assert scores(loaded, "red")["3"] == 1
+
+
+def test_pope_reports_what_its_own_script_does(tmp_path: Path) -> None:
+    texts = ["yes", "There is none.", "A dog is there.", "no", "Yes.", "No.", REFUSAL, "It is not there."]
+    labels = ["yes", "yes", "no", "no", "yes", "no", "yes", "no"]
+    path = tmp_path / "pope.json"
+    picture(tmp_path / "images" / "a.jpg")
+    row = {"image": "a.jpg", "text": "Is there a dog?"}
+    path.write_text(
+        lines(*[row | {"question_id": place, "label": label} for place, label in enumerate(labels)])
+    )
+    loaded = load(path, "pope")
+    assert loaded.metrics is not None
+    found = loaded.metrics({str(place): text for place, text in enumerate(texts)})
+    said_yes = [True, False, True, False, True, False, False, False]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        [label == "yes" for label in labels], said_yes, average="binary"
+    )
+    expected = {"precision": precision, "recall": recall, "f1": f1}
+    assert found == pytest.approx(expected | {"accuracy": 5 / 8, "yes_ratio": 3 / 8, "neither": 1 / 8})
+    assert loaded.metrics({"3": "no"}) == {
+        "accuracy": 1,
+        "precision": None,
+        "recall": None,
+        "f1": None,
+        "yes_ratio": 0,
+        "neither": 0,
+    }
+
+
+def test_mme_counts_images_of_which_both_questions_are_right(tmp_path: Path) -> None:
+    answers = {}
+    for category in COGNITION:
+        for image in ("1", "2"):
+            picture(tmp_path / "MME" / category / f"{image}.png")
+            (tmp_path / "MME" / category / f"{image}.txt").write_text("Is it?\tYes\nIs it not?\tNo\n")
+            answers |= {f"{category}/{image}/1": "Yes", f"{category}/{image}/2": "No"}
+    answers["text_translation/2/2"] = "Yes"
+    metrics = load(tmp_path / "MME", "mme").metrics
+    assert metrics is not None
+    found = metrics(answers)
+    assert (found["accuracy"], found["accuracy+"]) == (15 / 16, 7 / 8)
+    assert found["cognition"] == 3 * 200 + 75 + 50
+    assert found["perception"] is None
+    assert metrics({"text_translation/2/1": "Yes"})["accuracy+"] is None
 
 
 def test_pope_is_json_lines_whatever_its_ending(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ import pytest
 from mllm_protector.evaluation.benchmarks.vqa_scoring import (
     Choice,
     Elements,
+    PeoplesAnswers,
+    Presence,
     ShortAnswer,
     YesNo,
     known_answer,
@@ -89,6 +91,58 @@ def test_a_short_answer_counts_wherever_it_stands_as_whole_words(
 def test_the_first_yes_or_no_counts_and_a_refusal_is_neither(text: str, first: str | None) -> None:
     assert YesNo(True).score(text) == float(first == "yes")
     assert YesNo(False).score(text) == float(first == "no")
+
+
+def official_accuracy(said: str, answers: list[str]) -> float:
+    """VQA's evaluation, answer by answer: each person's is left out once."""
+    left_out = [answers[:place] + answers[place + 1 :] for place in range(len(answers))]
+    return sum(min(1, others.count(said) / 3) for others in left_out) / len(left_out)
+
+
+def test_ten_answers_are_scored_by_the_rule_of_vqa() -> None:
+    for count in range(11):
+        answers = ["red"] * count + ["green"] * (10 - count)
+        for text, said in (("red", "red"), ("It is red.", "red"), ("Green!", "green"), ("blue", "blue")):
+            expected = official_accuracy(said, answers)
+            assert known_answer(answers).score(text) == pytest.approx(expected), (answers, text)
+    assert known_answer(["red"] + ["green"] * 9).score("red") == pytest.approx(0.3)
+    asked = known_answer(["yes"] * 8 + ["no"] * 2)
+    for text, expected in (("Yes.", 1), ("No, it is not.", 0.6), ("no, or maybe yes", 0.6), ("A dog.", 0)):
+        assert asked.score(text) == pytest.approx(expected), text
+
+
+def test_of_people_s_answers_in_a_text_the_longest_counts_and_of_several_the_best() -> None:
+    people = PeoplesAnswers(
+        ("red", "red", "red", "red", "dark red", "dark red", "Dark red.", "blue", "", "?")
+    )
+    cases = {"red": 1, "It is dark red": 0.9, "blue": 0.3, "blue or red": 1, "": 0.3, "?": 0.3, "green": 0}
+    for text, expected in cases.items():
+        assert people.score(text) == pytest.approx(expected), text
+
+
+def test_whether_a_thing_is_there_is_read_out_of_a_sentence() -> None:
+    cases = {
+        "Yes": True,
+        "no.": False,
+        "There is a dog in the image.": True,
+        "There is no dog in the image.": False,
+        "There isn't a dog.": False,
+        "The image does not show a dog.": False,
+        "I cannot see a dog there.": False,
+        "None of them is a dog.": False,
+        "Yes, there is a dog, not a cat.": True,
+        "There is a dog. It has no collar and does not move.": True,
+        "Let me look at it closely. No, I see none.": False,
+        REFUSAL: None,
+        "I'm sorry, but I can't assist with that.": None,
+        "": None,
+        "...": None,
+    }
+    for text, said in cases.items():
+        assert Presence(True).said(text) is said, text
+        assert (Presence(True).score(text), Presence(False).score(text)) == (said is True, said is False), (
+            text
+        )
 
 
 CHOICES = ("red", "red fox", "a cat", "blue whale")

@@ -64,14 +64,14 @@ def test_a_failure_is_named_but_never_quoted(caplog: pytest.LogCaptureFixture) -
     assert "out of memory" not in caplog.text
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan, True])
 def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
-    with pytest.raises(InputError, match="between 0 and 1"):
+    with pytest.raises(InputError, match="a number from 0 to 1"):
         DetectorJudge(LengthDetector(), threshold)
 
 
 def test_a_saved_detector_judges_with_its_stored_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllm_protector.models.detector.load_detector", lambda _: LengthDetector())
+    monkeypatch.setattr("mllm_protector.models.detector.load_detector", lambda folder, base: LengthDetector())
     judge = DetectorJudge.from_folder("folder")
     assert judge.threshold == 0.3
     assert judged(judge, "123")[0].status == Status.HARMFUL

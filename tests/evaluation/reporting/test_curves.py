@@ -12,7 +12,7 @@ SCORES = [0.1, 0.9, 0.4, 0.6, 0.3, 0.2]
 def drawn(scores: list[float] = SCORES) -> dict[str, bytes]:
     return curves(
         LABELS,
-        {"detector": scores, "floor": SCORES[::-1]},
+        {"detector": scores, "baseline": SCORES[::-1]},
         uncalibrated={"before": SCORES},
         marks={"detector": (0.3, 0.6, 0.7)},
     )

@@ -1,14 +1,17 @@
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation import floor
-from mllm_protector.evaluation.floor import cross_fitted_scores, fit_floor, query_clusters
+from mllm_protector.evaluation import baseline
+from mllm_protector.evaluation.baseline import cross_validate, query_clusters, taught_scores
 from mllm_protector.records import LabelledAnswer
 
 WORDS = ("bread", "flour", "garden", "window", "river", "paper", "music", "stone")
@@ -29,35 +32,46 @@ def made_up(queries: int, *, seed: int = 0, hint: float = 1.0) -> list[LabelledA
     return records
 
 
-def auroc(records: Sequence[LabelledAnswer], scores: Sequence[float]) -> float:
+def auroc(records: Sequence[LabelledAnswer], scores: Any) -> float:
     return float(roc_auc_score([record.harmful for record in records], scores))
 
 
-def test_the_floor_learns_what_words_say() -> None:
+def test_the_baseline_learns_what_words_say() -> None:
     held_out = made_up(20, seed=9)
-    assert auroc(held_out, fit_floor(made_up(40)).score(held_out)) == 1.0
+    assert auroc(held_out, taught_scores(made_up(40), held_out)[1]) == 1.0
 
 
-def test_the_floor_is_the_same_on_every_run() -> None:
-    one, other = (fit_floor(made_up(30, hint=0.5)) for _ in range(2))
+def test_the_baseline_is_the_same_on_every_run() -> None:
     held_out = made_up(10, seed=9)
-    assert one.variant == other.variant
-    assert one.score(held_out) == other.score(held_out)
+    one, other = (taught_scores(made_up(30, hint=0.5), held_out) for _ in range(2))
+    assert one[0].variant == other[0].variant
+    assert one[1] == other[1]
 
 
-def test_the_floor_looks_at_no_label_and_no_word_of_what_it_scores() -> None:
-    train = made_up(30)
-    unseen = LabelledAnswer(query="q", answer="zzzunseen bread", harmful=True)
-    fitted = fit_floor(train)
-    turned = [
-        LabelledAnswer(query=each.query, answer=each.answer, harmful=not each.harmful) for each in train
-    ]
-    assert fitted.score(train) == fitted.score(turned)
-    assert not any("zzzunseen" in name for name in fitted.vectorizer.get_feature_names_out())
-    assert fitted.score([unseen]) == fit_floor(train).score([unseen])
+def test_the_baseline_looks_at_no_label_and_no_other_answer_of_what_it_scores() -> None:
+    train, held_out = made_up(30), made_up(10, seed=9)
+    turned = [replace(each, harmful=not each.harmful) for each in held_out]
+    assert taught_scores(train, held_out)[1] == taught_scores(train, turned)[1]
+    assert taught_scores(train, held_out)[1][:1] == taught_scores(train, held_out[:1])[1]
 
 
-def test_without_a_hint_cross_fitted_scores_are_chance_though_words_repeat() -> None:
+def test_cross_validated_scores_are_scikit_learns_with_all_answers_to_a_query_in_one_fold() -> None:
+    records = made_up(30, hint=0.6)
+    found = cross_validate(records)
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    expected = cross_val_predict(
+        found.variant.pipeline(),
+        found.variant.texts(records),
+        [record.harmful for record in records],
+        groups=[record.query for record in records],
+        cv=folds,
+        method="predict_proba",
+    )
+    assert found.scores == pytest.approx(expected[:, 1])
+    assert found.aurocs[str(found.variant)] == max(found.aurocs.values()) == auroc(records, found.scores)
+
+
+def test_without_a_hint_cross_validated_scores_are_chance_though_words_repeat() -> None:
     # All answers to a query have one label and share a name: who has seen the query knows the answer.
     names = [hashlib.sha256(bytes([number])).hexdigest() for number in range(60)]
     records = [
@@ -65,19 +79,14 @@ def test_without_a_hint_cross_fitted_scores_are_chance_though_words_repeat() -> 
         for number, name in enumerate(names)
         for copy in range(4)
     ]
-    assert auroc(records, fit_floor(records).score(records)) > 0.99
-    assert auroc(records, cross_fitted_scores(records)) < 0.7
+    assert auroc(records, taught_scores(records, records)[1]) > 0.99
+    assert auroc(records, cross_validate(records).scores) < 0.7
 
 
-def test_the_variant_is_chosen_by_cross_validation() -> None:
-    fitted = fit_floor(made_up(30, hint=0.6))
-    assert len(fitted.validated) == 8
-    assert fitted.validated[str(fitted.variant)] == max(fitted.validated.values())
-
-
-def test_many_answers_are_counted_by_words_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(floor, "CHARACTERS_UP_TO", 10)
-    assert len(fit_floor(made_up(30)).validated) == 4
+def test_of_many_answers_only_words_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "characters" in str(cross_validate(made_up(30)).variant)
+    monkeypatch.setattr(baseline, "CHARACTERS_UP_TO", 10)
+    assert "characters" not in str(cross_validate(made_up(30)).variant)
 
 
 def test_queries_are_one_whatever_their_case_and_spacing() -> None:
@@ -100,11 +109,11 @@ def test_queries_are_one_whatever_their_case_and_spacing() -> None:
         ),
         (
             [LabelledAnswer(query="?" * n, answer="!", harmful=n % 2 == 0) for n in range(1, 9)],
-            "cannot learn",
+            "teach no baseline",
         ),
     ],
 )
 def test_what_teaches_nothing_is_refused_in_one_line(records: list[LabelledAnswer], reason: str) -> None:
     with pytest.raises(InputError, match=reason) as refused:
-        fit_floor(records)
+        cross_validate(records)
     assert "\n" not in str(refused.value)

@@ -1,0 +1,77 @@
+"""What callers hand over, checked before anything is done with it: lists, texts and questions.
+
+A text is a sequence too, of its letters, and so is a dict, of its keys: taken for lists, each letter would be
+answered.
+"""
+
+from collections.abc import Mapping, Sequence, Set
+from os import PathLike
+from typing import Any
+
+from PIL import Image
+
+from mllm_protector.errors import InputError
+from mllm_protector.images import Picture, as_picture
+from mllm_protector.records import Question, Variant
+
+AnyImage = str | PathLike[str] | Image.Image | Picture
+"""A file, a PIL image, or what ``images`` has; never an address."""
+
+Asked = Question | str | tuple[str, AnyImage | None]
+"""A question, its words, or its words and its image."""
+
+
+def require_lists(**lists: Any) -> None:
+    """Refuse what is not one list of the same length under each name; ``None`` is a list not given.
+
+    Raises:
+        InputError: a text, a dict, a set or no list at all, or lists of different lengths.
+    """
+    given = {name: values for name, values in lists.items() if values is not None}
+    for name, values in given.items():
+        if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
+            raise InputError(f"{name}: must be a list, not {_kind(values)}; write {name}=[...]")
+    lengths = {name: len(values) for name, values in given.items()}
+    if len({*lengths.values()}) > 1:
+        counts = ", ".join(f"{name} has {count}" for name, count in lengths.items())
+        raise InputError(f"lists of the same length are wanted, but {counts}")
+
+
+def require_texts(**lists: Any) -> None:
+    """``require_lists`` of lists that hold nothing but texts.
+
+    Raises:
+        InputError: as ``require_lists``, or an entry is no text.
+    """
+    require_lists(**lists)
+    for name, values in lists.items():
+        for number, value in enumerate(() if values is None else values):
+            if not isinstance(value, str):
+                raise InputError(f"{name}[{number}]: must be a text, not {_kind(value)}")
+
+
+def as_questions(questions: Sequence[Asked]) -> list[Question]:
+    """Questions from whatever says what is asked; those without an id are called by their position.
+
+    Raises:
+        InputError: not a list, an entry that is no question, or an image that cannot be used.
+    """
+    require_lists(questions=questions)
+    return [_as_question(asked, number) for number, asked in enumerate(questions)]
+
+
+def _as_question(asked: Asked, number: int) -> Question:
+    if isinstance(asked, Question):
+        return asked
+    text, image = asked if isinstance(asked, tuple) and len(asked) == 2 else (asked, None)
+    if not isinstance(text, str):
+        raise InputError(
+            f"questions[{number}]: must be a Question, a text, or a pair (text, image), not {_kind(text)}"
+        )
+    picture = None if image is None else as_picture(image)
+    variant: Variant = "TEXT" if picture is None else "SD"
+    return Question(id=str(number), scenario="", variant=variant, text=text, image=picture)
+
+
+def _kind(value: Any) -> str:
+    return "a text" if isinstance(value, str) else f"of type {type(value).__name__}"

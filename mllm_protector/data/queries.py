@@ -1,0 +1,49 @@
+"""When two texts count as the same: their words, and the keys of a query."""
+
+import re
+import unicodedata
+
+# Chinese and Japanese are written without spaces: each character is a word.
+_IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[^\W_{_IDEOGRAPHS}]+|[{_IDEOGRAPHS}]")
+_INVISIBLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""Unicode's Default_Ignorable_Code_Point: zero-width characters, those that turn the direction, and so on."""
+_INSIDE_WORDS = re.compile(f"['\u2019\u02bc{_INVISIBLE}]")
+_ASSISTANT = "\n\nAssistant:"
+
+
+def words(text: str) -> list[str]:
+    """The words of a text as they are compared: folded case, one Unicode form, no punctuation.
+
+    An apostrophe or an invisible character joins what stands on both sides of it: "don't" is "dont".
+    """
+    return _WORD.findall(_folded(text))
+
+
+def query_key(query: str) -> str:
+    """The same for queries that count as the same: those of the same ``words``.
+
+    Of a query without words the signs count, white space and invisible characters apart.
+    """
+    folded = _folded(query)
+    return " ".join(_WORD.findall(folded) or folded.split())
+
+
+def opening_key(query: str) -> str:
+    """The ``query_key`` of a dialogue's first human turn; of any other query its own.
+
+    Dialogues that begin alike share it, however far they went. A dialogue is what ``data=hh_rlhf
+    data.context=all`` makes: "Human: ...", then "Assistant: ..." in a new paragraph.
+    """
+    return query_key(query.partition(_ASSISTANT)[0].lstrip().removeprefix("Human:"))
+
+
+def _folded(text: str) -> str:
+    text = _INSIDE_WORDS.sub("", text)
+    if text.isascii():
+        return text.lower()
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return _INSIDE_WORDS.sub("", text)

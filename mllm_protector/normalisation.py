@@ -1,0 +1,109 @@
+"""One form of a text for a detector to read, however it was disguised.
+
+A detector knows texts as people write them. The same words with zero-width characters between the letters,
+in full-width or mathematical letters or all in capitals are other tokens to it, and an answer that it would
+flag passes. So what a detector reads, in training and in use, is the normalised text. What a user sees never
+is.
+
+Left alone is what would take a guess: letters of another script that look alike, leetspeak, spaced letters
+and encodings such as base64.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+
+VERSION = 1
+"""Of what follows; a detector's scores depend on it. Raise it with every change that may change a text."""
+
+MUCH = 0.1
+"""From this share of changed characters on, a text is read as it was written, too."""
+
+MARKS = 4
+"""The most combining marks on one letter; scripts that write their vowels as marks need no more."""
+
+_INVISIBLE = (
+    (0x034F, 0x034F),  # combining grapheme joiner
+    (0x115F, 0x1160),  # Hangul fillers
+    (0x17B4, 0x17B5),  # Khmer inherent vowels
+    (0x180B, 0x180F),  # Mongolian variation selectors
+    (0x3164, 0x3164),  # Hangul filler
+    (0xFE00, 0xFE0F),  # variation selectors
+    (0xFFA0, 0xFFA0),  # half-width Hangul filler
+    (0xE0000, 0xE0FFF),  # tags and further variation selectors
+)
+"""Characters without a shape of their own that are not of the categories of control and format characters.
+Source: ``Default_Ignorable_Code_Point`` in Unicode's DerivedCoreProperties.txt."""
+
+_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|['’])+")
+
+
+class _Shown(dict[int, int | None]):
+    """For ``str.translate``: drops what cannot be seen. Each character is looked up once."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        unseen = unicodedata.category(character) in ("Cc", "Cf", "Cs") and not character.isspace()
+        hidden = unseen or any(first <= code <= last for first, last in _INVISIBLE)
+        self[code] = None if hidden else code
+        return self[code]
+
+
+_SHOWN = _Shown()
+
+
+def normalised(text: str) -> str:
+    """The text in one form, linear in its length.
+
+    Invisible characters are gone: zero-width and joining ones (between Latin letters they only split words,
+    and other scripts stay readable without), those that set a direction, tags, variation selectors, soft
+    hyphens and control characters, but no white space. Letters, digits and spaces have their usual form
+    (NFKC). Of the marks on a Latin letter only those are left that make one character with it, and of more
+    than ``MARKS`` on any letter none. A word with capitals behind its first letter is in small letters.
+    """
+    text = text.translate(_SHOWN)
+    if not text.isascii():
+        # Marks first: to sort a long run of them, as NFKC does, takes time that grows with its square.
+        text = _thinned(unicodedata.normalize("NFKC", _thinned(text, MARKS)), 0)
+    return _WORD.sub(lambda word: word[0] if word[0][1:].islower() else _small(word[0]), text)
+
+
+def _small(word: str) -> str:
+    return word.lower().replace("i\u0307", "i")  # the Turkish capital with a dot becomes two characters
+
+
+def readings(*texts: str) -> list[tuple[str, ...]]:
+    """How texts that belong together are read: normalised, and as written where that changes one much.
+
+    What takes the place of the unusual may hide what was harmful in it, so the higher of two scores counts.
+    """
+    normal = tuple(map(normalised, texts))
+    return [normal, texts] if any(map(_changes_much, texts, normal)) else [normal]
+
+
+def _changes_much(text: str, normal: str) -> bool:
+    """Whether a normalised text lacks much (``MUCH``) of what stood in the text itself."""
+    return sum((Counter(text) - Counter(normal)).values()) > MUCH * len(text)
+
+
+def _thinned(text: str, latin: int) -> str:
+    """The text without the combining marks of letters that have too many.
+
+    Args:
+        text: of any length.
+        latin: the most on a Latin letter, or on anything in ASCII; on others it is ``MARKS``.
+    """
+    kept: list[str] = []
+    most = marks = 0
+    for character in text:
+        if unicodedata.category(character) in ("Mn", "Me"):
+            marks += 1
+            if marks == most + 1:
+                del kept[len(kept) - most :]
+            if marks > most:
+                continue
+        else:
+            marks = 0
+            most = latin if character < "\u0250" or "\u1e00" <= character <= "\u1eff" else MARKS
+        kept.append(character)
+    return "".join(kept)

@@ -1,0 +1,236 @@
+"""Where commands write: none writes over a file that it did not write itself, nor over one that it reads.
+
+A folder of results is claimed before any work begins. Its marker says which names a command may write there;
+a file of such a name that was there before is somebody else's, and the command is refused. While it works, a
+lock keeps other runs out.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import yaml
+
+from mllm_protector.errors import InputError
+from mllm_protector.files import read_json, write_json, write_text
+from mllm_protector.locks import locked
+
+MARKER = ".mllm_protector.json"
+CONFIG = "config.yaml"
+
+_MODEL = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
+"""What ``save_pretrained`` writes for a model, its tokenizer and its processor."""
+_TRAINING = (*_MODEL, "metrics.jsonl", "last", "checkpoints")
+_PART = (*_TRAINING, "README.md", CONFIG, "data_report.*", "wandb", "wandb_run_id.txt")
+
+WRITES: Mapping[str, tuple[str, ...]] = {
+    "train_detector": _PART,
+    "train_detoxifier": _PART,
+    "toy_mllm": (*_TRAINING, "untrained"),
+    "export_detector": (*_MODEL, "README.md", CONFIG),
+    "import_official_detector": (*_MODEL, CONFIG),
+    "evaluate": ("asr.*", "report.html", "run.json", "cache", "*/results.jsonl"),
+    "eval_detector": ("metrics.json", "scores.jsonl", "report.*"),
+    "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
+    "list_questions": ("questions.jsonl",),
+    "compare": ("compare.*",),
+    "prepare_data": ("data_report.*", "train.jsonl", "validation.jsonl"),
+    "generate_pairs": ("generation.json", "pairs.jsonl", "cache"),
+    "run_benchmark": ("benchmark.json", "loss_curves.*", CONFIG),
+    "run_benchmark_evaluation": ("evaluation_speed.json", CONFIG),
+}
+"""A command, by its function -> the names that it writes in its folder, as patterns."""
+
+_EARLIER: Mapping[str, tuple[str, ...]] = {
+    "train_detector": (CONFIG, "metrics.jsonl"),
+    "train_detoxifier": (CONFIG, "metrics.jsonl"),
+    "toy_mllm": ("metrics.jsonl", "untrained/tiny.json"),
+    "export_detector": (CONFIG, "guard.json", "README.md"),
+    "import_official_detector": (CONFIG, "guard.json", "adapter_model.safetensors"),
+    "evaluate": ("cache/answers",),
+    "eval_detector": ("metrics.json", "scores.jsonl", "report.html"),
+    "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
+    "compare": ("compare.json", "compare.md", "compare.html"),
+    "prepare_data": ("data_report.json", "data_report.md", "train.jsonl", "validation.jsonl"),
+    "generate_pairs": ("cache/ledger",),
+    "run_benchmark": (CONFIG, "benchmark.json"),
+    "run_benchmark_evaluation": (CONFIG, "evaluation_speed.json"),
+}
+"""What together shows that a release without markers ran a command in a folder."""
+
+WITHOUT_INFLUENCE = (
+    "checkpoint.",
+    "fit.compile",
+    "fit.gradient_checkpointing",
+    "fit.log_every",
+    "fit.micro_batch",
+    "fit.packing",
+    "resume",
+    "tracker.",
+)
+"""Beginnings of keys that change no result beyond the rounding of sums."""
+
+
+@contextmanager
+def claim_output_dir(settings: Mapping[str, Any], command: str) -> Iterator[None]:
+    """Hold ``output_dir`` for a command while it works, and leave the settings there if it is one that does.
+
+    Args:
+        settings: all keys of the command, as plain values.
+        command: its function's name; one that is not in ``WRITES`` is let through.
+
+    Raises:
+        InputError: as ``claimed``, or the folder holds weights or checkpoints of other settings.
+    """
+    texts = {key: value for key, value in _leaves("", settings) if isinstance(value, str)}
+    for key, value in texts.items():
+        if key.endswith(("output_dir", "folder", "quarantine")) and not value.strip():
+            raise InputError(f"{key}={value}: is empty; name a place for it")
+    if command not in WRITES:
+        yield
+        return
+    folder = Path(settings["output_dir"])
+    # A key such as backbone.folder is a place where its own constructor writes, which looks before it does.
+    uses = {key: value for key, value in texts.items() if not key.endswith(("output_dir", "folder"))}
+    with claimed(folder, command, uses=uses):
+        if CONFIG in WRITES[command] and _is_first():
+            _require_same_training(settings, folder)
+            write_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+        yield
+
+
+@contextmanager
+def claimed(
+    folder: Path, command: str, *, key: str = "output_dir", uses: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Hold a folder for a command while it works. Of several processes only the first one does.
+
+    Args:
+        folder: made if it is not there, and removed again if nothing was written.
+        command: one of ``WRITES``.
+        key: of the folder, as the user typed it.
+        uses: other keys and their texts; those that are paths must not be written over.
+
+    Raises:
+        InputError: the folder cannot be written to, another run is at work there, or the command would write
+            over a file that is not its own.
+    """
+    if not _is_first():
+        yield
+        return
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{key}={folder}: is a file; name a folder")
+    _require_unused(folder, command, key, uses or {})
+    new = not folder.exists()
+    with ExitStack() as held:
+        with _reachable(folder, key):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.callback(_tidy, folder, new)
+            held.enter_context(locked(folder, key))
+            _mark(folder, command, key)
+        yield
+
+
+def probe(folder: Path) -> None:
+    """Write to a folder, or to the nearest one above it that is there, and leave nothing.
+
+    Raises:
+        OSError: it cannot be written to.
+    """
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    with TemporaryFile(dir=folder, buffering=0) as file:
+        file.write(b"0")
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _require_unused(folder: Path, command: str, key: str, uses: Mapping[str, str]) -> None:
+    """Refuse to write over what the command reads, or over what it writes for another key."""
+    root = folder.resolve()
+    for name, value in uses.items():
+        if not value or "\n" in value or "\0" in value:
+            continue  # no path
+        path = Path(os.path.expanduser(value)).resolve()  # noqa: PTH111 (a ~name that nobody has is no error)
+        if path.is_relative_to(root):
+            inside = path.relative_to(root).parts
+            if not inside or any(_fits(inside, pattern) for pattern in WRITES[command]):
+                raise InputError(f"{name}={value}: this command would write over it; choose another {key}")
+
+
+def _fits(parts: Sequence[str], pattern: str) -> bool:
+    """Whether a pattern is that of a path, or of a folder above it."""
+    return fnmatchcase("/".join(parts[: pattern.count("/") + 1]), pattern)
+
+
+def _mark(folder: Path, command: str, key: str) -> None:
+    """Write down which names are the command's from now on, if they were free."""
+    marker = folder / MARKER
+    marked: dict[str, list[str]] = read_json(marker) if marker.is_file() else {}
+    names = WRITES[command]
+    if command not in marked and all((folder / each).exists() for each in _EARLIER[command]):
+        marked[command] = [*names]
+    for name in sorted({*names} - {*marked.get(command, [])}):
+        for path in sorted(folder.glob(name)):
+            if not path.name.startswith("."):
+                raise InputError(
+                    f"{path}: was not written by this command, which would replace it; choose another {key}, "
+                    "or move it away"
+                )
+    write_json(marker, marked | {command: [*names]})
+
+
+def _tidy(folder: Path, new: bool) -> None:
+    """Leave no folder behind with nothing in it."""
+    with suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {MARKER}:
+            (folder / MARKER).unlink(missing_ok=True)
+            if new:
+                folder.rmdir()
+
+
+@contextmanager
+def _reachable(folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{key}={folder}: cannot be written to ({error.strerror or error})") from error
+
+
+def _require_same_training(settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to train over what a training with other settings has come to.
+
+    One that failed before it came to anything may be corrected and repeated in its folder.
+    """
+    kept = [folder / "guard.json"] * (folder / "guard.json").exists()
+    kept += [folder / "checkpoints"] * any(folder.glob("checkpoints/step-*"))
+    if not kept or not all((folder / name).exists() for name in (CONFIG, "metrics.jsonl")):
+        return
+    now, earlier = (
+        {key: value for key, value in _leaves("", each) if not key.startswith(WITHOUT_INFLUENCE)}
+        for each in (settings, yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+    )
+    if changed := sorted(key for key in {*now, *earlier} if now.get(key) != earlier.get(key)):
+        raise InputError(
+            f"{folder}: holds what another configuration made (changed: {', '.join(changed[:5])}); choose "
+            f"another output_dir, or remove {' and '.join(map(str, kept))} to train anew"
+        )
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Single values by their full keys."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}" if key else str(name), item)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{key}[{index}]", item)
+    else:
+        yield key, value
