@@ -140,6 +140,7 @@ def _train(
             micro_batch_tokens=None,
             micro_batch_size=None,
             packing=False,
+            normalise="tokens",
             learning_rate=learning_rate,
             schedule="linear",
             warmup=0.1,
