@@ -36,8 +36,8 @@ logit, label `HARMFUL`; a positive logit is harmful. It never sees the picture.
 With the package that made it: `load_detector(folder).score(queries=[...], answers=[...])`. Long answers are
 then read in overlapping windows.
 
-With `transformers` alone; of a plain text these are exactly the ids it was trained on. (The package normalises
-texts first, see `mllm_protector.normalisation`: invisible characters, odd letters, capitals. Do the same.)
+With `transformers` alone; for plain texts these are exactly the ids it was trained on. (The package reads
+texts normalised, see `mllm_protector.normalisation`: invisible characters, odd letters, capitals.)
 
 ```python
 import json
