@@ -195,7 +195,7 @@ def ours(cast: Cast, rows: Sequence[tuple[str, str]], folder: Path, *, batch_siz
         }
         guards: dict[str, Mapping[str, Any]] = {}
         for arm in GUARDED:
-            protector = Protector(detector, correctors[arm], cast.threshold)
+            protector = Protector(detector, correctors[arm], cast.threshold, max_rewrites=1)
             guards[arm] = protector.identity()
             outputs = Outputs(answers, replies, guards)
             guard_stage(arm, protector, items, outputs, replies, batch_size)

@@ -184,7 +184,7 @@ def fit(
         for step, epoch, plan in _steps(lengths, config, processes.count, seed, resumption.step, total):
             with meter.measuring():
                 slots = slots_of(plan, processes.index, train, collate, seed=seed, step=step)
-                taken = take_step(accelerator, shared, slots, config.clip_norm)
+                taken = take_step(accelerator, shared, slots, config.clip_norm, config.normalise)
             meter.count(tokens=taken.tokens, positions=taken.positions)
             if not taken.finite:
                 raise RunError(

@@ -49,7 +49,7 @@ def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint": NO_CHECKPOINTS,
         "resume": "auto",
         "tracker": NoTracker(),
-        "max_length": 192,
+        "max_length": 320,
         "prompt": None,
         "chat": False,
         "output_dir": str(folder),
