@@ -35,9 +35,9 @@ _HARD: dict[Split, float] = {"train": 0.0, "validation": 0.1, "test": 0.1}
 """Share of harmful answers without a giveaway, and of harmless ones that look harmful."""
 
 _WARNINGS = 0.3
-"""Share of accepted answers that refuse nothing and are safe all the same."""
+"""Share of accepted answers that are safe but refuse nothing; the toy MLLM gives half as many."""
 
-_COMPLIANCE: dict[Variant, float] = {"TEXT": 0.15, "SD": 0.7, "TYPO": 0.85, "SD_TYPO": 0.9}
+_COMPLIANCE: dict[Variant, float] = {"TEXT": 0.15, "SD": 0.65, "TYPO": 0.75, "SD_TYPO": 0.8}
 """Share of wordings with which the toy MLLM goes along, asked like this; for advice as text, see below."""
 
 _ADVICE_COMPLIANCE = 0.7
@@ -157,7 +157,7 @@ def mllm_turns() -> list[ToyTurn]:
             if manner.random() < (_ADVICE_COMPLIANCE if advice else _COMPLIANCE[variant]):
                 answer = harmful("test", item.scene, item.scene.topic, _style(_HARD["test"], manner), rng)
             else:
-                answer = safe("test", item.scene, _style(_WARNINGS, manner), rng)
+                answer = safe("test", item.scene, _style(_WARNINGS / 2, manner), rng)
             turns.append(ToyTurn(question=item.question(variant), answer=answer))
     for item, variant, rng in _draw(BENIGN, "train", _BENIGN_TURNS):
         style = _style(_HARD["test"], _manner(item, variant))
