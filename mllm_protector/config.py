@@ -14,26 +14,52 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Union, get_args, get_origin
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import system_error
+from mllm_protector.helping import ConfigFile, flat, help_text
 from mllm_protector.outputs import claim_output_dir
 from mllm_protector.stopping import Stop, stoppable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
+
+
+def launch(main: Callable[[], Any], usage: str) -> None:
+    """Start a script: ``--help`` and ``--version`` are answered, errors are one line.
+
+    Args:
+        main: the function that hydra calls; its config has the script's own name.
+        usage: what ``--help`` begins with.
+    """
+    script, given = Path(sys.argv[0]).stem, sys.argv[1:]
+    overrides = [argument for argument in given if not argument.startswith("-")]
+    with clear_errors():
+        if "--version" in given:
+            sys.stdout.write(f"mllm-protector {version('mllm-protector')}\n")
+        elif {"--help", "-h"} & set(given):
+            values, files = _composed(script, overrides)
+            sys.stdout.write(help_text(usage, values, files, (CONFIGS, CONFIGS / script)))
+        else:
+            try:
+                main()
+            except HydraException as error:
+                raise InputError(_config_error(error, script, overrides)) from error
 
 
 def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
@@ -145,7 +171,8 @@ def _check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, 
     signature = inspect.signature(function, eval_str=True)
     for name in arguments:
         if name not in signature.parameters:
-            raise InputError(f"{_join(key, name)}: unknown config key{_suggestion(name)}")
+            known = () if key else flat(arguments)
+            raise InputError(f"{_join(key, name)}: unknown config key{_suggestion(name, known)}")
     for name, parameter in signature.parameters.items():
         if name not in arguments and parameter.default is parameter.empty:
             raise InputError(f"{_join(key, name)} has no value; give {_join(key, name)}=...")
@@ -238,12 +265,31 @@ def _stop(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def _config_error(error: Exception) -> str:
+def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[ConfigFile]]:
+    """A script's values by their full names, and the files that they come from, its own first."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        content = OmegaConf.to_container(hydra.compose(script, list(overrides)), resolve=False)
+        loader = GlobalHydra.instance().config_loader()
+        defaults = loader.compute_defaults_list(script, list(overrides), RunMode.RUN).defaults
+    files = []
+    for each in defaults:
+        folder, _, name = str(each.config_path).rpartition("/")
+        places = (CONFIGS / folder / f"{name}.yaml", CONFIGS / script / folder / f"{name}.yaml")
+        files += [ConfigFile(path, folder, each.package or "") for path in places if path.is_file()]
+    files.sort(key=lambda file: file.path.parent != CONFIGS)
+    return flat(content), files  # type: ignore[arg-type]
+
+
+def _config_error(error: Exception, script: str = "", overrides: Sequence[str] = ()) -> str:
     """What hydra or omegaconf say of a command line, in one line."""
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
         key = found.group(1) or found.group(2)
-        return f"{key}: unknown config key{_suggestion(key)}"
+        others = [each for each in overrides if each.lstrip("+~").partition("=")[0] != key]
+        known: Iterable[str] = ()
+        with suppress(HydraException, OmegaConfBaseException):  # of another mistake
+            known = _composed(script, others)[0] if script else ()
+        return f"{key}: unknown config key{_suggestion(key, known)}"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
         options = re.findall(r"^\t([\w.]+)$", text.partition("Config search path")[0], flags=re.MULTILINE)
@@ -252,14 +298,16 @@ def _config_error(error: Exception) -> str:
     return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, known: Iterable[str] = ()) -> str:
+    name = key.rpartition(".")[2]
+    if longer := [f"{each}=..." for each in known if each.endswith(f".{name}") and each != key]:
+        return f"; give {' or '.join(longer)}"
     words = {
         word
         for path in CONFIGS.rglob("*.yaml")
         if path.parent.name != "accelerate"
         for word in re.findall(r"^\s*(\w+):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     }
-    name = key.rpartition(".")[2]
     close = difflib.get_close_matches(name, sorted(words - {name}), n=1)
     return f" (did you mean {close[0]}?)" if close else "; --help lists the keys"
 

@@ -189,6 +189,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *overrides: str, root: str = "
     ("override", "expected"),
     [
         ("nope=1", "nope: unknown config key"),
+        ("+epochs=1", "epochs: unknown config key; give fit.epochs=..."),
         ("fit.epoch=3", "fit.epoch: unknown config key (did you mean epochs?)"),
         ("+fit.epoch=3", "fit.epoch: unknown config key (did you mean epochs?)"),
         ("+nope=1", "nope: unknown config key"),

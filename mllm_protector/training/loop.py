@@ -1,8 +1,8 @@
 """The one optimisation loop. It knows neither the detector nor the detoxifier.
 
-A loss function returns the *sum* over its targets; a step divides by the number of targets in the whole
-global step. Micro-batches and any number of processes then give the gradient of one big batch, not a mean
-of means.
+A loss function returns the *sum* over its targets; a step divides by the number of targets, or of examples,
+in the whole global step. Micro-batches and any number of processes then give the gradient of one big batch,
+not a mean of means.
 """
 
 import logging
