@@ -29,6 +29,7 @@ GROUND = {
         "metrics",
         "config",
         "processes",
+        "bounds",
         "calibration",
         "scaling",
         "rewrites",
