@@ -54,6 +54,7 @@ _EARLIER: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("cache/answers",),
     "eval_detector": ("metrics.json", "scores.jsonl", "report.html"),
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
+    "list_questions": ("questions.jsonl",),
     "compare": ("compare.json", "compare.md", "compare.html"),
     "prepare_data": ("data_report.json", "data_report.md", "train.jsonl", "validation.jsonl"),
     "generate_pairs": ("cache/ledger",),

@@ -31,6 +31,7 @@ GROUND = {
         "metrics",
         "config",
         "processes",
+        "bounds",
         "calibration",
         "scaling",
         "rewrites",

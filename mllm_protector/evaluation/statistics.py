@@ -5,7 +5,7 @@ bootstrap says that nothing is uncertain.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,14 +205,14 @@ def fleiss_kappa(harmful: Ints, judges: int) -> float | None:
     return float(inter_rater.fleiss_kappa(table, method="fleiss"))
 
 
-def share_limits(counts: Ints, totals: Sequence[int] | Ints) -> tuple[Floats, Floats]:
+def share_limits(counts: Ints | Floats, totals: Ints | Floats) -> tuple[Floats, Floats]:
     """Wilson's limits of many shares at once.
 
     Args:
-        counts: (N,) of these.
+        counts: (N,) of these; they need not be whole.
         totals: (N,) of so many, none of them 0.
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(counts, np.asarray(totals), method="wilson")
+    low, high = proportion_confint(counts, totals, method="wilson")
     return np.where(counts == 0, 0.0, low), np.where(counts == totals, 1.0, high)
