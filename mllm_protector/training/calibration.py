@@ -53,7 +53,7 @@ def calibration_figures(
     Raises:
         InputError: the labels are all of one kind, or a logit is no finite number.
     """
-    queries = [same_query(query) for query in queries]
+    queries = [opening_key(query) for query in queries]
     scale = fit_scale(labels, logits, queries)
     scores = scale.scores(logits)
     choice = choose_threshold(labels, scores, aim, queries)
@@ -97,7 +97,7 @@ def calibrated(
         recall=figures["recall"],
         false_positive_rate=figures["false_positive_rate"],
         f1=figures["calibrated_f1"],
-        sizes=Sizes.of(labels, [same_query(query) for query in queries]),
+        sizes=Sizes.of(labels, [opening_key(query) for query in queries]),
     )
     return replace(
         guard,
