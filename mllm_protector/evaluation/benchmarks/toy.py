@@ -8,6 +8,7 @@ from typing import Any
 from mllm_protector.data.toy import benign_questions, is_harmful, write_benchmark
 from mllm_protector.data.toy_content import BENIGN_SCENES
 from mllm_protector.evaluation.benchmarks.mmsafety import MMSafetyBench
+from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import LoadedBenchmark, Question, Variant
 
 
@@ -26,8 +27,8 @@ class ToyBenchmark:
 
     folder: str
     kinds: Sequence[Variant]
-    per_scenario: int
-    benign: int
+    per_scenario: Count
+    benign: Amount
 
     def load(self) -> LoadedBenchmark:
         """The scenarios' questions in the benchmark's order, then the harmless ones."""
