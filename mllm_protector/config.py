@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import system_error
+from mllm_protector.files import expand, system_error
 from mllm_protector.helping import ConfigFile, flat, help_text
 from mllm_protector.outputs import claim_output_dir
 from mllm_protector.stopping import Stop, stoppable
@@ -188,8 +188,9 @@ def _check(key: str, value: Any, wanted: Any) -> None:
     elif not _fits(value, wanted):
         raise InputError(f"{key}={_shown(value)}: must be {_in_words(wanted)}")
     elif isinstance(value, dict):
+        inside = [get_args(each)[1] for each in (wanted, *get_args(wanted)) if get_origin(each) is Mapping]
         for name, item in value.items():
-            _check(_join(key, name), item, Any)
+            _check(_join(key, name), item, inside[0] if inside else Any)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             _check(f"{key}[{index}]", item, Any)
@@ -224,6 +225,9 @@ def _construct(key: str, value: Any) -> Any:
         raise InputError(message) from error
 
 
+LARGEST = 2**63
+"""No number of a config is as large: libraries keep whole ones in 64 bits."""
+
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 
 
@@ -236,19 +240,22 @@ def _fits(value: Any, wanted: Any) -> bool:
         return value in choices
     if origin in (list, Sequence):
         return isinstance(value, list) and all(_fits(item, choices[0]) for item in value)
-    if wanted in (int, float) and isinstance(value, bool):
-        return False
-    if wanted is float:
-        return isinstance(value, int | float)
+    if origin is Annotated:
+        return _fits(value, choices[0]) and value in choices[1]
+    if wanted in (int, float):
+        known = (int,) if wanted is int else (int, float)
+        return isinstance(value, known) and not isinstance(value, bool) and abs(value) < LARGEST
     if wanted in _NAMES:
         return isinstance(value, wanted)
-    return wanted is Any or isinstance(value, dict)  # an object is made by a _target_
+    return wanted is Any or (origin is Mapping and isinstance(value, dict))  # an object is made by a _target_
 
 
 def _in_words(wanted: Any) -> str:
     origin, choices = get_origin(wanted), get_args(wanted)
     if origin in (Union, types.UnionType):
         return " or ".join(map(_in_words, choices))
+    if origin is Annotated:
+        return f"{_in_words(choices[0])} {choices[1]}"
     if origin is Literal:
         return f"one of {', '.join(map(str, choices))}"
     if origin in (list, Sequence):
@@ -317,5 +324,14 @@ def _join(key: str, name: str) -> str:
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    """All values, resolved; ``~/`` in front of a path is the home folder, as no shell expands it behind ``=``."""
+    content: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
     return content
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _at_home(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return str(expand(value)) if isinstance(value, str) and value.startswith("~/") else value

@@ -39,6 +39,7 @@ GROUND = {
         "arguments",
         "helping",
         "stopping",
+        "ranges",
     )
 }
 FLOORS = ("ground", "data", "models", "protector", "top", "roof", "door")

@@ -17,6 +17,7 @@ from mllm_protector.benchmarking.workload import read_texts
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
 from mllm_protector.files import write_json
+from mllm_protector.ranges import Amount, Count, Seed, Share
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +29,18 @@ def run_benchmark_evaluation(
     data: Source,
     small: Shape,
     large: Shape,
-    small_answers: int,
-    large_answers: int,
-    rounds: int,
-    flagged: float,
-    max_length: int,
-    new_tokens: int,
-    batch_size: int,
-    scale: Sequence[int],
-    report_rows: int,
-    threads: int | None,
+    small_answers: Amount,
+    large_answers: Amount,
+    rounds: Count,
+    flagged: Share,
+    max_length: Count,
+    new_tokens: Count,
+    batch_size: Count,
+    scale: Sequence[Count],
+    report_rows: Amount,
+    threads: Count | None,
     output_dir: str,
-    seed: int,
+    seed: Seed,
 ) -> dict[str, Any]:
     """Measure, print tables, and write ``evaluation_speed.json`` after each part.
 

@@ -22,6 +22,7 @@ from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
 from mllm_protector.files import write_bytes, write_json
 from mllm_protector.models.backbone import pick_device
+from mllm_protector.ranges import Amount, Count, Rate, Seed
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +35,18 @@ def run_benchmark(
     model: Shape,
     tasks: list[Task],
     arms: list[str] | None,
-    rounds: int,
-    pairs: int,
-    max_length: int,
-    micro_batch_tokens: int,
-    slots: int,
-    new_tokens: int,
-    learning_rate: float,
-    curve_steps: int,
-    curve_pairs: int,
-    threads: int | None,
+    rounds: Count,
+    pairs: Count,
+    max_length: Count,
+    micro_batch_tokens: Count,
+    slots: Count,
+    new_tokens: Count,
+    learning_rate: Rate,
+    curve_steps: Amount,
+    curve_pairs: Count,
+    threads: Count | None,
     output_dir: str,
-    seed: int,
+    seed: Seed,
 ) -> list[dict[str, Any]]:
     """Measure, print a table, and write ``benchmark.json``, ``loss_curves.json`` and ``loss_curves.png``.
 

@@ -15,6 +15,7 @@ from mllm_protector.data.splits import SourceAccount, Splits, digest, make_split
 from mllm_protector.data.table import Joined, chosen
 from mllm_protector.errors import InputError
 from mllm_protector.files import expand
+from mllm_protector.ranges import Seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class Mixture:
     sources: Mapping[str, Source]
     weights: Mapping[str, float] | None
     duplicates: Duplicates
-    seed: int
+    seed: Seed
 
     def __post_init__(self) -> None:
         """Check the options.

@@ -22,6 +22,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import as_row, content_key, read_json, write_json, write_jsonl
 from mllm_protector.processes import first_process_first, is_first_process
 from mllm_protector.protocols import Benchmark
+from mllm_protector.ranges import Seed
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def prepare_data(
     contaminated: Contaminated,
     export: bool,
     output_dir: str,
-    seed: int,
+    seed: Seed,
 ) -> None:
     """Say what a training would learn from, in ``data_report.md`` and ``data_report.json``.
 

@@ -32,6 +32,7 @@ from mllm_protector.data.splits import (
 from mllm_protector.data.table import Rows, Table, write_table
 from mllm_protector.errors import InputError
 from mllm_protector.files import content_key, expand, read_json, write_json, write_jsonl
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.reading import Account, parse_json_line
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
@@ -58,8 +59,8 @@ class Selection(ABC, Generic[T]):
 
     path: str | None
     validation_fraction: float
-    seed: int
-    limit: int | None
+    seed: Seed
+    limit: Count | None
     duplicates: Duplicates
     quarantine: str | None
 

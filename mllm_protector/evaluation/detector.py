@@ -30,6 +30,7 @@ from mllm_protector.files import expand, write_json, write_jsonl, write_text
 from mllm_protector.metrics import expected_calibration_error
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME
+from mllm_protector.ranges import Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.scaling import Scale
 
@@ -52,7 +53,7 @@ def eval_detector(
     group_file: str | None,
     save_texts: bool,
     output_dir: str,
-    seed: int,
+    seed: Seed,
 ) -> dict[str, Any]:
     """Measure a saved detector: ``metrics.json``, ``scores.jsonl``, ``report.md`` and ``report.html``.
 

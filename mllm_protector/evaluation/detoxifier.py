@@ -27,6 +27,7 @@ from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
 from mllm_protector.protector import Protector, Rewrite
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, Outcome, corrections
 from mllm_protector.rewrites import fault_of
 
@@ -41,16 +42,16 @@ def eval_detoxifier(
     *,
     data: Source,
     both_harmful: Literal["drop", "safer"],
-    limit: int | None,
+    limit: Count | None,
     detoxifier: str,
     base: str | None,
     detector: str,
     judge_detector: str,
-    max_rewrites: int,
-    rewrite_tokens: int | None,
-    batch_size: int,
+    max_rewrites: Count,
+    rewrite_tokens: Count | None,
+    batch_size: Count,
     output_dir: str,
-    seed: int,
+    seed: Seed,
 ) -> dict[str, Any]:
     """Measure a saved detoxifier and write ``metrics.json``, ``rewrites.jsonl`` and ``rewrites.md``.
 

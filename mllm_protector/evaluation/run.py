@@ -37,6 +37,7 @@ from mllm_protector.models.bases import require_bases
 from mllm_protector.models.guard_file import Kind, read_guard_file
 from mllm_protector.processes import start_accelerator
 from mllm_protector.protocols import MLLM, Benchmark, Judge, Priced
+from mllm_protector.ranges import Amount, Count, Share
 from mllm_protector.records import LoadedBenchmark
 
 log = logging.getLogger(__name__)
@@ -57,15 +58,15 @@ def evaluate(
     detoxifier: str,
     base: str | None,
     arms: Sequence[str],
-    threshold: float | None,
-    rewrite_tokens: int,
+    threshold: Share | None,
+    rewrite_tokens: Count,
     ensemble: Sequence[str],
     human_labels: str | None,
-    max_unjudged: float,
-    repeats: int,
-    batch_size: int,
-    latency_rows: int,
-    report_rows: int,
+    max_unjudged: Share,
+    repeats: Count,
+    batch_size: Count,
+    latency_rows: Amount,
+    report_rows: Amount,
     dry_run: bool,
     output_dir: str,
 ) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from mllm_protector.generation.wording import Wording
 from mllm_protector.generation.writing import Rules, Writer, pairs_of, spent_in_words
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Judge
+from mllm_protector.ranges import Count, Seed, Share
 from mllm_protector.training.interruption import Interruption
 
 log = logging.getLogger(__name__)
@@ -45,20 +46,20 @@ def generate_pairs(
     generator: Callable[[], ServedChat],
     judges: Mapping[str, Callable[[], Judge]],
     scenario_file: str,
-    pairs: int,
-    questions_per_call: int,
-    dry_calls: int,
-    question_tokens: int,
-    answer_tokens: int,
+    pairs: Count,
+    questions_per_call: Count,
+    dry_calls: Count,
+    question_tokens: Count,
+    answer_tokens: Count,
     question_format: Form,
     language: str,
     check_language: bool,
-    near_duplicate: float,
+    near_duplicate: Share,
     unconfirmed: Literal["drop", "mark"],
-    min_share: float,
+    min_share: Share,
     prompts: Mapping[str, str | None],
     budget: Budget,
-    seed: int,
+    seed: Seed,
     dry_run: bool,
     output_dir: str,
 ) -> dict[str, Any] | None:

@@ -29,6 +29,7 @@ from mllm_protector.models.quantization import (
     keep_trainable,
     quantization_settings,
 )
+from mllm_protector.ranges import Count, Share
 
 Task = Literal["SEQ_CLS", "CAUSAL_LM"]
 TuningKind = Literal["full", "lora"]
@@ -220,9 +221,9 @@ class LoraTuning:
         targets: names of the layers that get adapters, or ``all-linear``.
     """
 
-    rank: int
-    alpha: int
-    dropout: float
+    rank: Count
+    alpha: Count
+    dropout: Share
     targets: str | list[str]
     kind: TuningKind = "lora"
 

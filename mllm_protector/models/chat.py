@@ -28,6 +28,7 @@ from mllm_protector.models.metering import (
     counted,
     usage_of,
 )
+from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import Failure
 
 OPENAI = "https://api.openai.com/v1"
@@ -64,9 +65,9 @@ class ServedChat:
         self,
         *,
         model: str,
-        concurrency: int,
+        concurrency: Count,
         timeout: float,
-        max_retries: int,
+        max_retries: Amount,
         temperature: float | None,
         base_url: str | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",

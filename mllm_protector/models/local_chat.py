@@ -29,6 +29,7 @@ from mllm_protector.models.backbone import inference, loading, pick_device
 from mllm_protector.models.decoding import decoded
 from mllm_protector.models.guard_file import weight_hashes
 from mllm_protector.models.memory import Attempts
+from mllm_protector.ranges import Count
 from mllm_protector.records import Failure
 
 
@@ -39,7 +40,7 @@ class LocalChat:
         self,
         *,
         name: str,
-        batch_size: int,
+        batch_size: Count,
         revision: str | None = None,
         dtype: str = "auto",
         device: str | None = None,

@@ -25,6 +25,7 @@ from mllm_protector.models.backbone import loading, pick_device
 from mllm_protector.models.decoding import decoded
 from mllm_protector.models.memory import Attempts, is_out_of_memory
 from mllm_protector.prompts import require_fields
+from mllm_protector.ranges import Count, Share
 from mllm_protector.records import Failure, Question
 
 log = logging.getLogger(__name__)
@@ -220,13 +221,13 @@ class HuggingFaceMLLM:
 def load_mllm(
     *,
     name: str,
-    batch_size: int,
-    max_new_tokens: int,
+    batch_size: Count,
+    max_new_tokens: Count,
     revision: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
     temperature: float = 0.0,
-    top_p: float = 1.0,
+    top_p: Share = 1.0,
     prompt: str = "{question}",
     system_prompt: str | None = None,
     chat_template: str | None = None,

@@ -30,6 +30,7 @@ from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json, write_json, writing
 from mllm_protector.models.backbone import Backbone
+from mllm_protector.ranges import Count, Seed, Width
 from mllm_protector.records import labelled_answers
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -153,12 +154,12 @@ def tiny_backbone(
     *,
     folder: str,
     data: Source,
-    vocab_size: int,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    max_positions: int,
-    seed: int,
+    vocab_size: Count,
+    hidden_size: Width,
+    layers: Width,
+    heads: Width,
+    max_positions: Count,
+    seed: Seed,
 ) -> Backbone:
     """``save_tiny_lm`` with a tokenizer trained on a source's training texts, as a backbone.
 

@@ -26,6 +26,7 @@ from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile
 from mllm_protector.outputs import probe
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.scaling import TEMPERATURES, Scale, fit_scale
 
@@ -140,8 +141,8 @@ def calibrate_detector(
     device: str | None,
     group_file: str | None,
     output_dir: str | None,
-    seed: int,
-    batch_tokens: int = BATCH_TOKENS,
+    seed: Seed,
+    batch_tokens: Count = BATCH_TOKENS,
 ) -> dict[str, Any]:
     """Choose a detector's scale and threshold anew; its weights stay as they are.
 

@@ -35,6 +35,7 @@ from mllm_protector.models.packing import model_inputs, packed_logits, use_packe
 from mllm_protector.models.parts import save_part
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
+from mllm_protector.ranges import Count, Seed, Share
 from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.scaling import Scale
 from mllm_protector.training import loop
@@ -83,12 +84,12 @@ def train_detector(
     checkpoint: CheckpointConfig,
     resume: Resume,
     tracker: Tracker,
-    max_length: int,
+    max_length: Count,
     prompt: str | None,
-    prefixes: float,
+    prefixes: Share,
     calibration: Aim,
     output_dir: str,
-    seed: int,
+    seed: Seed,
 ) -> dict[str, Any]:
     """Train a harm detector and write it, with its figures, to ``output_dir``.
 

@@ -27,6 +27,7 @@ from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.parts import part_saver
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, corrections
 from mllm_protector.training import loop
 from mllm_protector.training.checkpoint import CheckpointConfig, Resume
@@ -53,11 +54,11 @@ def train_detoxifier(
     checkpoint: CheckpointConfig,
     resume: Resume,
     tracker: Tracker,
-    max_length: int,
+    max_length: Count,
     prompt: str | None,
     chat: bool,
     output_dir: str,
-    seed: int,
+    seed: Seed,
 ) -> dict[str, Any]:
     """Train a detoxifier and write it, with its figures, to ``output_dir``.
 

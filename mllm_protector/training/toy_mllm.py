@@ -23,6 +23,7 @@ from mllm_protector.models.mllm import HuggingFaceMLLM, load_mllm
 from mllm_protector.models.tiny import save_tiny_llava
 from mllm_protector.outputs import claimed
 from mllm_protector.processes import Processes
+from mllm_protector.ranges import Count, Rate, Seed
 from mllm_protector.training import loop
 from mllm_protector.training.checkpoint import CheckpointConfig
 from mllm_protector.training.language_loss import LanguageLoss, mean_loss
@@ -47,7 +48,7 @@ class EncodedTurn(EncodedCorrection):
 
 
 def toy_mllm(
-    *, folder: str, epochs: int, batch_size: int, learning_rate: float, max_new_tokens: int, seed: int
+    *, folder: str, epochs: Count, batch_size: Count, learning_rate: Rate, max_new_tokens: Count, seed: Seed
 ) -> HuggingFaceMLLM:
     """The toy MLLM from a folder, trained first if it is not there.
 

@@ -14,6 +14,7 @@ from mllm_protector.evaluation.benchmarks.selection import (
     sample,
     warn_of_missing,
 )
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import LoadedBenchmark, Question
 from mllm_protector.scenarios import Criterion
@@ -39,8 +40,8 @@ class QuestionFile:
 
     path: str
     images: str | None = None
-    limit: int | None = None
-    seed: int = 0
+    limit: Count | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_limit(self.limit)

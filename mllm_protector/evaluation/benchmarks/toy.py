@@ -9,6 +9,7 @@ from mllm_protector.data.toy import benign_questions, write_benchmark
 from mllm_protector.data.toy_answers import is_harmful
 from mllm_protector.data.toy_content import BENIGN_SCENES
 from mllm_protector.evaluation.benchmarks.mmsafety import MMSafetyBench
+from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import LoadedBenchmark, Question, Variant
 
 
@@ -27,8 +28,8 @@ class ToyBenchmark:
 
     folder: str
     kinds: Sequence[Variant]
-    per_scenario: int
-    benign: int
+    per_scenario: Count
+    benign: Amount
 
     def load(self) -> LoadedBenchmark:
         """The scenarios' questions in the benchmark's order, then the harmless ones."""

@@ -18,6 +18,7 @@ from mllm_protector.evaluation.benchmarks.selection import (
 from mllm_protector.evaluation.benchmarks.vqa_formats import READERS, Format, VisualItem, mme_files
 from mllm_protector.evaluation.benchmarks.vqa_metrics import METRICS
 from mllm_protector.evaluation.benchmarks.vqa_scoring import KnownAnswer
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question, Variant
 
 KINDS: tuple[Variant, ...] = ("TEXT", "SD")
@@ -49,8 +50,8 @@ class VisualQuestions:
     split: str = "test"
     kinds: Sequence[Variant] = KINDS
     instruction: str = ""
-    limit: int | None = None
-    seed: int = 0
+    limit: Count | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_names("format", [self.format], get_args(Format))

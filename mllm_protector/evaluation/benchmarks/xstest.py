@@ -13,6 +13,7 @@ from typing import Any
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.benchmarks.fields import id_field
 from mllm_protector.evaluation.benchmarks.selection import check_limit, files_digest, question_digest, sample
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question
 
@@ -38,8 +39,8 @@ class XSTest:
     """
 
     path: str
-    limit: int | None = None
-    seed: int = 0
+    limit: Count | None = None
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_limit(self.limit)

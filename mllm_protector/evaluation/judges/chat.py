@@ -15,6 +15,7 @@ from mllm_protector.evaluation.judges import criteria, replies
 from mllm_protector.evaluation.judges.asking import AskingJudge, Request
 from mllm_protector.evaluation.judges.fencing import checked, fenced, filled, nonce, readable
 from mllm_protector.protocols import Chat
+from mllm_protector.ranges import Count
 from mllm_protector.records import Confusion, Question
 from mllm_protector.scenarios import Criterion
 
@@ -34,7 +35,7 @@ class ChatJudge(AskingJudge):
         self,
         *,
         chat: Callable[[], Chat],
-        max_tokens: int,
+        max_tokens: Count,
         show_question: bool,
         templates: Mapping[str, str] | None = None,
     ) -> None:
