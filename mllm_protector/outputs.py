@@ -54,7 +54,6 @@ _EARLIER: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("cache/answers",),
     "eval_detector": ("metrics.json", "scores.jsonl", "report.html"),
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
-    "list_questions": ("questions.jsonl",),
     "compare": ("compare.json", "compare.md", "compare.html"),
     "prepare_data": ("data_report.json", "data_report.md", "train.jsonl", "validation.jsonl"),
     "generate_pairs": ("cache/ledger",),
@@ -176,7 +175,8 @@ def _mark(folder: Path, command: str, key: str) -> None:
     marker = folder / MARKER
     marked: dict[str, list[str]] = read_json(marker) if marker.is_file() else {}
     names = WRITES[command]
-    if command not in marked and all((folder / each).exists() for each in _EARLIER[command]):
+    earlier = _EARLIER.get(command, ())
+    if command not in marked and earlier and all((folder / each).exists() for each in earlier):
         marked[command] = [*names]
     for name in sorted({*names} - {*marked.get(command, [])}):
         for path in sorted(folder.glob(name)):
