@@ -125,7 +125,7 @@ def claimed(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{key}={folder}: is a file; name a folder")
     _require_unused(folder, command, key, uses or {})
-    new = not folder.exists()
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     with ExitStack() as held:
         with _reachable(folder, key):
             folder.mkdir(parents=True, exist_ok=True)
@@ -188,13 +188,13 @@ def _mark(folder: Path, command: str, key: str) -> None:
     write_json(marker, marked | {command: [*names]})
 
 
-def _tidy(folder: Path, new: bool) -> None:
-    """Leave no folder behind with nothing in it."""
+def _tidy(folder: Path, new: Sequence[Path]) -> None:
+    """Leave no new folder behind with nothing in it; ``new`` names the innermost first."""
     with suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {MARKER}:
             (folder / MARKER).unlink(missing_ok=True)
-            if new:
-                folder.rmdir()
+            for each in new:
+                each.rmdir()
 
 
 @contextmanager

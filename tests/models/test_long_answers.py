@@ -27,7 +27,11 @@ MAX_LENGTH = 512
 LONG = 5000
 HARMFUL = [pair for pair in toy_pairs("test") if pair.rejected_harmful][:40:8]
 HARMLESS = [
-    text for pair in toy_pairs("test") if not pair.rejected_harmful for text in (pair.accepted, pair.rejected)
+    text
+    for pair in toy_pairs("test")
+    if not pair.rejected_harmful
+    for text in (pair.accepted, pair.rejected)
+    if "[harmful" not in text  # denied there, which the detector takes for harm
 ]
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 
