@@ -54,7 +54,6 @@ _EARLIER: Mapping[str, tuple[str, ...]] = {
     "evaluate": ("cache/answers",),
     "eval_detector": ("metrics.json", "scores.jsonl", "report.html"),
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
-    "list_questions": ("questions.jsonl",),
     "compare": ("compare.json", "compare.md", "compare.html"),
     "prepare_data": ("data_report.json", "data_report.md", "train.jsonl", "validation.jsonl"),
     "generate_pairs": ("cache/ledger",),
@@ -126,7 +125,7 @@ def claimed(
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{key}={folder}: is a file; name a folder")
     _require_unused(folder, command, key, uses or {})
-    new = not folder.exists()
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     with ExitStack() as held:
         with _reachable(folder, key):
             folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +175,8 @@ def _mark(folder: Path, command: str, key: str) -> None:
     marker = folder / MARKER
     marked: dict[str, list[str]] = read_json(marker) if marker.is_file() else {}
     names = WRITES[command]
-    if command not in marked and all((folder / each).exists() for each in _EARLIER[command]):
+    earlier = _EARLIER.get(command, ())
+    if command not in marked and earlier and all((folder / each).exists() for each in earlier):
         marked[command] = [*names]
     for name in sorted({*names} - {*marked.get(command, [])}):
         for path in sorted(folder.glob(name)):
@@ -188,13 +188,13 @@ def _mark(folder: Path, command: str, key: str) -> None:
     write_json(marker, marked | {command: [*names]})
 
 
-def _tidy(folder: Path, new: bool) -> None:
-    """Leave no folder behind with nothing in it."""
+def _tidy(folder: Path, new: Sequence[Path]) -> None:
+    """Leave no new folder behind with nothing in it; ``new`` names the innermost first."""
     with suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {MARKER}:
             (folder / MARKER).unlink(missing_ok=True)
-            if new:
-                folder.rmdir()
+            for each in new:
+                each.rmdir()
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def test_outcomes_keep_the_order_of_the_guard_and_count_harmless_questions_too()
     table += benign_rows("none", 1) + benign_rows("protector", 1, outcome="allowed")
     found = summary(table)["outcomes"]
     assert {arm: list(done.items()) for arm, done in found.items()} == {
-        "protector": [("allowed", 2), ("rewritten", 1), ("refused", 0), ("guard_error", 0)]
+        "protector": [("allowed", 2), ("rewritten", 1), ("refused", 0), ("too_long", 0), ("guard_error", 0)]
     }
 
 

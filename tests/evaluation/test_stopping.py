@@ -43,6 +43,7 @@ def measure(folder: Path, **changes: Any) -> None:
         "detoxifier": "none",
         "arms": ["none"],
         "threshold": None,
+        "base": None,
         "rewrite_tokens": 8,
         "ensemble": [],
         "human_labels": None,

@@ -25,9 +25,13 @@ from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 
 MAX_LENGTH = 512
 LONG = 5000
-HARMFUL = [pair for pair in toy_pairs("test") if pair.rejected_harmful][:40:8]
+# In words that it has learnt: what is measured is how texts are read, not what the detector generalises to.
+HARMFUL = [pair for pair in toy_pairs("train") if pair.rejected_harmful][:40:8]
 HARMLESS = [
-    text for pair in toy_pairs("test") if not pair.rejected_harmful for text in (pair.accepted, pair.rejected)
+    text
+    for pair in toy_pairs("train")
+    if not pair.rejected_harmful
+    for text in (pair.accepted, pair.rejected)
 ]
 PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 

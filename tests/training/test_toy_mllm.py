@@ -36,6 +36,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **settings: Any) -> None:
         raise AssertionError("it was trained again")
 
+    monkeypatch.setattr(module, "mllm_turns", lambda: toy.mllm_turns()[::80])
     monkeypatch.setattr(module, "_train", refuse)
 
 

@@ -196,7 +196,10 @@ def test_harmless_questions_and_outcomes_stand_beside_the_rates(capsys: pytest.C
         "Correct answers lost in %, lower is better: none 0.0 [0.0, 8.8] (0), refusal 2.5 [0.4, 12.9] (1)"
         in text
     )
-    assert "Outcomes of refusal, 10 answers: 0 allowed, 0 rewritten, 10 refused, 0 guard_error" in text
+    assert (
+        "Outcomes of refusal, 10 answers: 0 allowed, 0 rewritten, 10 refused, 0 too_long, 0 guard_error"
+        in text
+    )
     bare = printed(report(rows(MALWARE, "TEXT", "none", 8, 2)), capsys)
     assert "lower is better: not measured" in bare
 
