@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import expand, system_error
+from mllm_protector.files import system_error
 from mllm_protector.helping import ConfigFile, flat, help_text
 from mllm_protector.outputs import claim_output_dir
 from mllm_protector.stopping import Stop, stoppable
@@ -47,6 +47,8 @@ def launch(main: Callable[[], Any], usage: str) -> None:
         main: the function that hydra calls; its config has the script's own name.
         usage: what ``--help`` begins with.
     """
+    # No shell expands a ~ behind =, and hydra's grammar has no place for one.
+    sys.argv[1:] = [re.sub(r"(?<==)~(?=/)", str(Path.home()), each, count=1) for each in sys.argv[1:]]
     script, given = Path(sys.argv[0]).stem, sys.argv[1:]
     overrides = [argument for argument in given if not argument.startswith("-")]
     with clear_errors():
@@ -139,6 +141,9 @@ def clear_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_config_error(error), InputError.exit_code)
     except Exception as error:
+        if str(error).startswith("Config group override must be"):
+            given = ", ".join(each for each in sys.argv[1:] if re.fullmatch(r"[\w@./]+=(null)?", each))
+            _stop(f"{given}: name an option; --help lists them", InputError.exit_code)
         if (message := system_error(error)) is None:
             raise
         _stop(message, RunError.exit_code)
@@ -175,7 +180,9 @@ def _check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, 
             raise InputError(f"{_join(key, name)}: unknown config key{_suggestion(name, known)}")
     for name, parameter in signature.parameters.items():
         if name not in arguments and parameter.default is parameter.empty:
-            raise InputError(f"{_join(key, name)} has no value; give {_join(key, name)}=...")
+            group = name.removesuffix("s")  # options of the group judge fill judges
+            given = f"{group}=[...]" if (CONFIGS / group).is_dir() else f"{_join(key, name)}=..."
+            raise InputError(f"{given.partition('=')[0]} has no value; give {given}")
     # Plain values first: others may repeat them, and a message should name the one that the user gave.
     for name, value in sorted(arguments.items(), key=lambda item: isinstance(item[1], dict)):
         _check(_join(key, name), value, signature.parameters[name].annotation)
@@ -302,6 +309,9 @@ def _config_error(error: Exception, script: str = "", overrides: Sequence[str] =
         options = re.findall(r"^\t([\w.]+)$", text.partition("Config search path")[0], flags=re.MULTILINE)
         options = options or sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
         return f"{group}={option}: unknown option; choose one of {', '.join(options)}"
+    key, _, value = str(getattr(error, "override", None) or "").partition("=")
+    if value:
+        return f"{key}={value}: put quotes around such a value, for the shell and within: '{key}=\"{value}\"'"
     return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
@@ -324,14 +334,5 @@ def _join(key: str, name: str) -> str:
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    """All values, resolved; ``~/`` in front of a path is the home folder, as no shell expands it behind ``=``."""
-    content: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
+    content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     return content
-
-
-def _at_home(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _at_home(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    return str(expand(value)) if isinstance(value, str) and value.startswith("~/") else value

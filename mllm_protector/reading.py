@@ -5,6 +5,7 @@ Reading is strict by default: the first line that is broken, incomplete or a dup
 read = kept + quarantined + dropped.
 """
 
+import codecs
 import csv
 import gzip
 import json
@@ -188,7 +189,7 @@ def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) 
         ValueError: missing, not a text, empty, or with a NUL character.
     """
     if name not in row:
-        raise ValueError(f"missing field '{name}' (found: {', '.join(map(str, row)) or 'none'})")
+        raise ValueError(f"missing field '{name}' (found: {', '.join(map(repr, row)) or 'none'})")
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f"field '{name}' must be a text, not {type(value).__name__}")
@@ -216,7 +217,7 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
         ValueError: missing or anything else.
     """
     if name not in row:
-        raise ValueError(f"missing field '{name}' (found: {', '.join(map(str, row)) or 'none'})")
+        raise ValueError(f"missing field '{name}' (found: {', '.join(map(repr, row)) or 'none'})")
     value = row[name]
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     flag = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
@@ -242,6 +243,9 @@ def read_rows(path: Path, *, texts_only: bool = False) -> Iterator[Row]:
         raise InputError(f"{path}: {kind}")
     name = path.name.lower()
     try:
+        with path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise InputError(f"{path}: is UTF-16; save it as UTF-8")
         if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
             yield from _json_rows(path)
         elif name.endswith(".json"):

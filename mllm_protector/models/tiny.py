@@ -164,8 +164,13 @@ def tiny_backbone(
     """``save_tiny_lm`` with a tokenizer trained on a source's training texts, as a backbone.
 
     Raises:
-        InputError: as ``save_tiny_lm``, or the source cannot be read.
+        InputError: as ``save_tiny_lm``, a width that the heads cannot share (each needs an even number of
+            channels, for rotary positions), or the source cannot be read.
     """
+    if hidden_size % (2 * heads):
+        raise InputError(
+            f"backbone.heads={heads}: backbone.hidden_size={hidden_size} must be an even multiple of it"
+        )
     texts = (text for row in labelled_answers(data.load().train) for text in (row.query, row.answer))
     saved = save_tiny_lm(
         Path(folder),

@@ -22,6 +22,10 @@ from mllm_protector.training.tracking import Tracker
 log = logging.getLogger(__name__)
 
 
+TOLD = ("loss", "perplexity", "auroc", "f1", "threshold", "false_positive_rate", "recall")
+"""The validation figures that the log has; ``metrics.json`` and ``metrics.jsonl`` have all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """What a finished training says.
@@ -201,7 +205,8 @@ class Journal:
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take validation figures."""
         self._write("validation", step, metrics)
-        words = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = {name: value for name, value in metrics.items() if name in TOLD} or metrics
+        words = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
         self._say(f"step {step:,} of {self.total:,}: validation {words}")
 
     def _lines_to_keep(self) -> Iterator[str]:
