@@ -155,7 +155,12 @@ def _trl_reward(bench: Bench, entry: Entry, precision: Precision) -> Arm:
     model = bench.model("detector")
     rate = bench.settings.learning_rate
     return trl_peers.TrlReward(
-        model, bench.texts.tokenizer, bench.meter(model), precision=precision, learning_rate=rate
+        model,
+        bench.texts.tokenizer,
+        bench.meter(model),
+        precision=precision,
+        learning_rate=rate,
+        by_length="by_length" in entry.name,
     )
 
 
@@ -167,6 +172,7 @@ def _trl_sft(bench: Bench, entry: Entry, precision: Precision) -> Arm:
         bench.meter(model),
         precision=precision,
         learning_rate=bench.settings.learning_rate,
+        by_length="by_length" in entry.name,
         packed_tokens=bench.settings.micro_batch_tokens if "packing" in entry.name else None,
         compact="compact" in entry.name,
     )
@@ -210,6 +216,7 @@ def _rewriting(bench: Bench, entry: Entry, precision: Precision) -> Arm:
 ENTRIES = (
     Entry(task="detector", name="official_loop", make=_official_detector),
     Entry(task="detector", name="trl_reward", make=_trl_reward, needs_trl=True, pairwise=True),
+    Entry(task="detector", name="trl_reward_by_length", make=_trl_reward, needs_trl=True, pairwise=True),
     Entry(
         task="detector",
         name="trl_reward_bf16",
@@ -225,6 +232,7 @@ ENTRIES = (
     Entry(task="detoxifier", name="trl_sft_as_shipped", make=_trl_sft, needs_trl=True),
     Entry(task="detoxifier", name="trl_sft_packing_as_shipped", make=_trl_sft, needs_trl=True),
     Entry(task="detoxifier", name="trl_sft_compact", make=_trl_sft, needs_trl=True, off_cuda=True),
+    Entry(task="detoxifier", name="trl_sft_by_length_compact", make=_trl_sft, needs_trl=True, off_cuda=True),
     Entry(task="detoxifier", name="trl_sft_packing_compact", make=_trl_sft, needs_trl=True, off_cuda=True),
     Entry(task="detoxifier", name="padded", make=_ours, ours=True),
     Entry(task="detoxifier", name="packed", make=_ours, ours=True),

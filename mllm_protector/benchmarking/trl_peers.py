@@ -54,11 +54,17 @@ class _TrlPeer:
         *,
         precision: Precision,
         learning_rate: float,
+        by_length: bool = False,
     ) -> None:
-        """Bind a model, which is trained in place."""
+        """Bind a model, which is trained in place; ``by_length`` batches rows of like length."""
         self._model, self._tokenizer, self._meter = model, tokenizer, meter
         self._precision = precision
+        self._sampling = "group_by_length" if by_length else "random"
         self._optimizer = adamw(model, learning_rate)
+
+    def _settings(self, rows: int, each: int) -> dict[str, Any]:
+        settings = _settings(rows, each, self._precision)
+        return settings | {"train_sampling_strategy": self._sampling, "remove_unused_columns": False}
 
 
 class TrlReward(_TrlPeer):
@@ -73,12 +79,16 @@ class TrlReward(_TrlPeer):
         from trl import RewardConfig, RewardTrainer
 
         pairs = [
-            {"chosen_ids": harmful.ids, "rejected_ids": harmless.ids}
+            {
+                "chosen_ids": harmful.ids,
+                "rejected_ids": harmless.ids,
+                "length": max(len(harmful.ids), len(harmless.ids)),
+            }
             for harmless, harmful in zip(rows[::2], rows[1::2], strict=True)
         ]
         return RewardTrainer(
             model=self._model,
-            args=RewardConfig(**_settings(len(pairs), PAIRS, self._precision), max_length=None),
+            args=RewardConfig(**self._settings(len(pairs), PAIRS), max_length=None),
             train_dataset=_dataset(pairs),
             processing_class=self._tokenizer,
             optimizers=(self._optimizer, _constant(self._optimizer)),
@@ -96,6 +106,7 @@ class TrlSft(_TrlPeer):
         *,
         precision: Precision,
         learning_rate: float,
+        by_length: bool = False,
         packed_tokens: int | None,
         compact: bool,
     ) -> None:
@@ -107,11 +118,14 @@ class TrlSft(_TrlPeer):
             meter: listens to the model.
             precision: of the computation.
             learning_rate: constant.
+            by_length: rows of like length stand in one batch.
             packed_tokens: length of a packed row, one in each pass; ``None`` for four padded rows in each.
             compact: off CUDA TRL computes the logits of every position, as it says for compilers that want
                 fixed shapes; this forces the way that it goes on CUDA, labelled positions only.
         """
-        super().__init__(model, tokenizer, meter, precision=precision, learning_rate=learning_rate)
+        super().__init__(
+            model, tokenizer, meter, precision=precision, learning_rate=learning_rate, by_length=by_length
+        )
         self._packed_tokens, self._compact = packed_tokens, compact
 
     def step(self, rows: Sequence[EncodedCorrection]) -> tuple[float, Reading]:
@@ -125,7 +139,11 @@ class TrlSft(_TrlPeer):
 
         dataset = _dataset(
             [
-                {"input_ids": row.prompt + row.target, "labels": [IGNORED] * len(row.prompt) + row.target}
+                {
+                    "input_ids": row.prompt + row.target,
+                    "labels": [IGNORED] * len(row.prompt) + row.target,
+                    "length": len(row.prompt) + len(row.target),
+                }
                 for row in rows
             ]
         )
@@ -133,7 +151,7 @@ class TrlSft(_TrlPeer):
         packing = {"packing": self._packed_tokens is not None, "max_length": self._packed_tokens}
         return SFTTrainer(
             model=self._model,
-            args=SFTConfig(**_settings(len(rows), each, self._precision), **packing),
+            args=SFTConfig(**self._settings(len(rows), each), **packing),
             train_dataset=dataset,
             processing_class=self._tokenizer,
             optimizers=(self._optimizer, _constant(self._optimizer)),
