@@ -26,7 +26,7 @@ HOSTILE = {
     "not an object": (b'["q", "a"]', "must be a JSON object, not list"),
     "wrong type": (b'{"query": "q", "answer": 5}', "field 'answer' must be a text, not int"),
     "null": (b'{"query": "q", "answer": null}', "field 'answer' must be a text, not NoneType"),
-    "missing field": (b'{"query": "q"}', "missing field 'answer' (found: query)"),
+    "missing field": (b'{"query": "q"}', "missing field 'answer' (found: 'query')"),
     "empty answer": (b'{"query": "q", "answer": " \\n"}', "field 'answer' is empty"),
     "latin-1": (b'{"query": "q", "answer": "caf\xe9"}', "not UTF-8 (byte 30)"),
     "byte order mark inside the file": (b"\xef\xbb\xbf" + GOOD, "not valid JSON"),
