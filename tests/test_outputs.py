@@ -194,8 +194,8 @@ def test_two_sources_have_no_quarantine_in_common(tmp_path: Path) -> None:
 
 
 def test_a_training_that_failed_is_repeated_in_its_folder_with_a_lower_rate(tmp_path: Path) -> None:
+    wild = ("fit.learning_rate=1e3", "fit.warmup=0", "fit.max_steps=40")
     with pytest.raises(RunError, match=r"Lower fit\.learning_rate"):
-        wild = ("fit.learning_rate=1e3", "fit.warmup=0", "fit.max_steps=40")
         started("train_detector", *TINY, *wild, output_dir=tmp_path / "out")
     started("train_detector", *TINY, "fit.learning_rate=1e-3", output_dir=tmp_path / "out")
     assert (tmp_path / "out" / "guard.json").exists()
