@@ -237,7 +237,11 @@ def test_help_needs_no_more_than_a_second_of_cpu(tmp_path: Path, name: str) -> N
     ("name", "override", "line"),
     [
         ("eval_mmsafety", "nope=1", "error: nope: unknown config key; --help lists the keys"),
-        ("train_detector", "fit.batch_size=0", "error: fit.batch_size=0: must be a whole number from 1 to 1,000,000,000"),
+        (
+            "train_detector",
+            "fit.batch_size=0",
+            "error: fit.batch_size=0: must be a whole number from 1 to 1,000,000,000",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(
