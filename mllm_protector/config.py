@@ -276,7 +276,7 @@ def _join(key: str, name: str) -> str:
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    """All values, resolved; ``~/`` in front of a path is the user's home, which no shell sees behind a ``=``."""
+    """All values, resolved; ``~/`` in front of a path is the user's home."""
     content: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
     return content
 

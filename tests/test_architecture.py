@@ -36,6 +36,7 @@ GROUND = {
         "rewrites",
         "normalisation",
         "arguments",
+        "ranges",
         "stopping",
     )
 }

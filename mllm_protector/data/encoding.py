@@ -398,7 +398,7 @@ def _checked(prompt: str) -> str:
     try:
         return prompts.require_fields(prompt, {"query", "answer"})
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise InputError(f"prompt: {error}") from None
 
 
 def _padded(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> Batch:

@@ -164,8 +164,12 @@ def tiny_backbone(
     """``save_tiny_lm`` with a tokenizer trained on a source's training texts, as a backbone.
 
     Raises:
-        InputError: as ``save_tiny_lm``, or the source cannot be read.
+        InputError: as ``save_tiny_lm``, ``heads`` do not fit, or the source cannot be read.
     """
+    if hidden_size % (2 * heads):  # rotary positions turn pairs of numbers
+        raise InputError(
+            f"backbone.heads={heads}: backbone.hidden_size={hidden_size} must be a multiple of twice as many"
+        )
     texts = (text for row in labelled_answers(data.load().train) for text in (row.query, row.answer))
     saved = save_tiny_lm(
         Path(folder),

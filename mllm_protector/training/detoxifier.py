@@ -104,7 +104,7 @@ def train_detoxifier(
         tokenizer,
         pad_id=choose_pad_id(tokenizer),
         max_length=max_length,
-        prompt=prompt or prompts.DETOXIFIER,
+        prompt=prompts.DETOXIFIER if prompt is None else prompt,
         chat=chat,
     )
     pretrained = base.load_causal_lm()
