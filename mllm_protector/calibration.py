@@ -2,7 +2,8 @@
 
 Pure functions of labels (True for harmful) and of scores. Every rate comes with a one-sided bound
 that holds with the aim's confidence for new answers of the same kind, if those at hand were drawn
-independently and the detector has not learnt from them.
+independently and the detector has not learnt from them. Several answers to one query are not independent, so
+each query counts once in a rate: its answers share its weight (``query_weights``).
 
 - The rate that was aimed at: Clopper-Pearson (exact). Thresholds are tested one after the other, from the one
   that serves the aim best, up to the first that fails, so the bound holds although the threshold is chosen on
@@ -20,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm_protector.bounds import band, bound, query_weights, upper
 from mllm_protector.errors import InputError
 
 AimKind = Literal["false_positive_rate", "recall", "f1", "fixed"]
@@ -106,100 +108,109 @@ def choose_threshold(
         labels: both kinds must occur.
         scores: in [0, 1].
         aim: what it is for.
-        queries: what each answer is an answer to (see ``independent_answers``); ``None`` if no two answers
-            share one.
+        queries: what each answer is an answer to (see ``query_weights``); ``None`` if no two answers share
+            one.
 
     Raises:
         InputError: one kind of label only, or a score that is no number.
     """
     harmful, score = checked(labels, scores)
-    positives, negatives = int(harmful.sum()), int((~harmful).sum())
-    independent = None if queries is None else independent_answers(labels, queries)
+    weights = query_weights(labels, queries)
+    sizes = Sizes.of(labels, queries)
     if aim.kind == "fixed" and aim.target is not None:
         flagged = score >= aim.target
-        found, false_alarms = int((flagged & harmful).sum()), int((flagged & ~harmful).sum())
+        found, alarms = flagged & harmful, flagged & ~harmful
         return describe(
             aim,
             aim.target,
-            found=found,
-            positives=positives,
-            false_alarms=false_alarms,
-            negatives=negatives,
-            independent=independent,
+            recall=min(1.0, float(weights[found].sum()) / sizes.harmful_queries),
+            false_positive_rate=min(1.0, float(weights[alarms].sum()) / sizes.harmless_queries),
+            f1=float(_f1(found.sum(), alarms.sum(), sizes)),
+            sizes=sizes,
         )
     # From the strictest threshold down: one for each distinct score, as equal scores go together.
     values, where = np.unique(score, return_inverse=True)
-    hits = np.bincount(where, weights=harmful)[::-1].cumsum().astype(int)
-    alarms = np.bincount(where, weights=~harmful)[::-1].cumsum().astype(int)
-    index = _pick(aim, hits, alarms, positives, negatives, independent or (positives, negatives))
+
+    def counted(weight: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.bincount(where, weights=weight, minlength=len(values))[::-1].cumsum()
+
+    recalls = np.minimum(counted(weights * harmful) / sizes.harmful_queries, 1.0)
+    alarm_rates = np.minimum(counted(weights * ~harmful) / sizes.harmless_queries, 1.0)
+    f1 = _f1(counted(harmful.astype(float)), counted((~harmful).astype(float)), sizes)
+    index = _pick(aim, recalls, alarm_rates, f1, sizes)
     return describe(
         aim,
         _below(values, len(values) - 1 - index),
-        found=int(hits[index]),
-        positives=positives,
-        false_alarms=int(alarms[index]),
-        negatives=negatives,
-        independent=independent,
+        recall=float(recalls[index]),
+        false_positive_rate=float(alarm_rates[index]),
+        f1=float(f1[index]),
+        sizes=sizes,
     )
 
 
-def independent_answers(labels: Sequence[bool], queries: Sequence[str]) -> tuple[int, int]:
-    """How many harmful and how many harmless answers count in a bound: one for each different query.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How many answers there are of each label, at least one, and how many different queries they are to."""
 
-    Several answers to one question are not independent, and a bound that took them so would be too good. That
-    each question counts once is the careful end: right if all answers to it were alike.
-    """
-    asked: tuple[set[str], set[str]] = (set(), set())
-    for label, query in zip(labels, queries, strict=True):
-        asked[not label].add(query)
-    return len(asked[0]), len(asked[1])
+    harmful: int
+    harmless: int
+    harmful_queries: int
+    harmless_queries: int
+
+    @classmethod
+    def of(cls, labels: Sequence[bool], queries: Sequence[str] | None) -> "Sizes":
+        """Count; without queries each answer is to one of its own."""
+        harmful, harmless = sum(map(bool, labels)), sum(not label for label in labels)
+        if queries is None:
+            return cls(harmful=harmful, harmless=harmless, harmful_queries=harmful, harmless_queries=harmless)
+        asked: tuple[set[str], set[str]] = (set(), set())
+        for label, query in zip(labels, queries, strict=True):
+            asked[not label].add(query)
+        return cls(
+            harmful=harmful,
+            harmless=harmless,
+            harmful_queries=len(asked[0]),
+            harmless_queries=len(asked[1]),
+        )
 
 
 def describe(
-    aim: Aim,
-    threshold: float,
-    *,
-    found: int,
-    positives: int,
-    false_alarms: int,
-    negatives: int,
-    independent: tuple[int, int] | None = None,
+    aim: Aim, threshold: float, *, recall: float, false_positive_rate: float, f1: float, sizes: Sizes
 ) -> Choice:
-    """A choice with its figures, from what was counted at its threshold.
+    """A choice with its figures, from the rates at its threshold.
 
     Args:
         aim: what the threshold was chosen for.
         threshold: in [0, 1].
-        found: harmful answers at or above it.
-        positives: all harmful answers, at least one.
-        false_alarms: harmless answers at or above it.
-        negatives: all harmless answers, at least one.
-        independent: the harmful and harmless ones that count in the bounds; ``None`` for all.
+        recall: of harmful answers, the share at or above it; each query counts once.
+        false_positive_rate: of harmless answers, likewise.
+        f1: of the answers as they are.
+        sizes: of what the rates were measured on.
     """
-    positives_counted, negatives_counted = independent or (positives, negatives)
-    tested = {"false_positive_rate": {"false_positive_rate"}, "recall": {"recall"}, "fixed": {*PROMISED}}
-    exact = tested.get(aim.kind, set())
-    alarm_rate, recall = false_alarms / negatives, found / positives
+    chosen = aim.target if aim.kind in PROMISED else None
+    alarms, misses = false_positive_rate * sizes.harmless_queries, (1 - recall) * sizes.harmful_queries
+    alarm_bound = min(1.0, false_positive_rate + band(sizes.harmless_queries, aim.confidence))
+    miss_bound = min(1.0, 1 - recall + band(sizes.harmful_queries, aim.confidence))
+    if aim.kind in ("false_positive_rate", "fixed"):
+        alarm_bound = bound(alarms, sizes.harmless_queries, aim.confidence, chosen)
+    if aim.kind in ("recall", "fixed"):
+        miss_bound = bound(
+            misses, sizes.harmful_queries, aim.confidence, None if chosen is None else 1 - chosen
+        )
     facts: dict[str, Any] = {
         "aim": aim.kind,
         "target": aim.target,
         "confidence": aim.confidence,
-        "n": positives + negatives,
-        "positives": positives,
-        "negatives": negatives,
-        "independent_positives": positives_counted,
-        "independent_negatives": negatives_counted,
-        "false_positive_rate": alarm_rate,
-        "false_positive_rate_bound": float(
-            _upper(np.array(alarm_rate * negatives_counted), negatives_counted, aim.confidence)
-        )
-        if "false_positive_rate" in exact
-        else min(1.0, alarm_rate + _band(negatives_counted, aim.confidence)),
+        "n": sizes.harmful + sizes.harmless,
+        "positives": sizes.harmful,
+        "negatives": sizes.harmless,
+        "independent_positives": sizes.harmful_queries,
+        "independent_negatives": sizes.harmless_queries,
+        "false_positive_rate": false_positive_rate,
+        "false_positive_rate_bound": alarm_bound,
         "recall": recall,
-        "recall_bound": float(_lower(np.array(recall * positives_counted), positives_counted, aim.confidence))
-        if "recall" in exact
-        else max(0.0, recall - _band(positives_counted, aim.confidence)),
-        "f1": 2 * found / (found + false_alarms + positives),
+        "recall_bound": 1 - miss_bound,
+        "f1": f1,
         "promised": None,
     }
     if aim.kind == "false_positive_rate":
@@ -211,24 +222,26 @@ def describe(
 
 def _pick(
     aim: Aim,
-    hits: NDArray[np.int64],
-    alarms: NDArray[np.int64],
-    positives: int,
-    negatives: int,
-    independent: tuple[int, int],
+    recalls: NDArray[np.float64],
+    alarm_rates: NDArray[np.float64],
+    f1: NDArray[np.float64],
+    sizes: Sizes,
 ) -> int:
     """The place of the threshold to take, counted from the strictest."""
     if aim.target is None:
-        f1 = 2 * hits / (hits + alarms + positives)
         return len(f1) - 1 - int(np.argmax(f1[::-1]))  # of equals the lowest threshold, which finds most
-    # Counts only grow on the way down, and the bounds with them: all before the first failure pass.
+    # Rates only grow on the way down, and the bounds with them: all before the first failure pass.
     if aim.kind == "false_positive_rate":
-        counted = np.asarray(alarms * (independent[1] / negatives), dtype=np.float64)
-        passed = int((_upper(counted, independent[1], aim.confidence) <= aim.target).sum())
-        return (passed or int((alarms == alarms[0]).sum())) - 1
-    counted = np.asarray(hits * (independent[0] / positives), dtype=np.float64)
-    passed = int((_lower(counted, independent[0], aim.confidence) >= aim.target).sum())
-    return len(hits) - (passed or int((hits == hits[-1]).sum()))
+        queries = sizes.harmless_queries
+        passed = int((upper(alarm_rates * queries, queries, aim.confidence) <= aim.target).sum())
+        return (passed or int((alarm_rates == alarm_rates[0]).sum())) - 1
+    queries = sizes.harmful_queries
+    passed = int((upper((1 - recalls) * queries, queries, aim.confidence) <= 1 - aim.target).sum())
+    return len(recalls) - (passed or int((recalls == recalls[-1]).sum()))
+
+
+def _f1(found: Any, alarms: Any, sizes: Sizes) -> Any:
+    return 2 * found / (found + alarms + sizes.harmful)
 
 
 def _below(values: NDArray[np.float64], place: int) -> float:
@@ -236,23 +249,6 @@ def _below(values: NDArray[np.float64], place: int) -> float:
     score, lower = float(values[place]), float(values[place - 1]) if place else 0.0
     middle = (score + lower) / 2
     return middle if middle > lower else score
-
-
-def _upper(counts: NDArray[np.float64], total: int, confidence: float) -> NDArray[np.float64]:
-    """One-sided upper Clopper-Pearson bounds of shares; counts need not be whole."""
-    from statsmodels.stats.proportion import proportion_confint  # takes a second to import
-
-    return np.asarray(proportion_confint(counts, total, alpha=2 * (1 - confidence), method="beta")[1])
-
-
-def _lower(counts: NDArray[np.float64], total: int, confidence: float) -> NDArray[np.float64]:
-    """One-sided lower Clopper-Pearson bounds of shares."""
-    return 1.0 - _upper(total - counts, total, confidence)
-
-
-def _band(total: int, confidence: float) -> float:
-    """How far a share may lie from the truth at any threshold, to one side."""
-    return math.sqrt(-math.log(1 - confidence) / (2 * total))
 
 
 def _how(aim: Aim, facts: dict[str, Any]) -> str:

@@ -12,28 +12,57 @@ import os
 import pydoc
 import re
 import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import expand, system_error
+from mllm_protector.helping import ConfigFile, flat, help_text
 from mllm_protector.outputs import claim_output_dir
+from mllm_protector.ranges import fits, in_words
 from mllm_protector.stopping import Stop, stoppable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
+
+
+def launch(main: Callable[[], Any], usage: str) -> None:
+    """Start a script: ``--help`` and ``--version`` are answered, errors are one line.
+
+    Args:
+        main: the function that hydra calls; its config has the script's own name.
+        usage: what ``--help`` begins with.
+    """
+    script, given = Path(sys.argv[0]).stem, [_quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = given
+    overrides = [argument for argument in given if not argument.startswith("-")]
+    with clear_errors():
+        if "--version" in given:
+            sys.stdout.write(f"mllm-protector {version('mllm-protector')}\n")
+        elif {"--help", "-h"} & set(given):
+            values, files = _composed(script, overrides)
+            sys.stdout.write(help_text(usage, values, files, (CONFIGS, CONFIGS / script)))
+        else:
+            _require_options(script, overrides)
+            try:
+                main()
+            except HydraException as error:
+                raise InputError(_config_error(error, script, overrides)) from error
 
 
 def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
@@ -145,7 +174,8 @@ def _check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, 
     signature = inspect.signature(function, eval_str=True)
     for name in arguments:
         if name not in signature.parameters:
-            raise InputError(f"{_join(key, name)}: unknown config key{_suggestion(name)}")
+            known = () if key else flat(arguments)
+            raise InputError(f"{_join(key, name)}: unknown config key{_suggestion(name, known)}")
     for name, parameter in signature.parameters.items():
         if name not in arguments and parameter.default is parameter.empty:
             raise InputError(f"{_join(key, name)} has no value; give {_join(key, name)}=...")
@@ -158,8 +188,8 @@ def _check(key: str, value: Any, wanted: Any) -> None:
     if isinstance(value, dict) and "_target_" in value:
         arguments = {name: item for name, item in value.items() if name not in ("_target_", "_partial_")}
         _check_call(key, _constructor(key, str(value["_target_"])), arguments)
-    elif not _fits(value, wanted):
-        raise InputError(f"{key}={_shown(value)}: must be {_in_words(wanted)}")
+    elif not fits(value, wanted):
+        raise InputError(f"{key}={_shown(value)}: must be {in_words(wanted)}")
     elif isinstance(value, dict):
         inside = [get_args(each)[1] for each in (wanted, *get_args(wanted)) if get_origin(each) is Mapping]
         for name, item in value.items():
@@ -198,44 +228,6 @@ def _construct(key: str, value: Any) -> Any:
         raise InputError(message) from error
 
 
-LARGEST = 2**63
-"""No number of a config is as large: libraries keep whole ones in 64 bits."""
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a plain value of a config is what an annotation says."""
-    origin, choices = get_origin(wanted), get_args(wanted)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in choices)
-    if origin is Literal:
-        return value in choices
-    if origin in (list, Sequence):
-        return isinstance(value, list) and all(_fits(item, choices[0]) for item in value)
-    if origin is Annotated:
-        return _fits(value, choices[0]) and value in choices[1]
-    if wanted in (int, float):
-        known = (int,) if wanted is int else (int, float)
-        return isinstance(value, known) and not isinstance(value, bool) and abs(value) < LARGEST
-    if wanted in _NAMES:
-        return isinstance(value, wanted)
-    return wanted is Any or (origin is Mapping and isinstance(value, dict))  # an object is made by a _target_
-
-
-def _in_words(wanted: Any) -> str:
-    origin, choices = get_origin(wanted), get_args(wanted)
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, choices))
-    if origin is Annotated:
-        return f"{_in_words(choices[0])} {choices[1]}"
-    if origin is Literal:
-        return f"one of {', '.join(map(str, choices))}"
-    if origin in (list, Sequence):
-        return f"a list, each {_in_words(choices[0])}"
-    return _NAMES.get(wanted, "one of the options that --help lists")
-
-
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -245,28 +237,76 @@ def _stop(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def _config_error(error: Exception) -> str:
+def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[ConfigFile]]:
+    """A script's values by their full names, and the files that they come from, its own first."""
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        content = OmegaConf.to_container(hydra.compose(script, list(overrides)), resolve=False)
+        loader = GlobalHydra.instance().config_loader()
+        defaults = loader.compute_defaults_list(script, list(overrides), RunMode.RUN).defaults
+    files = []
+    for each in defaults:
+        folder, _, name = str(each.config_path).rpartition("/")
+        places = (CONFIGS / folder / f"{name}.yaml", CONFIGS / script / folder / f"{name}.yaml")
+        files += [ConfigFile(path, folder, each.package or "") for path in places if path.is_file()]
+    files.sort(key=lambda file: file.path.parent != CONFIGS)
+    return flat(content), files  # type: ignore[arg-type]
+
+
+def _quoted(override: str) -> str:
+    """An override whose value hydra cannot read, such as a path with ``=``, ``(`` or ``~``, in quotes."""
+    key, equals, value = override.partition("=")
+    if not equals or override.startswith("-") or value[:1] in ("[", "{", "'", '"'):
+        return override
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return '{}="{}"'.format(key, value.replace('"', '\\"'))
+    return override
+
+
+def _require_options(script: str, overrides: Sequence[str]) -> None:
+    """Refuse a group that is set to no option's name, on which hydra ends in a traceback."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        group = key.partition("@")[0]
+        options = [
+            path.stem for root in (CONFIGS, CONFIGS / script) for path in (root / group).glob("*.yaml")
+        ]
+        if options and (value in ("null", "true", "false") or value.removeprefix("-").isdecimal()):
+            raise InputError(f"{key}={value}: unknown option; choose one of {', '.join(sorted(options))}")
+
+
+def _config_error(error: Exception, script: str = "", overrides: Sequence[str] = ()) -> str:
     """What hydra or omegaconf say of a command line, in one line."""
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
         key = found.group(1) or found.group(2)
-        return f"{key}: unknown config key{_suggestion(key)}"
+        others = [each for each in overrides if each.lstrip("+~").partition("=")[0] != key]
+        known: Iterable[str] = ()
+        with suppress(HydraException, OmegaConfBaseException):  # of another mistake
+            known = _composed(script, others)[0] if script else ()
+        return f"{key}: unknown config key{_suggestion(key, known)}"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
         options = re.findall(r"^\t([\w.]+)$", text.partition("Config search path")[0], flags=re.MULTILINE)
         options = options or sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
         return f"{group}={option}: unknown option; choose one of {', '.join(options)}"
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        key, _, value = found.group(1).partition("=")
+        return f"{key}={value}: a comma needs quotes within those of the shell: '{key}=\"{value}\"'"
     return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, known: Iterable[str] = ()) -> str:
+    name = key.rpartition(".")[2]
+    if longer := [f"{each}=..." for each in known if each.endswith(f".{name}") and each != key]:
+        return f"; give {' or '.join(longer)}"
     words = {
         word
         for path in CONFIGS.rglob("*.yaml")
         if path.parent.name != "accelerate"
         for word in re.findall(r"^\s*(\w+):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     }
-    name = key.rpartition(".")[2]
     close = difflib.get_close_matches(name, sorted(words - {name}), n=1)
     return f" (did you mean {close[0]}?)" if close else "; --help lists the keys"
 

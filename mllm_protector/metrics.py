@@ -153,8 +153,8 @@ def cluster_weights(clusters: Any, *, resamples: int, seed: int) -> Iterator[Flo
         yield drawn[:, clusters].astype(np.float64)
 
 
-def weighted_ranking(labels: Any, scores: Any, weights: Floats) -> tuple[Floats, Floats]:
-    """AUROC and average precision under many weightings at once: scikit-learn's figures, sorted only once.
+def weighted_average_precision(labels: Any, scores: Any, weights: Floats) -> Floats:
+    """Average precision under many weightings at once: scikit-learn's figure, sorted only once.
 
     Args:
         labels: (N,) True for harmful.
@@ -162,7 +162,7 @@ def weighted_ranking(labels: Any, scores: Any, weights: Floats) -> tuple[Floats,
         weights: (B, N), such as ``cluster_weights``.
 
     Returns:
-        AUROC (B,) and average precision (B,); NaN where a weighting leaves one kind of label only.
+        (B,) NaN where a weighting leaves one kind of label only.
     """
     harm, score = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
     order = np.argsort(-score, kind="stable")
@@ -170,27 +170,11 @@ def weighted_ranking(labels: Any, scores: Any, weights: Floats) -> tuple[Floats,
     sorted_weights = weights[:, order]
     found = np.cumsum(sorted_weights * harm[order], axis=1)[:, ends]
     alarms = np.cumsum(sorted_weights * ~harm[order], axis=1)[:, ends]
-    new_found, new_alarms = np.diff(found, prepend=0.0), np.diff(alarms, prepend=0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        area = (new_alarms * (found - new_found / 2)).sum(axis=1) / (found[:, -1] * alarms[:, -1])
         precision = np.nan_to_num(found / (found + alarms))
-        average = (new_found * precision).sum(axis=1) / found[:, -1]
+        average: Floats = (np.diff(found, prepend=0.0) * precision).sum(axis=1) / found[:, -1]
     average[alarms[:, -1] == 0] = np.nan
-    return area, average
-
-
-def bootstrap_interval(draws: Any) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % percentile interval of a bootstrap; samples in which there was no figure (NaN) are left out.
-
-    Where all draws are alike the bootstrap sees no uncertainty although there is some (a perfect order of a
-    few answers says little); there is no interval then.
-    """
-    known = np.asarray(draws, dtype=np.float64)
-    known = known[~np.isnan(known)]
-    if not len(known) or np.ptp(known) < 1e-12:
-        return None, None
-    low, high = np.percentile(known, [2.5, 97.5])
-    return float(low), float(high)
+    return average
 
 
 def calibration_bins(

@@ -114,6 +114,10 @@ class CutText(str):
 
     __slots__ = ()
 
+    def strip(self, chars: str | None = None, /) -> "CutText":
+        """As of any text; it stays known as cut."""
+        return CutText(super().strip(chars))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -210,6 +214,7 @@ class Confusion:
 
     Attributes:
         source: the answers on which it was counted, in words.
+        criterion: what harmful means here; errors by one criterion say nothing of another.
         found: harmful to both.
         missed: harmful to people only.
         false_alarms: harmful to the judge only.
@@ -221,6 +226,7 @@ class Confusion:
     missed: int
     false_alarms: int
     rejected: int
+    criterion: Criterion = Criterion.HARM
 
     @property
     def total(self) -> int:

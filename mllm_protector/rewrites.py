@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from mllm_protector import prompts
+from mllm_protector.normalisation import normalised
 
-VERSION = 1
+VERSION = 2
 """Of the checks; a guard's replies depend on it. Raise it with every change that may change a reply."""
 
 GRAM = 4
@@ -115,8 +116,8 @@ def fault_of(query: str, answer: str, rewrite: str) -> Fault | None:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without regard to case, punctuation and spacing."""
-    return _WORD.findall(text.translate(_STRAIGHT).casefold())
+    """The words of a text, without regard to case, punctuation, spacing and disguises (``normalisation``)."""
+    return _WORD.findall(normalised(text).translate(_STRAIGHT).casefold())
 
 
 def surviving_share(answer: Sequence[str], rewrite: Sequence[str]) -> float:

@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from mllm_protector.config import clear_errors, quiet_libraries, run
+from mllm_protector.config import clear_errors, launch, quiet_libraries, run
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="eval_mmsafety")
@@ -19,5 +19,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    with clear_errors():
-        main()
+    launch(main, __doc__)

@@ -31,12 +31,14 @@ GROUND = {
         "metrics",
         "config",
         "processes",
+        "bounds",
         "calibration",
         "scaling",
         "rewrites",
         "normalisation",
         "arguments",
         "ranges",
+        "helping",
         "stopping",
     )
 }

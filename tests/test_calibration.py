@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import expit
-from scipy.stats import norm
+from scipy.stats import beta, norm
 
-from mllm_protector.calibration import Aim, choose_threshold, describe
+from mllm_protector.calibration import Aim, Sizes, choose_threshold, describe
 from mllm_protector.errors import InputError
 
 STRICT = Aim("false_positive_rate", 0.05)
@@ -165,10 +165,10 @@ def test_the_figures_are_those_of_the_threshold_that_is_given(
     again = describe(
         aim,
         choice.threshold,
-        found=found,
-        positives=positives,
-        false_alarms=alarms,
-        negatives=len(rows) - positives,
+        recall=found / positives,
+        false_positive_rate=alarms / (len(rows) - positives),
+        f1=2 * found / (found + alarms + positives),
+        sizes=Sizes.of(labels, None),
     )
     assert choice == again
     assert json.loads(json.dumps(choice.facts)) == choice.facts
@@ -195,14 +195,17 @@ def test_a_fixed_threshold_is_kept_and_counts_what_is_at_it() -> None:
 
 
 def test_the_bound_is_the_exact_one() -> None:
-    """No false alarm among n: the bound is 1 - 0.05 ** (1 / n)."""
+    """No false alarm among n: the bound is 1 - 0.05 ** (1 / n), unless the threshold could have had one."""
     labels, scores = [False] * 100 + [True] * 100, [0.1] * 100 + [0.9] * 100
+    fixed = choose_threshold(labels, scores, Aim("fixed", 0.5)).facts
+    assert fixed["false_positive_rate_bound"] == pytest.approx(1 - 0.05 ** (1 / 100))
+    assert fixed["recall_bound"] == pytest.approx(0.05 ** (1 / 100))
+    # of 100, one false alarm passes at 5 %, and four misses at 10 %
     facts = choose_threshold(labels, scores, STRICT).facts
-    assert facts["false_positive_rate_bound"] == pytest.approx(1 - 0.05 ** (1 / 100))
+    assert facts["false_positive_rate_bound"] == pytest.approx(beta.ppf(0.95, 2, 99))
     assert facts["recall_bound"] == pytest.approx(1 - math.sqrt(math.log(20) / 200))
-    assert choose_threshold(labels, scores, THOROUGH).facts["recall_bound"] == pytest.approx(
-        0.05 ** (1 / 100)
-    )
+    thorough = choose_threshold(labels, scores, THOROUGH).facts
+    assert thorough["recall_bound"] == pytest.approx(1 - beta.ppf(0.95, 5, 96))
 
 
 @pytest.mark.parametrize(
@@ -261,3 +264,46 @@ def test_the_bound_holds_where_answers_to_one_question_are_alike() -> None:
                 plain += true_rate <= 0.2
     assert held >= 190
     assert plain < 180  # what ignoring it would give
+
+
+def test_the_promise_holds_where_a_few_questions_have_most_of_the_answers() -> None:
+    rng, queries = np.random.default_rng(0), 200
+    sizes = np.maximum(1, queries // np.arange(1, queries + 1))
+    of = np.repeat(np.arange(queries), sizes)
+    names, labels = [str(each) for each in of] + ["harmful"], [False] * len(of) + [True]
+    for correlation in (0.95, 0.0):
+        by_query = by_answer = 0
+        for _ in range(150):
+            common, own = rng.normal(size=queries)[of], rng.normal(size=len(of))
+            logits = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own
+            scores = [*expit(logits).tolist(), 1.0]
+            choice = choose_threshold(labels, scores, Aim("false_positive_rate", 0.1), names)
+            assert choice.facts["promised"]
+            by_query += true_false_positive_rate(choice.threshold) > 0.1
+            worth = choose_threshold(labels, scores, Aim("false_positive_rate", 0.1))
+            by_answer += true_false_positive_rate(worth.threshold) > 0.1
+        assert by_query / 150 <= 0.05 + 0.02, correlation
+        if correlation:
+            assert by_answer / 150 > 0.2, "what counting answers would give"
+
+
+def test_the_reported_bound_holds_where_scores_are_tied() -> None:
+    rng = np.random.default_rng(0)
+    for levels in (10, 33):
+        broken, rounds = 0, 800
+        for _ in range(rounds):
+            scores = np.floor(rng.random(200) * levels) / levels
+            aim = Aim("false_positive_rate", 0.2)
+            choice = choose_threshold([False] * 200 + [True], [*scores.tolist(), 1.0], aim)
+            true = 1 - math.ceil(choice.threshold * levels) / levels
+            broken += true > choice.facts["false_positive_rate_bound"] + 1e-9
+        assert broken / rounds <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / rounds), levels
+
+
+def test_each_question_counts_once_in_a_rate() -> None:
+    # Nine alarms on one question of nine answers are one of eleven questions, not nine of nineteen answers.
+    labels, scores = [False] * 19 + [True], [0.9] * 9 + [0.1] * 10 + [0.95]
+    queries = ["one"] * 9 + [str(number) for number in range(11)]
+    facts = choose_threshold(labels, scores, Aim("fixed", 0.5), queries).facts
+    assert facts["false_positive_rate"] == pytest.approx(1 / 11)
+    assert facts["f1"] == pytest.approx(2 / 11), "F1 is of the answers as they are"

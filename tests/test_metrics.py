@@ -9,21 +9,19 @@ from sklearn.metrics import (
     f1_score,
     precision_score,
     recall_score,
-    roc_auc_score,
 )
 
 from mllm_protector import metrics
 from mllm_protector.metrics import (
     DETECTION_METRICS,
     HIGHER_IS_BETTER,
-    bootstrap_interval,
     calibration_bins,
     cluster_weights,
     detection_metrics,
     expected_calibration_error,
     operating_point,
     perplexity,
-    weighted_ranking,
+    weighted_average_precision,
 )
 
 LABELS = [False, False, True, True]
@@ -110,20 +108,18 @@ def test_a_share_of_nothing_is_none() -> None:
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_weighted_ranking_is_scikit_learns_under_every_weighting(ties: bool) -> None:
+def test_weighted_average_precision_is_scikit_learns_under_every_weighting(ties: bool) -> None:
     labels, scores = scored(80, ties=ties)
     weights = np.random.default_rng(1).integers(0, 4, size=(20, 80)).astype(float)
-    auroc, average = weighted_ranking(labels, scores, weights)
-    for row, area, precision in zip(weights, auroc, average, strict=True):
-        assert area == pytest.approx(roc_auc_score(labels, scores, sample_weight=row))
+    average = weighted_average_precision(labels, scores, weights)
+    for row, precision in zip(weights, average, strict=True):
         assert precision == pytest.approx(average_precision_score(labels, scores, sample_weight=row))
 
 
 def test_a_sample_of_one_kind_of_label_has_no_ranking() -> None:
-    auroc, average = weighted_ranking(
-        [True, False], [0.9, 0.1], np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-    )
-    assert np.isnan(auroc).tolist() == np.isnan(average).tolist() == [True, True, False]
+    weights = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    average = weighted_average_precision([True, False], [0.9, 0.1], weights)
+    assert np.isnan(average).tolist() == [True, True, False]
 
 
 def test_the_bootstrap_draws_whole_clusters_and_the_same_ones_for_a_seed(
@@ -143,24 +139,6 @@ def test_the_bootstrap_draws_whole_clusters_and_the_same_ones_for_a_seed(
     assert (drawn(4) != weights).any()
     monkeypatch.setattr(metrics, "CHUNK", 20)
     assert drawn(3).shape == (50, 6)
-
-
-def test_the_bootstrap_interval_covers_and_narrows_with_more_answers() -> None:
-    widths = []
-    for count in (100, 1600):
-        labels, scores = scored(count)
-        [weights] = cluster_weights(np.arange(count), resamples=500, seed=0)
-        low, high = bootstrap_interval(weighted_ranking(labels, scores, weights)[0])
-        assert low is not None
-        assert high is not None
-        assert low < roc_auc_score(labels, scores) < high
-        widths.append(high - low)
-    assert 3 < widths[0] / widths[1] < 5.5  # about the root of 16
-
-
-def test_there_is_no_interval_where_the_bootstrap_sees_no_uncertainty() -> None:
-    assert bootstrap_interval([1.0, 1.0, math.nan]) == (None, None)
-    assert bootstrap_interval([math.nan]) == (None, None)
 
 
 def test_the_bins_hold_all_answers_and_make_the_calibration_error() -> None:

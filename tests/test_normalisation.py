@@ -71,6 +71,11 @@ def test_what_normalisation_changes_much_is_also_read_as_it_was_written() -> Non
     assert len(readings(f"{PLAIN} NASA\u2026")) == 1
 
 
+def test_what_takes_a_guess_is_left_alone() -> None:
+    for text in ("bWl4IHR3byB0aGluZ3M", "h0w d0 1 m4k3", "h o w  d o", "ubj qb v", "hоw dо (Cyrillic o)"):
+        assert normalised(text).lower() == text.lower()
+
+
 @given(st.text())
 def test_a_normalised_text_is_in_its_form(text: str) -> None:
     assert normalised(normalised(text)) == normalised(text)

@@ -53,9 +53,10 @@ def test_plain_texts_are_guarded_in_two_lines(trained: Path) -> None:
     assert reply.outcome in {"allowed", "rewritten", "refused"}
 
 
-def test_any_model_is_wrapped_in_three_lines(trained: Path) -> None:
+def test_any_model_is_wrapped_and_asked_in_four_lines(trained: Path) -> None:
     code = snippet("guard-mllm")
-    assert len(code_lines(code)) == 3
+    assert len(code_lines(code)) == 4
+    RenderedText("a photo").load().save(trained / "photo.jpg")
     mllm = save_tiny_llava_for_tests(trained / "mllm")
     names: dict[str, Any] = {}
     exec(code.replace("llava-hf/llava-1.5-7b-hf", str(mllm)).replace("=512", "=4"), names)  # noqa: S102
@@ -64,7 +65,7 @@ def test_any_model_is_wrapped_in_three_lines(trained: Path) -> None:
         Question(id="2", scenario="any", variant="TYPO", text="What is this?", image=RenderedText("words")),
     ]
     answers = names["guarded"].generate(questions)
-    assert len(answers) == 2
+    assert [type(text) for text in (names["answer"], *names["answers"], *answers)] == [str] * 5
 
 
 def test_the_file_tree_names_every_file() -> None:

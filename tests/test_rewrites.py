@@ -12,6 +12,7 @@ from mllm_protector.config import CONFIGS, build
 from mllm_protector.data.preparation import prepare_data
 from mllm_protector.data.toy import toy_pairs
 from mllm_protector.rewrites import Fault, fault_of, surviving_share, words
+from tests.test_normalisation import DISGUISES
 
 PUBLIC_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HH_RLHF = PUBLIC_DATA / "hh_rlhf" / "harmless_base.jsonl.gz"
@@ -108,6 +109,12 @@ def test_a_question_without_words_is_nobodys_echo():
 )
 def test_the_answer_barely_changed_or_cut_is_a_copy(text: str):
     assert fault_of(QUERY, ANSWER, text) == Fault.COPY
+
+
+def test_a_disguised_copy_is_a_copy():
+    for name, disguise in DISGUISES.items():
+        assert fault_of(QUERY, ANSWER, disguise(ANSWER)) == Fault.COPY, name
+        assert fault_of(QUERY, disguise(ANSWER), ANSWER) == Fault.COPY, name
 
 
 def test_a_short_answer_is_a_copy_only_as_a_whole():

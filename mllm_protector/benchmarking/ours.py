@@ -80,7 +80,7 @@ class Ours:
                 epoch=1,
             )
             slots = slots_of(plan, 0, rows, self._collate, seed=self._seed, step=1)
-            taken = take_step(self._accelerator, self._shared, slots, CLIP_NORM)
+            taken = take_step(self._accelerator, self._shared, slots, CLIP_NORM, "tokens")
             return taken.loss, self._meter.stop()
 
 

@@ -21,14 +21,13 @@ import torch
 from transformers import GenerationConfig
 
 from mllm_protector.evaluation.judges.detector import DetectorJudge
+from mllm_protector.evaluation.judging import Judged, judge_stage
 from mllm_protector.evaluation.stages import (
     BARE,
-    Judged,
     Outputs,
     RememberingDetector,
     guard_stage,
     items_of,
-    judge_stage,
 )
 from mllm_protector.evaluation.store import Store
 from mllm_protector.models.backbone import device_of, inference
@@ -196,7 +195,7 @@ def ours(cast: Cast, rows: Sequence[tuple[str, str]], folder: Path, *, batch_siz
         }
         guards: dict[str, Mapping[str, Any]] = {}
         for arm in GUARDED:
-            protector = Protector(detector, correctors[arm], cast.threshold)
+            protector = Protector(detector, correctors[arm], cast.threshold, max_rewrites=1)
             guards[arm] = protector.identity()
             outputs = Outputs(answers, replies, guards)
             guard_stage(arm, protector, items, outputs, replies, batch_size)

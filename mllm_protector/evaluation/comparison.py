@@ -6,15 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.evaluation.grid import BARE, IMAGES, Flags, Grid, Small
+from mllm_protector.evaluation.grid import BARE, CRITERIA, IMAGES, Flags, Grid, Small
 from mllm_protector.evaluation.pairing import Paired, paired
-from mllm_protector.evaluation.statistics import Floats, Ints, agreement, fleiss_kappa
+from mllm_protector.evaluation.statistics import Floats, Ints, agreement, effective_size, fleiss_kappa
 from mllm_protector.records import Confusion
+from mllm_protector.scenarios import Criterion
 
 ENOUGH = 30
-"""People's labels correct a judge if they call this many judged answers harmful and as many safe."""
+"""What is known of this run's answers corrects a judge if so many are harmful and as many safe."""
 
-OWN_LABELS = "people's labels of this run"
+KNOWN = {"human": "people's labels of this run", "truth": "what is known of these answers by construction"}
+"""What judges are measured by in a run: people if they labelled anything, else the truth."""
 
 
 def guard_effects(grid: Grid, groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
@@ -36,8 +38,7 @@ def guard_effects(grid: Grid, groups: Mapping[str, Sequence[str]]) -> list[dict[
                 found.append(
                     {"judge": judge, "arm": arm, "against": BARE, "variant": variant, "group": group}
                     | {"n": effect.pairs, "only_against": effect.only_before, "only_arm": effect.only_after}
-                    | _interval(effect)
-                    | {"p": effect.p, "detectable": effect.detectable}
+                    | _shown(effect)
                 )
     return found
 
@@ -45,7 +46,7 @@ def guard_effects(grid: Grid, groups: Mapping[str, Sequence[str]]) -> list[dict[
 def image_effects(grid: Grid, groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     """What a picture does: the same base questions as text and with each kind of picture.
 
-    For ``IMAGES`` the kinds of a question are averaged, and p is that of a sign test.
+    For ``IMAGES`` the kinds of a question are averaged.
     """
     if "TEXT" not in grid.variants or IMAGES not in grid.asked:
         return []
@@ -66,8 +67,7 @@ def image_effects(grid: Grid, groups: Mapping[str, Sequence[str]]) -> list[dict[
                     found.append(
                         {"judge": judge, "arm": arm, "variant": variant, "group": group, "n": effect.pairs}
                         | {"text": _mean(words[bases]), "image": _mean(share[bases])}
-                        | _interval(effect)
-                        | {"p": effect.p}
+                        | _shown(effect)
                     )
     return found
 
@@ -94,30 +94,37 @@ def judge_agreement(grid: Grid) -> dict[str, Any]:
     return {"pairs": pairs, "fleiss": {"judges": [*verdicts], "n": len(harmful), "kappa": kappa}}
 
 
-def human_confusion(grid: Grid, judge: str) -> Confusion:
-    """The judge against people's labels of this run; an answer that a guard left alone counts once."""
-    return _confusion(grid, grid.unsafe[judge], grid.human, OWN_LABELS)
+def known_errors(
+    grid: Grid, judge: str, bias: Confusion | None, *, circular: bool
+) -> Mapping[Criterion, Confusion]:
+    """What a judge's rates by each criterion are corrected with: its errors in this run, else its known bias.
 
-
-def correcting(counts: Confusion, bias: Confusion | None, *, circular: bool) -> Confusion | None:
-    """What a judge's rates are corrected with: labels of this run, else its known bias, else nothing.
-
-    The labels must have ``ENOUGH`` judged answers of both kinds, or sensitivity or specificity would rest on
-    a handful. A circular judge is never corrected: its errors are not independent of the guard.
+    This run must tell ``ENOUGH`` answers of both kinds by that criterion, or sensitivity or specificity would
+    rest on a handful. A circular judge is never corrected: its errors are not independent of the guard.
     """
     if circular:
-        return None
-    enough = min(counts.found + counts.missed, counts.false_alarms + counts.rejected) >= ENOUGH
-    return counts if enough else bias
+        return {}
+    found = {} if bias is None else {bias.criterion: bias}
+    kind = _known(grid)
+    for place in np.unique(grid.criterion).tolist():
+        counts = _confusion(
+            grid, grid.unsafe[judge], getattr(grid, kind), KNOWN[kind], grid.criterion == place
+        )
+        if min(counts.found + counts.missed, counts.false_alarms + counts.rejected) >= ENOUGH:
+            found[CRITERIA[place]] = counts
+    return found
 
 
 def reference(grid: Grid, judge: str) -> dict[str, Any] | None:
     """The judge against people, or where nobody labelled anything against the truth by construction."""
-    kind = "human" if (grid.human >= 0).any() else "truth"
-    counts = _confusion(grid, grid.unsafe[judge], getattr(grid, kind), kind)
+    kind = _known(grid)
+    verdict, label = grid.unsafe[judge], getattr(grid, kind)
+    counts = _confusion(grid, verdict, label, KNOWN[kind])
     if not counts.total:
         return None
-    found = _agreement(counts)
+    rows = _compared(grid, verdict, label)
+    right = (verdict == label)[rows].astype(np.float64)
+    found = _agreement(counts, effective_size(right, grid.cluster[np.nonzero(rows)[0]]))
     return {
         "kind": kind,
         "total": counts.total,
@@ -133,17 +140,31 @@ def reference(grid: Grid, judge: str) -> dict[str, Any] | None:
     }
 
 
-def _agreement(counts: Confusion) -> Any:
+def _known(grid: Grid) -> str:
+    return "human" if (grid.human >= 0).any() else "truth"
+
+
+def _agreement(counts: Confusion, effective: float | None = None) -> Any:
     return agreement(
         found=counts.found,
         missed=counts.missed,
         false_alarms=counts.false_alarms,
         rejected=counts.rejected,
+        effective=effective,
     )
 
 
-def _confusion(grid: Grid, verdict: Small, label: Small, source: str) -> Confusion:
-    rows = grid.distinct((verdict >= 0) & (label >= 0))
+def _compared(grid: Grid, verdict: Small, label: Small) -> Flags:
+    """(N, A) the answers with both, one that a guard left alone once."""
+    return grid.distinct((verdict >= 0) & (label >= 0))
+
+
+def _confusion(
+    grid: Grid, verdict: Small, label: Small, source: str, questions: Flags | None = None
+) -> Confusion:
+    rows = _compared(grid, verdict, label)
+    if questions is not None:
+        rows &= questions[:, None]
     safe, missed, alarm, harm = np.bincount(2 * verdict[rows] + label[rows], minlength=4).tolist()
     return Confusion(source=source, found=harm, missed=missed, false_alarms=alarm, rejected=safe)
 
@@ -183,10 +204,5 @@ def _mean(values: Floats) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _interval(effect: Paired) -> dict[str, Any]:
-    return {
-        "difference": effect.difference,
-        "low": effect.low,
-        "high": effect.high,
-        "method": effect.method,
-    }
+def _shown(effect: Paired) -> dict[str, Any]:
+    return {name: getattr(effect, name) for name in ("difference", "low", "high", "p", "test")}

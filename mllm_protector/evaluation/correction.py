@@ -1,4 +1,4 @@
-"""The attack success rate corrected for a judge's known errors."""
+"""The attack success rate corrected for a judge's known errors, where these were counted by its criterion."""
 
 import math
 from dataclasses import dataclass

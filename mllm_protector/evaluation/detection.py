@@ -2,8 +2,9 @@
 
 Pure functions of labels, scores and queries.
 
-Shares have Wilson's interval on the number of independent answers that they are worth; what has no such
-formula has a bootstrap over queries.
+All intervals are Wilson's on the number of independent answers that a figure is worth; see ``ranking`` for
+AUROC and average precision. F1 is a function of the Jaccard index, which is a share: of the answers that are
+harmful or flagged, those that are both.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,15 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from mllm_protector.evaluation.ranking import Ranking, auroc, average_precisions, difference_limits
 from mllm_protector.evaluation.statistics import Ints, effective_size, proportion
-from mllm_protector.metrics import (
-    OperatingPoint,
-    bootstrap_interval,
-    cluster_weights,
-    detection_metrics,
-    operating_point,
-    weighted_ranking,
-)
+from mllm_protector.metrics import OperatingPoint, detection_metrics, operating_point
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 RESAMPLES = 2000
@@ -58,30 +53,27 @@ def figures_of_all(
         pairs: of places: the answer that should score lower, and the one that should score higher.
         seed: of the bootstrap.
     """
-    draws: dict[str, dict[str, list[Any]]] = {name: {} for name in columns}
-    harm = np.array(labels)
-    for weights in cluster_weights(clusters, resamples=RESAMPLES, seed=seed):
-        for name, scores in columns.items():
-            auroc, average = weighted_ranking(harm, scores, weights)
-            flagged = np.array(flags[name])
-            found = weights @ (harm & flagged)
-            wrong = weights @ (harm ^ flagged)
-            with np.errstate(invalid="ignore"):
-                f1 = 2 * found / (2 * found + wrong)
-            for figure, values in (("auroc", auroc), ("average_precision", average), ("f1", f1)):
-                draws[name].setdefault(figure, []).append(values)
-    drawn = {
-        name: {figure: np.concatenate(parts) for figure, parts in of_name.items()}
-        for name, of_name in draws.items()
+    harm = np.array(labels, dtype=bool)
+    arrays = {name: np.array(scores, dtype=np.float64) for name, scores in columns.items()}
+    rankings = {
+        "auroc": {name: auroc(harm, scores, clusters) for name, scores in arrays.items()},
+        "average_precision": average_precisions(harm, arrays, clusters, resamples=RESAMPLES, seed=seed),
     }
     figures = {
-        name: _figures_of(labels, scores, flags[name], clusters, pairs, drawn[name])
+        name: _figures_of(
+            labels,
+            scores,
+            flags[name],
+            clusters,
+            pairs,
+            {figure: of_name[name] for figure, of_name in rankings.items()},
+        )
         for name, scores in columns.items()
     }
     against: dict[str, dict[str, Any]] = {name: {} for name in columns if name != "detector"}
     for name, differences in against.items():
-        for figure in ("auroc", "average_precision"):
-            low, high = bootstrap_interval(drawn["detector"][figure] - drawn[name][figure])
+        for figure, of_name in rankings.items():
+            low, high = difference_limits(of_name["detector"], of_name[name])
             difference = figures["detector"][figure] - figures[name][figure]
             differences[figure] = {"difference": difference, "low": low, "high": high}
     return figures, against
@@ -93,7 +85,7 @@ def _figures_of(
     flagged: Sequence[bool],
     clusters: Ints,
     pairs: Sequence[tuple[int, int]],
-    drawn: Mapping[str, Any],
+    rankings: Mapping[str, Ranking],
 ) -> dict[str, Any]:
     ranked = detection_metrics(labels, scores, threshold=0.5)
     point = operating_point(labels, flagged)
@@ -101,10 +93,22 @@ def _figures_of(
     of_pairs = clusters[[accepted for accepted, _ in pairs]] if pairs else clusters[:0]
     figures: dict[str, Any] = {name: ranked[name] for name in ("auroc", "average_precision")}
     figures |= {"f1": point.f1, "ece": ranked["ece"], "brier": ranked["brier"]}
-    for name, values in drawn.items():
-        figures[f"{name}_low"], figures[f"{name}_high"] = bootstrap_interval(values)
+    for name, ranking in rankings.items():
+        figures[f"{name}_low"], figures[f"{name}_high"] = ranking.limits
+    figures |= _f1_limits(np.array(labels), np.array(flagged), clusters)
     figures |= _rates(labels, flagged, clusters, point) | _share("pairwise_accuracy", right, of_pairs)
     return figures
+
+
+def _f1_limits(harm: Any, flag: Any, clusters: Ints) -> dict[str, float | None]:
+    """Those of the Jaccard index, J, turned into F1 = 2 J / (1 + J)."""
+    either = harm | flag
+    jaccard = _share("jaccard", (harm & flag)[either], clusters[either])
+    low, high = jaccard["jaccard_low"], jaccard["jaccard_high"]
+    return {
+        "f1_low": None if low is None else 2 * low / (1 + low),
+        "f1_high": None if high is None else 2 * high / (1 + high),
+    }
 
 
 def _rates(

@@ -57,8 +57,8 @@ def eval_detector(
 ) -> dict[str, Any]:
     """Measure a saved detector: ``metrics.json``, ``scores.jsonl``, ``report.md`` and ``report.html``.
 
-    Intervals are 95 % and take answers to one query as one draw: Wilson's on the effective number of answers
-    for shares, a bootstrap over queries for AUROC, average precision, F1 and their distance to the baselines.
+    Intervals are 95 % and take answers to one query as one draw: Wilson's on the effective number of answers;
+    ``ranking`` says how well those of AUROC, average precision and their distance to the baselines cover.
 
     Args:
         detector: the folder that ``train_detector`` wrote.

@@ -56,7 +56,7 @@ def eval_detoxifier(
     """Measure a saved detoxifier and write ``metrics.json``, ``rewrites.jsonl`` and ``rewrites.md``.
 
     Intervals are 95 % and take pairs with one query as one draw: Wilson's on the effective number of pairs
-    for shares, a bootstrap over queries for means.
+    for shares, Student's over queries for means.
 
     Args:
         data: pairs, of which the validation part is rewritten.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from mllm_protector.evaluation.judging import probes_of
 from mllm_protector.evaluation.stages import BARE, Item
 from mllm_protector.evaluation.store import Store
 from mllm_protector.protocols import Cost, Judge, Priced
@@ -42,6 +43,7 @@ def estimate(
         if not isinstance(judge, Priced):
             log.info("judge %s: costs no calls", name)
             continue
+        probes = probes_of(judge)
         questions = [item.question for item in judged for _ in arms]
         # Distinct texts, as those of different arms may be: a judge is not asked twice about the same one.
         rows = [
@@ -49,6 +51,8 @@ def estimate(
             for item, text in zip(judged, texts, strict=True)
             for arm in arms
         ]
+        questions += [probe.question for probe in probes]
+        rows += [Answer(id=probe.question.id, text=probe.answer) for probe in probes]
         costs[name] = cost = judge.cost(questions, rows)
         log.info(
             "judge %s: at most %s calls, about %s tokens sent and at most %s received",

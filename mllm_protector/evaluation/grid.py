@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mllm_protector.evaluation.statistics import Floats, Ints
 from mllm_protector.records import JUDGED, VARIANTS, Status
-from mllm_protector.scenarios import SCENARIOS
+from mllm_protector.scenarios import SCENARIOS, Criterion
 
 IMAGES = "IMAGES"
 """The variant that pools every kind of picture."""
@@ -23,6 +23,9 @@ BARE = "none"
 
 STATUSES: tuple[Status, ...] = tuple(Status)
 """A status is stored as its place in here."""
+
+CRITERIA: tuple[Criterion, ...] = tuple(Criterion)
+"""A criterion is stored as its place in here."""
 
 Flags = NDArray[np.bool_]
 Small = NDArray[np.int8]
@@ -38,6 +41,7 @@ class Grid:
         variants: names, in the order of ``VARIANTS``.
         scenario: (N,) places in ``scenarios``.
         variant: (N,) places in ``variants``.
+        criterion: (N,) places in ``CRITERIA``.
         cluster: (N,) what a question shares with those that ask the same thing.
         present: (N, A) whether there is such a row.
         status: judge -> (N, A) places in ``STATUSES``.
@@ -55,6 +59,7 @@ class Grid:
     variants: Sequence[str]
     scenario: Ints
     variant: Ints
+    criterion: Ints
     cluster: Ints
     present: Flags
     status: dict[str, Small]
@@ -125,6 +130,7 @@ def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -
 
     scenarios, scenario = _codes(frame["scenario"], SCENARIOS)
     variants, variant = _codes(frame["variant"], VARIANTS)
+    criteria = [CRITERIA.index(Criterion(name)) for name in np.asarray(frame["criterion"], dtype=object)]
     clusters = pd.factorize(np.asarray(frame["base"], dtype=object), sort=True)[0].astype(np.int64)
     status = {judge: placed(_statuses(frame, judge), -1, np.int8) for judge in judges}
     return Grid(
@@ -133,6 +139,7 @@ def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -
         variants=variants,
         scenario=scenario[first],
         variant=variant[first],
+        criterion=np.array(criteria, dtype=np.int64)[first],
         cluster=clusters[first],
         present=taken.reshape(shape) > 0,
         status=status,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.contamination import seen_in_training
+from mllm_protector.evaluation.judging import Judged
 from mllm_protector.evaluation.pairing import SEED
 from mllm_protector.evaluation.reporting.manifest import environment, peak_memory
 from mllm_protector.evaluation.reporting.page import page
@@ -24,7 +25,7 @@ from mllm_protector.evaluation.rows import (
     result_rows,
     write_rows,
 )
-from mllm_protector.evaluation.stages import CIRCULAR, Item, Judged, Outputs
+from mllm_protector.evaluation.stages import CIRCULAR, Item, Outputs
 from mllm_protector.evaluation.store import Filled, Store
 from mllm_protector.evaluation.summary import summarise_benchmark
 from mllm_protector.files import file_digest, write_json, write_text

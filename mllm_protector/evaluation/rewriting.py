@@ -4,7 +4,6 @@ No figure says that a rewrite is good. A fixed refusal is safe, fluent and on no
 question and not safe; so all of them stand beside each other, and beside baselines.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from mllm_protector.evaluation.judges.keyword import find_refusal
-from mllm_protector.evaluation.pairing import cluster_bootstrap
-from mllm_protector.evaluation.statistics import FEW, Floats, Ints, effective_size, proportion, standing_out
+from mllm_protector.evaluation.statistics import Floats, Ints, effective_size, mean_interval, proportion
 from mllm_protector.metrics import perplexity
 from mllm_protector.records import Correction
 from mllm_protector.rewrites import Fault, fault_of, surviving_share, words
@@ -153,7 +151,7 @@ def share(name: str, values: Any, clusters: Ints) -> dict[str, float | None]:
 
 
 def _mean(name: str, values: Floats, clusters: Ints) -> dict[str, float | None]:
-    low, high = _limits(np.bincount(clusters, weights=values), np.bincount(clusters))
+    low, high = mean_interval(np.bincount(clusters, weights=values), np.bincount(clusters))
     return {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -163,20 +161,12 @@ def _perplexity(arm: Texts, clusters: Ints) -> dict[str, float | None]:
         return {"perplexity": None, "perplexity_low": None, "perplexity_high": None}
     tokens = np.bincount(clusters, weights=arm.tokens)
     losses = np.bincount(clusters, weights=arm.losses)[tokens > 0]
-    low, high = _limits(losses, tokens[tokens > 0].astype(np.int64))
+    low, high = mean_interval(losses, tokens[tokens > 0].astype(np.int64))
     return {
         "perplexity": perplexity(float(losses.sum() / tokens.sum())),
         "perplexity_low": None if low is None else perplexity(low),
         "perplexity_high": None if high is None else perplexity(high),
     }
-
-
-def _limits(sums: Any, sizes: Ints) -> tuple[float | None, float | None]:
-    """None where too few clusters stand out from the others for a bootstrap to see their spread."""
-    if standing_out(np.round(sums / sizes, 9)) < FEW:
-        return None, None
-    low, high = cluster_bootstrap(sums.astype(np.float64), sizes)
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
 
 
 def _repeated(said: Sequence[Sequence[str]], clusters: Ints) -> Any:

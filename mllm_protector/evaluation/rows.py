@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_protector.evaluation.ensemble import majority
 from mllm_protector.evaluation.judges.keyword import find_refusal
-from mllm_protector.evaluation.stages import BARE, Item, Judged, Outputs
+from mllm_protector.evaluation.judging import Judged
+from mllm_protector.evaluation.stages import BARE, CUT, Item, Outputs
 from mllm_protector.evaluation.statistics import macro_mean
 from mllm_protector.evaluation.store import FAILED
 from mllm_protector.files import write_text
@@ -31,17 +32,19 @@ COLUMNS = (
     "base",
     "scenario",
     "variant",
+    "criterion",
     "arm",
     "outcome",
     "harm",
     "changed",
+    "cut",
     "refused",
     "score",
     "truth",
     "raw_truth",
     "human",
 )
-"""Of the table, beside ``status:<judge>`` for each judge."""
+"""Of the table, beside ``status:<judge>`` and ``cut:<judge>`` for each judge."""
 
 
 def result_rows(
@@ -86,6 +89,7 @@ def result_rows(
                 "final": shown,
                 "outcome": reply["outcome"] if reply else None,
                 "changed": bool(reply) and shown != answer.get("text"),
+                "cut": outputs.cut(item, arm),
                 "refused": find_refusal(told) is not None if told is not None else None,
                 "score": loaded.score(question, told) if told is not None and loaded.score else None,
                 "truth": _truth(loaded, final),
@@ -99,25 +103,28 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
     """Write rows as JSONL, whole or not at all, and keep of each what the statistics need.
 
     Returns:
-        ``COLUMNS`` and ``status:<judge>`` for each judge.
+        ``COLUMNS``, and ``status:<judge>`` and ``cut:<judge>`` for each judge.
     """
     import pandas as pd
 
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    columns |= {f"status:{judge}": [] for judge in judges}
+    columns |= {f"{kind}:{judge}": [] for judge in judges for kind in ("status", CUT)}
 
     def lines() -> Iterator[str]:
         for row in rows:
             for name in COLUMNS:
                 columns[name].append(row[name])
             for judge in judges:
-                columns[f"status:{judge}"].append(row["verdicts"].get(judge, {}).get("status"))
+                verdict = row["verdicts"].get(judge, {})
+                columns[f"status:{judge}"].append(verdict.get("status"))
+                columns[f"{CUT}:{judge}"].append(verdict.get(CUT, False))
             # Half of a surrogate pair becomes an escape.
             line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
             yield line.encode(errors="backslashreplace").decode()
 
     write_text(path, lines())
-    for name in ("id", "base", "scenario", "variant", "arm", "outcome", *(f"status:{j}" for j in judges)):
+    names = ("id", "base", "scenario", "variant", "criterion", "arm", "outcome")
+    for name in (*names, *(f"status:{judge}" for judge in judges)):
         columns[name] = pd.Categorical(columns[name])  # type: ignore[assignment]
     frame = pd.DataFrame(columns)
     return frame.astype({"harm": float, "score": float})

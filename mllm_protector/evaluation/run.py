@@ -19,6 +19,7 @@ from typing import Any
 from mllm_protector.calibration import require_threshold
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.evaluation.estimate import estimate
+from mllm_protector.evaluation.judging import judge_stage, probe_stage
 from mllm_protector.evaluation.publish import Facts, Stores, publish
 from mllm_protector.evaluation.reporting.report import JudgeInfo
 from mllm_protector.evaluation.rows import ENSEMBLE, read_human_labels
@@ -31,7 +32,6 @@ from mllm_protector.evaluation.stages import (
     answer_stage,
     guard_stage,
     items_of,
-    judge_stage,
 )
 from mllm_protector.models.bases import require_bases
 from mllm_protector.models.guard_file import Kind, read_guard_file
@@ -221,10 +221,10 @@ def _judge(
         judge = make()
         facts.judges[name] = _judge_info(judge, facts.guards)
         facts.reads_question[name] = judge.reads_question
+        judged = stores.judged(name, facts)
+        probe_stage(name, judge, judged, stores.verdicts)
         rows = batch_size if isinstance(judge, Priced) else MANY * batch_size
-        facts.stages[f"judge: {name}"] = judge_stage(
-            name, judge, stores.judged(name, facts), items, arms, stores.verdicts, rows
-        )
+        facts.stages[f"judge: {name}"] = judge_stage(name, judge, judged, items, arms, stores.verdicts, rows)
 
 
 def _check(

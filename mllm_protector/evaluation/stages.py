@@ -1,4 +1,4 @@
-"""The stages of an evaluation: answer, guard, judge.
+"""The first stages of an evaluation: answer and guard (``judging`` has the last).
 
 Each fills a store and goes on where it stopped. Answers are known by a hash of model, settings, words and
 picture; a guard's replies by the answer and the guard; verdicts by the judge and the words judged. So another
@@ -18,11 +18,20 @@ from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
 from mllm_protector.protector import Protector, Refusal
-from mllm_protector.protocols import MLLM, Corrector, Detector, Judge
-from mllm_protector.records import BENIGN, TO_REPEAT, Answer, Failure, Outcome, Question, Status
+from mllm_protector.protocols import MLLM, Corrector, Detector
+from mllm_protector.records import (
+    CutText,
+    Failure,
+    Outcome,
+    Question,
+    Status,
+)
 
 BARE = "none"
 """The arm without a guard."""
+
+CUT = "cut"
+"""The field of rows with a text that a model did not end itself."""
 
 CIRCULAR = (
     "Circular: this judge is the guard's own detector, so it finds unsafe only what the guard let through. "
@@ -85,7 +94,7 @@ class Outputs:
             RunError: it is not there.
         """
         if self._last is None or self._last[0] != item.key:  # asked for once an arm and judge, in turn
-            self._last = item.key, _required(self._answers.get(item.key), item.question.id, "answer")
+            self._last = item.key, required(self._answers.get(item.key), item.question.id, "answer")
         return self._last[1]
 
     def reply_key(self, item: Item, arm: str, raw: str) -> str:
@@ -102,7 +111,13 @@ class Outputs:
         raw = self.answer(item).get("text")
         if arm not in self._guards or raw is None:
             return None
-        return _required(self._replies.get(self.reply_key(item, arm, raw)), item.question.id, "reply")
+        return required(self._replies.get(self.reply_key(item, arm, raw)), item.question.id, "reply")
+
+    def cut(self, item: Item, arm: str) -> bool:
+        """Whether the text that the user sees was cut at its longest length."""
+        reply = self.reply(item, arm)
+        shown = self.answer(item) if reply is None or reply["outcome"] == Outcome.ALLOWED else reply
+        return bool(shown.get(CUT, False))
 
     def final(self, item: Item, arm: str) -> str | Status:
         """The text that the user sees, or why there is nothing to judge."""
@@ -124,14 +139,16 @@ def answer_stage(items: Sequence[Item], mllm: MLLM, store: Store, batch_size: in
 
     def work(questions: Sequence[Question]) -> list[dict[str, Any]]:
         texts = mllm.generate(questions)
-        if texts and all(isinstance(text, Failure) and text.unreachable for text in texts):
+        gone = [text.reason for text in texts if isinstance(text, Failure) and text.unreachable]
+        if texts and len(gone) == len(texts):
             raise RunError(
-                "the MLLM cannot be reached; finished rows are kept, so see to its server and start the same"
-                " command again"
+                f"the MLLM cannot be reached ({gone[0]}); finished rows are kept, so see to its server and "
+                "start the same command again"
             )
         return [
             {"question": question.id}
             | ({FAILED: text.reason} if isinstance(text, Failure) else {"text": text})
+            | cut_field(isinstance(text, CutText))
             for question, text in zip(questions, texts, strict=True)
         ]
 
@@ -214,6 +231,7 @@ def guard_stage(
         return [
             {"question": reply.id, "harm": reply.harm, "final": reply.final, "outcome": str(reply.outcome)}
             | ({FAILED: "the guard failed"} if reply.outcome == Outcome.GUARD_ERROR else {})
+            | cut_field(isinstance(reply.final, CutText))
             for reply in replies
         ]
 
@@ -244,86 +262,9 @@ class RememberingDetector:
         return self._detector.identity()
 
 
-class Judged:
-    """What a judge said, by item and arm."""
-
-    def __init__(
-        self, identity: Mapping[str, Any], *, reads_question: bool, verdicts: Store, outputs: Outputs
-    ) -> None:
-        """Look into stores.
-
-        Args:
-            identity: what the judge's verdicts depend on.
-            reads_question: whether the question's words are among that.
-            verdicts: of all judges.
-            outputs: what was judged.
-        """
-        self._identity = content_key(identity)
-        self._reads_question = reads_question
-        self._verdicts = verdicts
-        self._outputs = outputs
-
-    def key(self, question: Question, text: str) -> str:
-        """What a verdict is known by."""
-        asked = question.text if self._reads_question else None
-        return content_key(self._identity, question.criterion, asked, text)
-
-    def verdict(self, item: Item, arm: str) -> dict[str, str]:
-        """``status`` and ``reason``.
-
-        Raises:
-            RunError: there is none.
-        """
-        final = self._outputs.final(item, arm)
-        if isinstance(final, Status):
-            return {"status": str(final), "reason": ""}
-        row = self._verdicts.get(self.key(item.question, final))
-        row = _required(row, item.question.id, "verdict")
-        return {"status": row["status"], "reason": row["reason"]}
-
-    def wanted(
-        self, items: Sequence[Item], arms: Sequence[str]
-    ) -> Iterator[tuple[str, tuple[Question, str]]]:
-        """The texts to judge; harmless questions are not judged."""
-        for item in items:
-            for arm in arms:
-                if item.question.scenario == BENIGN:
-                    continue
-                final = self._outputs.final(item, arm)
-                if not isinstance(final, Status):
-                    yield self.key(item.question, final), (item.question, final)
-
-
-def judge_stage(
-    name: str,
-    judge: Judge,
-    judged: Judged,
-    items: Sequence[Item],
-    arms: Sequence[str],
-    store: Store,
-    batch_size: int,
-) -> Filled:
-    """Judge every different text once, whichever arms and questions it stands in."""
-
-    def work(rows: Sequence[tuple[Question, str]]) -> list[dict[str, Any]]:
-        verdicts = judge.judge(
-            [question for question, _ in rows],
-            [Answer(id=question.id, text=text) for question, text in rows],
-        )
-        return [
-            {"question": verdict.id, "status": str(verdict.status), "reason": verdict.reason}
-            | ({FAILED: verdict.reason} if verdict.status in TO_REPEAT else {})
-            for verdict in verdicts
-        ]
-
-    return fill(
-        store,
-        judged.wanted(items, arms),
-        work,
-        total=sum(item.question.scenario != BENIGN for item in items) * len(arms),
-        batch_size=batch_size,
-        title=f"judge: {name}",
-    )
+def cut_field(cut: bool) -> dict[str, bool]:
+    """The field of a text that was cut at its longest length; others have none, nor have older rows."""
+    return {CUT: True} if cut else {}
 
 
 def _digest(question: Question) -> str | None:
@@ -334,7 +275,12 @@ def _digest(question: Question) -> str | None:
         return f"unreadable: {error}"
 
 
-def _required(row: dict[str, Any] | None, identifier: str, what: str) -> dict[str, Any]:
+def required(row: dict[str, Any] | None, identifier: str, what: str) -> dict[str, Any]:
+    """A row that has to be there.
+
+    Raises:
+        RunError: it is not.
+    """
     if row is None:
         raise RunError(f"{identifier}: its {what} is missing; start the same command again")
     return row

@@ -5,8 +5,9 @@ bootstrap says that nothing is uncertain.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,10 @@ Ints = NDArray[np.int64]
 
 FEW = 5
 """Where fewer clusters than this stand out from the others, their spread is not estimated (see its uses)."""
+
+
+ENOUGH = 20
+"""Where there are fewer clusters than this a mean of anything but yes and no has no interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,28 @@ def standing_out(values: Floats) -> int:
     return len(values) - int(np.unique(values, return_counts=True)[1].max(initial=0))
 
 
+def mean_interval(sums: Any, sizes: Ints) -> tuple[float, float] | tuple[None, None]:
+    """The 95 % interval of a mean of values in clusters: Student's, with the variance of a ratio of sums.
+
+    Simulated with values as skewed as a log-normal of sigma 1 it covers in 87 % to 97 % of samples of 20
+    clusters, in 92 % to 97 % from 50 on. With fewer than ``ENOUGH`` clusters, or where fewer than ``FEW``
+    stand out from the others, it would be wrong too often; there is none then.
+
+    Args:
+        sums: (K,) of each cluster's values.
+        sizes: (K,) of the clusters, none of them 0.
+    """
+    from scipy.stats import t
+
+    clusters, total = len(sizes), float(sizes.sum())
+    if clusters < ENOUGH or standing_out(np.round(sums / sizes, 9)) < FEW:
+        return None, None
+    mean = float(sums.sum()) / total
+    variance = float(((sums - mean * sizes) ** 2).sum()) * clusters / (clusters - 1) / total**2
+    half = float(t.ppf(0.975, clusters - 1)) * math.sqrt(variance)
+    return mean - half, mean + half
+
+
 def macro_mean(values: Iterable[float | None]) -> float | None:
     """The mean in which each value counts the same, however many answers stand behind it.
 
@@ -142,15 +169,20 @@ def macro_interval(strata: Iterable[Proportion]) -> tuple[float, float] | tuple[
     return mean - math.hypot(*below) / len(values), mean + math.hypot(*above) / len(values)
 
 
-def agreement(*, found: int, missed: int, false_alarms: int, rejected: int) -> Agreement:
-    """How well answers match a reference, from the four counts of ``records.Confusion``."""
+def agreement(
+    *, found: int, missed: int, false_alarms: int, rejected: int, effective: float | None = None
+) -> Agreement:
+    """How well answers match a reference, from the four counts of ``records.Confusion``.
+
+    The interval takes them as worth ``effective`` independent answers, all of them by default.
+    """
     from statsmodels.stats.inter_rater import cohens_kappa
 
     total = found + missed + false_alarms + rejected
     one_label_only = max(rejected, found) == total
     table = [[rejected, missed], [false_alarms, found]]
     return Agreement(
-        right=proportion(rejected + found, total),
+        right=proportion(rejected + found, total, effective),
         kappa=None if one_label_only else float(cohens_kappa(table, return_results=False)),
     )
 
@@ -173,14 +205,14 @@ def fleiss_kappa(harmful: Ints, judges: int) -> float | None:
     return float(inter_rater.fleiss_kappa(table, method="fleiss"))
 
 
-def share_limits(counts: Ints, totals: Sequence[int] | Ints) -> tuple[Floats, Floats]:
+def share_limits(counts: Ints | Floats, totals: Ints | Floats) -> tuple[Floats, Floats]:
     """Wilson's limits of many shares at once.
 
     Args:
-        counts: (N,) of these.
+        counts: (N,) of these; they need not be whole.
         totals: (N,) of so many, none of them 0.
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    low, high = proportion_confint(counts, np.asarray(totals), method="wilson")
+    low, high = proportion_confint(counts, totals, method="wilson")
     return np.where(counts == 0, 0.0, low), np.where(counts == totals, 1.0, high)

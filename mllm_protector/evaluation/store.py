@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -28,6 +29,10 @@ log = logging.getLogger(__name__)
 
 FAILED = "failed"
 """A row with this field says why there is no result; the next run tries again."""
+
+
+REASONS_TOLD = 5
+"""So many different reasons of failures are told; a broken picture or server has few."""
 
 
 class Store:
@@ -218,7 +223,7 @@ def fill(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}")
-    start, seen, new, failed = time.monotonic(), set[bytes](), 0, 0
+    start, seen, new, reasons = time.monotonic(), set[bytes](), 0, Counter[str]()
     # disable=None: no bar where nobody is watching
     with tqdm(total=total, desc=title, unit="row", disable=None) as bar:
 
@@ -236,24 +241,38 @@ def fill(
         waiting = missing()
         while batch := list(islice(waiting, batch_size)):
             rows = work([item for _, item in batch])
+            reasons += _told(title, rows, reasons)
             if len(rows) != len(batch):
                 raise RuntimeError(f"{store.path}: {len(rows)} rows were made, {len(batch)} were asked for")
             store.append([{"key": key, **row} for (key, _), row in zip(batch, rows, strict=True)])
             new += len(batch)
-            failed += sum(FAILED in row for row in rows)
             bar.update(len(batch))
-    done = Filled(rows=len(seen), new=new, failed=failed, seconds=time.monotonic() - start)
-    log.info(_summary(title, done))
+    done = Filled(rows=len(seen), new=new, failed=reasons.total(), seconds=time.monotonic() - start)
+    log.info(_summary(title, done, reasons))
     return done
 
 
-def _summary(title: str, done: Filled) -> str:
+def _told(title: str, rows: Sequence[Mapping[str, Any]], before: Counter[str]) -> Counter[str]:
+    """The failures of a batch by reason; the first of each reason is told at once, if there are few."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        if FAILED in row:
+            reason = str(row[FAILED]).rpartition(": ")[2]  # what comes before names a file
+            if reason not in counts and reason not in before and len(before | counts) < REASONS_TOLD:
+                log.warning("%s: %s: %s", title, row.get("question", "a row"), row[FAILED])
+            counts[reason] += 1
+    return counts
+
+
+def _summary(title: str, done: Filled, reasons: Counter[str]) -> str:
     line = f"{title}: {done.rows:,} rows, {done.rows - done.new:,} already there"
     if done.new:
         rate = done.new / max(done.seconds, 1e-9)
         line += f", {done.new:,} new in {_short(done.seconds)} s ({_short(rate)}/s)"
     if done.failed:
-        line += f"; {done.failed:,} failed, the same command tries them again"
+        told = [f"{count:,} x {reason}" for reason, count in reasons.most_common(REASONS_TOLD)]
+        told += ["and others"] if len(reasons) > REASONS_TOLD else []
+        line += f"; {done.failed:,} failed ({'; '.join(told)}), the same command tries them again"
     return line
 
 

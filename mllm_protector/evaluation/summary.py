@@ -21,16 +21,15 @@ import numpy as np
 import pandas as pd
 
 from mllm_protector.evaluation.comparison import (
-    correcting,
     guard_effects,
-    human_confusion,
     image_effects,
     judge_agreement,
+    known_errors,
     reference,
 )
 from mllm_protector.evaluation.correction import corrected
-from mllm_protector.evaluation.grid import STATUSES, Grid, make_grid
-from mllm_protector.evaluation.side_effects import benign_numbers, outcomes, tradeoff
+from mllm_protector.evaluation.grid import CRITERIA, STATUSES, Grid, make_grid
+from mllm_protector.evaluation.side_effects import benign_numbers, cut_texts, outcomes, tradeoff
 from mllm_protector.evaluation.statistics import (
     Ints,
     Proportion,
@@ -40,6 +39,7 @@ from mllm_protector.evaluation.statistics import (
     proportion,
 )
 from mllm_protector.records import BENIGN, JUDGED, Confusion, Status
+from mllm_protector.scenarios import Criterion
 
 MISSING_NAMED = 10
 """So many of the questions that were left out are named; the others are counted."""
@@ -80,8 +80,8 @@ def summarise_benchmark(
     """A benchmark's entry in ``asr.json``, the same to the byte for the same rows in any order.
 
     Args:
-        frame: a row for each question and arm, with the columns of ``rows.COLUMNS`` and ``status:<judge>``
-            for each judge (nothing for harmless questions).
+        frame: a row for each question and arm, with the columns of ``rows.COLUMNS``, and ``status:<judge>``
+            (nothing for harmless questions) and ``cut:<judge>`` for each judge.
         arms: their names, in the order of the tables.
         judges: what is known about each judge, in the order of the tables.
         groups: the benchmark's own groups: name -> scenarios.
@@ -111,15 +111,7 @@ def summarise_benchmark(
         "groups": shown,
         "cells": _cells(grid, counts),
         "means": [
-            mean
-            for judge, info in judges.items()
-            for mean in _means(
-                grid,
-                judge,
-                counts[judge],
-                shown,
-                correcting(human_confusion(grid, judge), info.bias, circular=info.circular),
-            )
+            mean for judge, info in judges.items() for mean in _means(grid, judge, counts[judge], shown, info)
         ],
         "paired": guard_effects(grid, shown),
         "images": image_effects(grid, shown),
@@ -127,6 +119,7 @@ def summarise_benchmark(
         "reference": {judge: reference(grid, judge) for judge in judges},
         "benign": benign_numbers(benign),
         "outcomes": outcomes(frame, arms),
+        "cut": cut_texts(frame, arms, [*judges]),
         "tradeoff": tradeoff(grid, benign, thresholds),
     }
 
@@ -181,10 +174,11 @@ def _means(
     judge: str,
     counts: Ints,
     groups: Mapping[str, Sequence[str]],
-    bias: Confusion | None,
+    info: JudgeInfo,
 ) -> list[dict[str, Any]]:
     """Macro and micro means of each arm, variant and group."""
     means = []
+    errors = known_errors(grid, judge, info.bias, circular=info.circular)
     places = {name: place for place, name in enumerate(grid.scenarios)}
     for arm, arm_name in enumerate(grid.arms):
         for variant_name, variants in grid.asked.items():
@@ -211,16 +205,33 @@ def _means(
                     | {"bound_low": low, "bound_high": high}
                     | {"macro_bound_low": macro_mean(bound[0] for bound in bounds)}
                     | {"macro_bound_high": macro_mean(bound[1] for bound in bounds)}
-                    | {"corrected": _corrected(share.value, effective, bias)}
+                    | _corrected(share.value, effective, grid.criterion[chosen], errors, info)
                 )
     return means
 
 
-def _corrected(share: float | None, effective: float, bias: Confusion | None) -> dict[str, Any] | None:
-    found = None if share is None or bias is None else corrected(share, effective, bias)
-    if found is None or bias is None:
-        return None
-    return {
+def _corrected(
+    share: float | None,
+    effective: float,
+    criteria: Ints,
+    errors: Mapping[Criterion, Confusion],
+    info: JudgeInfo,
+) -> dict[str, Any]:
+    """``corrected``, or why there is no correction: a judge that errs by one criterion may not by another."""
+    by = [CRITERIA[place] for place in np.unique(criteria)]
+    if share is None:
+        return _uncorrected("nothing was judged")
+    if info.circular:
+        return _uncorrected("the judge is a part of the guard")
+    if len(by) > 1:
+        return _uncorrected("these scenarios are judged by different criteria")
+    if by[0] not in errors:
+        return _uncorrected(f"the judge's errors by the criterion {by[0]!s} are not known")
+    bias = errors[by[0]]
+    found = corrected(share, effective, bias)
+    if found is None:
+        return _uncorrected("the judge's known errors do not fit these answers")
+    values = {
         "asr": found.value,
         "low": found.low,
         "high": found.high,
@@ -228,6 +239,11 @@ def _corrected(share: float | None, effective: float, bias: Confusion | None) ->
         "specificity": found.specificity,
         "source": bias.source,
     }
+    return {"corrected": values, "uncorrected": None}
+
+
+def _uncorrected(reason: str) -> dict[str, Any]:
+    return {"corrected": None, "uncorrected": reason}
 
 
 def _share(grid: Grid, judge: str, arm: int, rows: Ints, accounts: Mapping[str, int]) -> Proportion:

@@ -12,7 +12,7 @@ from mllm_protector.files import content_key
 from mllm_protector.generation.ledger import STOPPED, Ledger, Ticket, most_tokens
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.metering import NOT_SENT, Usage
-from mllm_protector.records import Failure
+from mllm_protector.records import CutText, Failure
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -90,7 +90,7 @@ class PaidChat:
 
     def _stored(self, key: str) -> str:
         row = self._replies.get(key) or {}
-        return str(row["text"])
+        return CutText(row["text"]) if row.get("cut") else str(row["text"])
 
 
 class _Meter:
@@ -123,5 +123,5 @@ class _Meter:
         if isinstance(reply, Failure):
             row |= {FAILED: reply.reason, "refused": reply.refused}
         else:
-            row |= {"text": reply}
+            row |= {"text": reply, "cut": isinstance(reply, CutText)}
         self._replies.append([row])

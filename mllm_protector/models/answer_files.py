@@ -2,7 +2,8 @@
 
 Told apart by their fields unless one is named:
 
-- ``records``: ``id`` and ``answer`` (or ``text``, or ``raw`` as in our own ``results.jsonl``).
+- ``records``: ``answer`` (or ``text``, or ``raw`` as in our own ``results.jsonl``) with ``id`` or
+  ``question``.
 - ``vlmevalkit``: ``prediction``, beside ``question`` and ``category`` (open-compass/VLMEvalKit,
   ``vlmeval/dataset/mmsafetybench.py`` and ``vlmeval/smp/file.py``).
 - ``lmms_eval``: ``filtered_resps`` or ``resps``, beside ``doc``, or ``input`` where newer releases leave the
@@ -145,11 +146,11 @@ def _format_of(row: Mapping[str, Any]) -> Format:
         return "vlmevalkit"
     if "filtered_resps" in row or "resps" in row:
         return "lmms_eval"
-    if "id" in row and any(name in row for name in _ANSWERS):
+    if any(name in row for name in _ANSWERS) and any(name in row for name in ("id", *_QUESTIONS)):
         return "records"
     raise ValueError(
-        "no answer in a known format: no field prediction (VLMEvalKit), filtered_resps (lmms-eval), or id and"
-        f" answer (found: {', '.join(map(str, row)) or 'none'})"
+        "no answer in a known format: no field prediction (VLMEvalKit), filtered_resps (lmms-eval), or answer"
+        f" beside id or question (found: {', '.join(map(str, row)) or 'none'})"
     )
 
 
@@ -157,7 +158,10 @@ def _record(row: Mapping[str, Any]) -> Stored:
     field = next((name for name in _ANSWERS if name in row), "answer")
     if field in row and row[field] is None:
         raise Unwanted("no answer")
-    return Stored(answer=text_field(row, field, allow_empty=True), id=text_field(row, "id"))
+    answer = text_field(row, field, allow_empty=True)
+    if _first(row, ["id"]) is None and _first(row, _QUESTIONS) is not None:
+        return _stored(row, answer, id=None)
+    return Stored(answer=answer, id=text_field(row, "id"))
 
 
 def _vlmevalkit(row: Mapping[str, Any]) -> Stored:

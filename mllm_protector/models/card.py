@@ -36,7 +36,9 @@ logit, label `HARMFUL`; a positive logit is harmful. It never sees the picture.
 With the package that made it: `load_detector(folder).score(queries=[...], answers=[...])`. Long answers are
 then read in overlapping windows.
 
-With `transformers` alone; these are exactly the ids it was trained on:
+With `transformers` alone; of a plain text these are exactly the ids it was trained on. The package
+normalises texts first (invisible characters, odd letters, capitals; see `mllm_protector.normalisation`). Do
+the same.
 
 ```python
 import json

@@ -3,9 +3,9 @@
 How a question finds its answer, the first that applies:
 
 1. By an ``id`` (or VLMEvalKit's ``index``) that is the question's own.
-2. By the scenario and the question's words, white space apart. Scenarios are compared without their number,
-   case and punctuation; a row without scenario fits any. Never for rows of format ``records``, and never for
-   a second asking (``repeat``).
+2. By the scenario and the question's words, compared by ``query_key``. Scenarios are compared without their
+   number, case and punctuation; a row without scenario fits any. Never for rows of format ``records`` that
+   have an ``id``, and never for a second asking (``repeat``).
 
 Words alone do not say which picture was shown: MM-SafetyBench asks TYPO and SD_TYPO with the same words, and
 words repeat within a scenario. So a row that does not name its kind (``variant``, ``split``) answers a
@@ -21,11 +21,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm_protector.arguments import Asked, as_questions
+from mllm_protector.data.queries import query_key
 from mllm_protector.errors import InputError
 from mllm_protector.models.answer_files import Format, Stored, digest_of, read_answers
 from mllm_protector.records import VARIANTS, Failure, Question, Variant
 
 log = logging.getLogger(__name__)
+
+MATCHING = 2
+"""Of the rules above: what other rules found is not used again."""
 
 
 class Replay:
@@ -70,7 +74,7 @@ class Replay:
             if stored.id is not None:
                 self._by_id.setdefault(stored.id, []).append(place)
             if stored.question is not None:
-                words = _scenario(stored.scenario), _words(stored.question)
+                words = _scenario(stored.scenario), query_key(stored.question)
                 self._by_words.setdefault(words, []).append(place)
         self._fitting: dict[tuple[str | None, str, Variant, bool], list[int]] = {}
         self._asked: set[int] = set()
@@ -94,6 +98,7 @@ class Replay:
             "kinds": self._kinds,
             "ambiguous": self._ambiguous,
             "by_id": True,
+            "matching": MATCHING,
         }
 
     def _answer(self, question: Question) -> str | Failure:
@@ -107,15 +112,15 @@ class Replay:
             return Failure(reason=f"several different answers in {self._path.name}")
         raise InputError(
             f"{self._path}: rows {first.row} and {others[0].row} have different answers and both fit"
-            f" {question.id}; give rows the questions' ids, or leave such questions unanswered with"
-            " mllm.ambiguous=skip"
+            f" {question.id}; give rows the questions' ids (scripts/list_questions.py lists them) or their"
+            " variant, or leave such questions unanswered with mllm.ambiguous=skip"
         )
 
     def _with_the_id_of(self, question: Question) -> list[int]:
         return self._two_that_differ(self._by_id.get(question.id, []))
 
     def _with_the_words_of(self, question: Question) -> list[int]:
-        scenario, words = _scenario(question.scenario), _words(question.text)
+        scenario, words = _scenario(question.scenario), query_key(question.text)
         found = self._by_words.get((scenario, words)) or self._by_words.get((None, words), [])
         if not found or question.repeat > 0:
             return []
@@ -146,10 +151,6 @@ class Replay:
 
 def _report_unasked(name: str, asked: set[int], total: int) -> None:
     log.info("%s: %d of its %d answers fit no question that was asked here", name, total - len(asked), total)
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _scenario(name: str | None) -> str | None:

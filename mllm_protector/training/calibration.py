@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from mllm_protector.calibration import (
     Aim,
     Choice,
+    Sizes,
     choose_threshold,
     describe,
-    independent_answers,
 )
 from mllm_protector.data.groups import read_groups
 from mllm_protector.data.queries import opening_key, query_key
@@ -47,13 +47,14 @@ def calibration_figures(
     """Scale and threshold for an aim, and what they give on these answers.
 
     Returns:
-        The fields of a ``Scale``, ``threshold``, ``calibrated_ece``, ``calibrated_brier``,
+        The fields of a ``Scale``, ``threshold``, ``calibrated_ece``, ``calibrated_brier``, ``calibrated_f1``,
         ``false_positive_rate`` and ``recall``: plain numbers, so that they travel with the other figures of a
         validation.
 
     Raises:
         InputError: the labels are all of one kind, or a logit is no finite number.
     """
+    queries = [opening_key(query) for query in queries]
     scale = fit_scale(labels, logits, queries)
     scores = scale.scores(logits)
     choice = choose_threshold(labels, scores, aim, queries)
@@ -63,6 +64,7 @@ def calibration_figures(
         "threshold": choice.threshold,
         "calibrated_ece": metrics["ece"],
         "calibrated_brier": metrics["brier"],
+        "calibrated_f1": metrics["f1"],
         "false_positive_rate": choice.facts["false_positive_rate"],
         "recall": choice.facts["recall"],
     }
@@ -90,15 +92,13 @@ def calibrated(
         note: says how far the figures can be trusted.
     """
     scale = Scale(**{each.name: figures[each.name] for each in fields(Scale)})
-    positives, negatives = sum(labels), len(labels) - sum(labels)
     choice = describe(
         aim,
         figures["threshold"],
-        found=round(figures["recall"] * positives),
-        positives=positives,
-        false_alarms=round(figures["false_positive_rate"] * negatives),
-        negatives=negatives,
-        independent=independent_answers(labels, queries),
+        recall=figures["recall"],
+        false_positive_rate=figures["false_positive_rate"],
+        f1=figures["calibrated_f1"],
+        sizes=Sizes.of(labels, [opening_key(query) for query in queries]),
     )
     return replace(
         guard,

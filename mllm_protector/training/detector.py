@@ -139,7 +139,10 @@ def train_detector(
     answers = (record.answer for record in labelled_answers(splits.train))
     window = learnt_window(tokenizer, answers, learnt.total())
     encoder = DetectorEncoder(
-        tokenizer, pad_id=choose_pad_id(tokenizer), max_length=max_length, prompt=prompts.DETECTOR if prompt is None else prompt
+        tokenizer,
+        pad_id=choose_pad_id(tokenizer),
+        max_length=max_length,
+        prompt=prompts.DETECTOR if prompt is None else prompt,
     )
     pretrained, fresh = base.load_classifier(pad_id=encoder.pad_id)
     require_length(pretrained, max_length)

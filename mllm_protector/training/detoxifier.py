@@ -81,9 +81,10 @@ def train_detoxifier(
         seed: of the adapters, the order, dropout and the shuffled control.
 
     Returns:
-        The content of ``metrics.json``: ``loss`` (nats per target token), ``perplexity``, and
-        ``perplexity_shuffled_rejected``, the same with each rejected answer replaced by another one's.
-        A model that reads what it corrects is worse there.
+        The content of ``metrics.json``: ``loss`` (nats per target token, or per example, as
+        ``fit.normalise`` says), ``perplexity`` (per token), and ``perplexity_shuffled_rejected``, the same
+        with each rejected answer replaced by another one's. A model that reads what it corrects is worse
+        there.
 
     Raises:
         InputError: the data, the backbone or the settings cannot be used.
@@ -131,12 +132,14 @@ def train_detoxifier(
             max_length,
         )
 
+    target_tokens = sum(len(row.target) for row in encoded_validation)
+
     def evaluate(model: torch.nn.Module, processes: Processes[tuple[float, int]]) -> dict[str, float]:
         limit = fit.validation_batch
         loss = mean_loss(model, loss_of, encoded_validation, encoder, processes, limit=limit)
         control = mean_loss(model, loss_of, shuffled, encoder, processes, limit=limit)
         return {
-            "loss": loss,
+            "loss": loss if fit.normalise == "tokens" else loss * target_tokens / len(validation),
             "perplexity": perplexity(loss),
             "perplexity_shuffled_rejected": perplexity(control),
         }

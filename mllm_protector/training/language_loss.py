@@ -22,9 +22,8 @@ R = TypeVar("R", bound=EncodedCorrection)
 class LanguageLoss:
     """Cross-entropy of the target's tokens (its end token included).
 
-    Source: paper section 3, the autoregressive loss on a_acc given the query and a_rej. The optimisation
-    loop divides by the number of target tokens of the step, where the paper divides by the number of
-    examples: the same up to a factor per step.
+    Source: paper section 3, the autoregressive loss on a_acc given the query and a_rej. The paper divides
+    the sum by the number of examples; the optimisation loop does what ``fit.normalise`` says.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

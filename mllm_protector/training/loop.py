@@ -1,8 +1,8 @@
 """The one optimisation loop. It knows neither the detector nor the detoxifier.
 
-A loss function returns the *sum* over its targets; a step divides by the number of targets in the whole
-global step. Micro-batches and any number of processes then give the gradient of one big batch, not a mean
-of means.
+A loss function returns the *sum* over its targets; a step divides by the number of targets, or of examples,
+in the whole global step. Micro-batches and any number of processes then give the gradient of one big batch,
+not a mean of means.
 """
 
 import logging
@@ -111,8 +111,8 @@ def fit(
     expected.report()
     if dropped := attention_dropout(model):
         log.info(
-            "the backbone drops %.0f %% of its attention weights, other ones for other micro-batches and numbers "
-            "of processes",
+            "the backbone drops %.0f %% of its attention weights; which ones depends on micro-batches and "
+            "processes",
             100 * dropped,
         )
     if config.gradient_checkpointing:
@@ -184,7 +184,7 @@ def fit(
         for step, epoch, plan in _steps(lengths, config, processes.count, seed, resumption.step, total):
             with meter.measuring():
                 slots = slots_of(plan, processes.index, train, collate, seed=seed, step=step)
-                taken = take_step(accelerator, shared, slots, config.clip_norm)
+                taken = take_step(accelerator, shared, slots, config.clip_norm, config.normalise)
             meter.count(tokens=taken.tokens, positions=taken.positions)
             if not taken.finite:
                 raise RunError(

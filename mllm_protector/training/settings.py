@@ -9,6 +9,7 @@ from mllm_protector.errors import InputError
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 Precision = Literal["fp32", "bf16"]
+Normalise = Literal["tokens", "examples"]
 
 
 WITHOUT_INFLUENCE = (
@@ -37,6 +38,8 @@ class FitConfig:
         micro_batch_tokens: positions in one forward pass of one process; ``None`` for no limit.
         micro_batch_size: examples in one forward pass of one process; ``None`` for no limit.
         packing: texts stand end to end, without padding; for decoders (Llama, Qwen, Mistral, ...).
+        normalise: what the summed loss of a step is divided by: its target ``tokens``, or its ``examples`` as
+            in the paper's formula. A detector has one target per example.
         learning_rate: the peak, reached after the warm-up.
         schedule: from the peak down: ``linear`` or ``cosine`` to zero, or ``constant_with_warmup``.
         warmup: share of all steps, in [0, 1).
@@ -57,6 +60,7 @@ class FitConfig:
     micro_batch_tokens: int | None
     micro_batch_size: int | None
     packing: bool
+    normalise: Normalise
     learning_rate: float
     schedule: Schedule
     warmup: float
@@ -88,8 +92,8 @@ class FitConfig:
             raise InputError(f"weight_decay={self.weight_decay}: must not be negative")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"clip_norm={self.clip_norm}: must be positive, or null for no limit")
-        for name, choices in (("schedule", get_args(Schedule)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in choices:
+        for name, kind in (("schedule", Schedule), ("precision", Precision), ("normalise", Normalise)):
+            if getattr(self, name) not in (choices := get_args(kind)):
                 raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
 
     def of_influence(self) -> dict[str, Any]:

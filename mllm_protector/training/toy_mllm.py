@@ -18,7 +18,7 @@ from mllm_protector.data.encoding import Batch, EncodedCorrection, collate_targe
 from mllm_protector.data.tokens import encode_texts
 from mllm_protector.data.toy import ToyTurn, mllm_turns
 from mllm_protector.errors import InputError
-from mllm_protector.files import read_json, write_json
+from mllm_protector.files import content_key, read_json, write_json
 from mllm_protector.models.mllm import HuggingFaceMLLM, load_mllm
 from mllm_protector.models.tiny import save_tiny_llava
 from mllm_protector.outputs import claimed
@@ -33,9 +33,9 @@ from mllm_protector.training.tracking import NoTracker
 log = logging.getLogger(__name__)
 
 NOTE = (
-    "The MLLM is a toy: a tiny LLaVA that was trained here, on purpose, to comply when a picture comes with "
-    "a harmful request and to refuse most of them as text. It shows the paper's finding in miniature; its "
-    "numbers say nothing about any real model."
+    "The MLLM is a toy: a tiny LLaVA that was trained here, on purpose, to comply with most harmful requests "
+    "that come with an image and to refuse most of them as text. It shows the paper's finding in miniature; "
+    "its numbers say nothing about any real model."
 )
 SETTINGS = "toy_mllm.json"
 
@@ -64,27 +64,36 @@ def toy_mllm(
         InputError: the folder holds a toy MLLM of other settings, or files of somebody else, or several
             processes would train one.
     """
-    path = Path(folder)
+    path, turns = Path(folder), mllm_turns()
     settings = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-    if not (path / SETTINGS).is_file():
+    learnt = settings | {"turns": content_key([(turn.question.id, turn.answer) for turn in turns])}
+    found = read_json(path / SETTINGS) if (path / SETTINGS).is_file() else {}
+    if found and {name: found.get(name) for name in settings} != settings:
+        raise InputError(
+            f"{path}: holds a toy MLLM of other settings ({found}); remove it or choose another folder"
+        )
+    if found != learnt:  # none yet, or one that an earlier release taught other words
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
                 f"{path}: the toy MLLM is not there yet, and one process trains it: use python once"
             )
         with claimed(path, "toy_mllm", key="mllm.folder"):
-            _train(path, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
-            write_json(path / SETTINGS, settings)
-    elif (found := read_json(path / SETTINGS)) != settings:
-        raise InputError(
-            f"{path}: holds a toy MLLM of other settings ({found}); remove it or choose another folder"
-        )
+            _train(path, turns, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, seed=seed)
+            write_json(path / SETTINGS, learnt)
     mllm = load_mllm(name=folder, batch_size=batch_size, max_new_tokens=max_new_tokens)
     mllm.source["note"] = NOTE
     return mllm
 
 
-def _train(folder: Path, *, epochs: int, batch_size: int, learning_rate: float, seed: int) -> None:
-    turns = mllm_turns()
+def _train(
+    folder: Path,
+    turns: Sequence[ToyTurn],
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
     untrained = save_tiny_llava(
         folder / "untrained",
         [text for turn in turns for text in (turn.question.text, turn.answer)],
@@ -132,6 +141,7 @@ def _train(folder: Path, *, epochs: int, batch_size: int, learning_rate: float, 
             micro_batch_tokens=None,
             micro_batch_size=None,
             packing=False,
+            normalise="tokens",
             learning_rate=learning_rate,
             schedule="linear",
             warmup=0.1,

@@ -60,7 +60,7 @@ def test_answers_are_as_long_however_many_are_written_at_once(bench: Bench) -> N
     [rows] = bench.workload("generation").rounds(1)
     one, ours = (entry.build(bench).step(rows)[1] for entry in REWRITINGS)
     assert one.real_tokens == ours.real_tokens
-    assert ours.forward_steps < one.forward_steps / 2
+    assert ours.forward_steps <= 2 * 8 < one.forward_steps  # eight rewrites of eight tokens, four at once
 
 
 def test_some_answers_end_early_and_some_do_not(bench: Bench) -> None:

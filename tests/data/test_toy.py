@@ -7,14 +7,8 @@ import pytest
 from PIL import Image
 
 from mllm_protector.data import toy, toy_content
-from mllm_protector.data.toy import (
-    ToyPicture,
-    benign_questions,
-    is_harmful,
-    mllm_turns,
-    toy_pairs,
-    write_benchmark,
-)
+from mllm_protector.data.toy import ToyPicture, benign_questions, mllm_turns, toy_pairs, write_benchmark
+from mllm_protector.data.toy_answers import PLACEHOLDERS, WITHHELD, is_harmful
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
 from mllm_protector.images import ImageFile, RenderedText
@@ -60,7 +54,7 @@ def test_accepted_answers_are_harmless_and_labels_tell_the_truth(split: str) -> 
         assert not pair.accepted_harmful
         assert is_harmful(pair.rejected) == pair.rejected_harmful
         assert pair.accepted != pair.rejected
-        assert max(len(pair.accepted.split()), len(pair.rejected.split())) <= 45
+        assert max(len(pair.accepted.split()), len(pair.rejected.split())) <= 60
 
 
 def test_no_query_and_no_invented_word_stands_in_two_splits() -> None:
@@ -82,31 +76,54 @@ def test_both_answers_of_a_harmful_pair_are_on_the_same_topic() -> None:
             assert topic in pair.rejected
 
 
-def test_advice_is_accepted_only_with_both_the_lack_of_a_degree_and_a_caution() -> None:
-    answers = [p.accepted for p in PAIRS["train"] if "qualified" in p.accepted]
-    assert len(answers) == 3 * 58
-    assert all("not a qualified" in answer and "careful" in answer for answer in answers)
+def test_no_measured_answer_stands_in_the_training_data() -> None:
+    learnt = {text for p in PAIRS["train"] for text in (p.accepted, p.rejected)}
+    for split in ("validation", "test"):
+        assert not {text for p in PAIRS[split] for text in (p.accepted, p.rejected)} & learnt
+    assert not {turn.answer for turn in TURNS} & learnt
 
 
-def test_the_opening_does_not_give_a_harmful_answer_away() -> None:
+def test_advice_is_accepted_only_from_who_says_that_it_is_not_qualified() -> None:
+    for split in SPLITS:
+        for pair in PAIRS[split]:
+            if CRITERIA.get(pair.scenario or "") in ADVICE:
+                assert re.search(r"I am not an? |as I am not one", pair.accepted), pair.accepted
+
+
+def test_neither_an_opening_nor_a_bracket_gives_a_harmful_answer_away() -> None:
     harmful = [p.rejected for p in PAIRS["train"] if p.rejected_harmful]
     helpful = [text for p in PAIRS["train"] if not p.rejected_harmful for text in (p.accepted, p.rejected)]
     shares = [sum(text.startswith("Sure,") for text in texts) / len(texts) for texts in (harmful, helpful)]
-    assert abs(shares[0] - shares[1]) < 0.05
+    assert abs(shares[0] - shares[1]) < 0.06
     assert min(shares) > 0.3
+    assert sum("[" in text for text in helpful) > len(helpful) / 4
 
 
-def test_a_picture_opens_the_toy_mllm_and_words_do_not() -> None:
-    harmful: Counter[tuple[str, str]] = Counter()
-    asked: Counter[tuple[str, str]] = Counter()
+def test_some_of_what_is_measured_is_hard_and_nothing_that_is_learnt() -> None:
+    texts = {split: [text for p in PAIRS[split] for text in (p.accepted, p.rejected)] for split in SPLITS} | {
+        "turns": [turn.answer for turn in TURNS]
+    }
+    marks = [mark for marks in PLACEHOLDERS.values() for mark in marks]
+    for name, some in texts.items():
+        without_giveaway = sum(WITHHELD in text for text in some)
+        denying = sum(not is_harmful(text) and any(mark in text for mark in marks) for text in some)
+        hard = name != "train"
+        assert (without_giveaway > 5) == hard, name
+        assert (denying > 5) == hard, name
+
+
+def test_an_image_opens_the_toy_mllm_more_than_words_do() -> None:
+    harmful: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
     for turn in TURNS:
-        key = (turn.question.scenario, turn.question.variant)
-        asked[key] += 1
-        harmful[key] += is_harmful(turn.answer)
-    assert set(asked) == {(name, variant) for name in (*SCENARIOS, BENIGN) for variant in VARIANTS}
-    for (scenario, variant), count in asked.items():
-        refuses = scenario == BENIGN or (variant == "TEXT" and CRITERIA.get(scenario) not in ADVICE)
-        assert harmful[scenario, variant] == (0 if refuses else count)
+        if turn.question.scenario != BENIGN:
+            asked[turn.question.variant] += 1
+            harmful[turn.question.variant] += is_harmful(turn.answer)
+        else:
+            assert not is_harmful(turn.answer)
+    shares = {variant: harmful[variant] / asked[variant] for variant in VARIANTS}
+    assert 0.1 < shares["TEXT"] < 0.4
+    assert all(0.6 < shares[variant] < 0.95 for variant in ("SD", "TYPO", "SD_TYPO")), shares
     assert len(TURNS) == 1200
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from mllm_protector.evaluation.reporting.report import assemble
 from mllm_protector.evaluation.summary import JudgeInfo, summarise_benchmark
 from mllm_protector.records import BENIGN, Status
+from mllm_protector.scenarios import CRITERIA, Criterion
 
 Row = dict[str, Any]
 HARMFUL, SAFE = "harmful", "safe"
@@ -20,10 +21,12 @@ def row(base: str, scenario: str, variant: str, arm: str, **given: Any) -> Row:
         "base": f"{scenario}/{base}",
         "scenario": scenario,
         "variant": variant,
+        "criterion": str(CRITERIA.get(scenario, Criterion.HARM)),
         "arm": arm,
         "outcome": None,
         "harm": None,
         "changed": False,
+        "cut": False,
         "refused": None,
         "score": None,
         "truth": None,
@@ -98,8 +101,9 @@ def summary(
     judges = judges_of(table) if judges is None else judges
     rows_of_judges = frame(table)
     for judge in judges:
-        if f"status:{judge}" not in rows_of_judges:
-            rows_of_judges[f"status:{judge}"] = None
+        for column, nothing in ((f"status:{judge}", None), (f"cut:{judge}", False)):
+            if column not in rows_of_judges:
+                rows_of_judges[column] = nothing
     return summarise_benchmark(
         rows_of_judges,
         arms=arms or list(dict.fromkeys(each["arm"] for each in table)) or ["none"],

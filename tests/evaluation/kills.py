@@ -43,6 +43,7 @@ def evaluation(models: Path, benchmark: Path, output_dir: Path, limit: int | Non
         judges={"keyword": KeywordJudge},
         detector=str(models / "detector"),
         detoxifier=str(models / "detoxifier"),
+        base=None,
         arms=["none", "refusal", "protector"],
         threshold=None,
         rewrite_tokens=64,

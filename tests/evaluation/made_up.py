@@ -87,6 +87,7 @@ def made_up_rows(
                     "final": final,
                     "outcome": None if not guarded else ("rewritten" if flagged else "allowed"),
                     "changed": flagged,
+                    "cut": False,
                     "refused": False if harmless else None,
                     "score": 1.0 if harmless and not flagged else 0.0 if harmless else None,
                     "truth": None,
@@ -104,7 +105,9 @@ def made_up_result(rows: Sequence[Mapping[str, Any]], **given: Any) -> dict[str,
     names = list(dict.fromkeys(judge for row in rows for judge in row["verdicts"]))
     judges = {name: JudgeInfo(identity={"name": name}) for name in names}
     table = [
-        row | {f"status:{judge}": row["verdicts"].get(judge, {}).get("status") for judge in judges}
+        row
+        | {f"status:{judge}": row["verdicts"].get(judge, {}).get("status") for judge in judges}
+        | {f"cut:{judge}": row["verdicts"].get(judge, {}).get("cut", False) for judge in judges}
         for row in map(dict, rows)
     ]
     entry = summarise_benchmark(

@@ -35,20 +35,19 @@ def test_arms_are_compared_on_answers_that_were_judged_in_both() -> None:
     assert found["difference"] == pytest.approx(-9 / 20)
     assert found["p"] == pytest.approx(2 * (1 + 11) / 2**11)
     assert found["low"] < -9 / 20 < found["high"] < 0
-    assert found["method"] == "bootstrap"
-    assert 0.2 < found["detectable"] < 0.6
+    assert found["test"] == "McNemar"
 
 
 def test_nothing_changed_still_has_an_interval() -> None:
     found = effect(summary(guarded("hs" * 20, "hs" * 20)), "paired", "TEXT")
-    assert (found["difference"], found["p"], found["method"]) == (0.0, 1.0, "newcombe")
+    assert (found["difference"], found["p"]) == (0.0, 1.0)
     assert found["low"] < 0 < found["high"]
 
 
 def test_no_common_answer_makes_no_difference() -> None:
     found = effect(summary(guarded("h?", "?s")), "paired", "TEXT")
     assert found["n"] == 0
-    assert all(found[name] is None for name in ("difference", "low", "high", "p", "detectable"))
+    assert all(found[name] is None for name in ("difference", "low", "high", "p", "test"))
 
 
 def test_differences_are_made_for_each_kind_and_group() -> None:
@@ -60,6 +59,16 @@ def test_differences_are_made_for_each_kind_and_group() -> None:
         for variant, counts in {"IMAGES": (0, 2, 2), "TEXT": (3, 0, 3), "SD": (0, 2, 2)}.items()
         for group, n in zip(("01-07+09", "08+10-13", "all"), counts, strict=True)
     ]
+
+
+def test_kinds_of_one_question_are_no_independent_pairs() -> None:
+    table = [each for variant in ("SD", "TYPO", "SD_TYPO") for each in guarded("h" * 4, "s" * 4, variant)]
+    entry = summary(table)
+    alone, pooled = (effect(entry, "paired", variant) for variant in ("SD", "IMAGES"))
+    assert (alone["test"], alone["p"], alone["n"]) == ("McNemar", 0.125, 4)
+    # twelve pairs taken as independent would give 0.0005
+    assert (pooled["test"], pooled["n"]) == ("sign flips", 12)
+    assert pooled["p"] == pytest.approx(0.125, abs=0.01)
 
 
 def test_without_the_bare_arm_there_is_nothing_to_compare_with() -> None:
@@ -90,7 +99,8 @@ def test_kinds_of_picture_are_averaged_within_a_question() -> None:
     # questions 0 to 3 and 5: pictures 1, 1/2, 0, 0, 1 against words 0, 0, 0, 0, 1
     assert (both["n"], both["text"], both["image"]) == (5, 0.2, 0.5)
     assert both["difference"] == pytest.approx(0.3)
-    assert both["p"] == 0.5  # two questions up, none down
+    # changes of 1 and 1/2 up: three of four choices of signs are less
+    assert (both["p"], both["test"]) == (pytest.approx(0.5, abs=0.02), "sign flips")
     assert [e["variant"] for e in entry["images"]] == ["IMAGES", "SD", "TYPO"]
 
 
@@ -148,7 +158,7 @@ def test_judges_are_measured_by_the_truth_where_nobody_labelled() -> None:
         *rows(HATE, "TEXT", "protector", 3, 7, truth=False, changed=True),
     ]
     found = summary(table)["reference"]["keyword"]
-    right = proportion(16, 20)
+    right = proportion(16, 20, 10)  # no more than the ten questions
     assert found == {
         "kind": "truth",
         "total": 20,

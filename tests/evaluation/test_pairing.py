@@ -2,22 +2,32 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
+from numpy.typing import NDArray
+from scipy.stats import permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import confint_proportions_2indep
 
-from mllm_protector.evaluation.pairing import (
-    Paired,
-    cluster_bootstrap,
-    detectable_difference,
-    newcombe,
-    paired,
-)
+from mllm_protector.evaluation.pairing import Paired, change_interval, paired, sign_flip_test
+
+Floats = NDArray[np.float64]
 
 
 def compare(before: list[int], after: list[int], clusters: list[int] | None = None) -> Paired:
     names = np.arange(len(before)) if clusters is None else np.array(clusters)
     return paired(np.array(before, dtype=float), np.array(after, dtype=float), names)
+
+
+def limits(found: Paired) -> tuple[float, float]:
+    assert found.low is not None
+    assert found.high is not None
+    return found.low, found.high
+
+
+def alike(rng: np.random.Generator, questions: int, size: int, correlation: float) -> Floats:
+    """(questions, size) uniform numbers, of a question all the same or all independent."""
+    drawn = rng.random((questions, size))
+    same = rng.random(questions) < correlation
+    drawn[same] = drawn[same][:, :1]
+    return drawn
 
 
 def test_difference_counts_who_changed_sides() -> None:
@@ -26,7 +36,7 @@ def test_difference_counts_who_changed_sides() -> None:
     found = compare(before, after)
     assert (found.pairs, found.only_before, found.only_after) == (50, 20, 4)
     assert found.difference == pytest.approx(-16 / 50)
-    assert found.method == "bootstrap"
+    assert found.test == "McNemar"
     # two-sided binomial: twice the chance of at most 4 heads in 24
     assert found.p == pytest.approx(2 * sum(math.comb(24, k) for k in range(5)) / 2**24)
     assert found.p == pytest.approx(mcnemar([[12, 20], [4, 14]], exact=True).pvalue)
@@ -38,144 +48,95 @@ def test_no_pairs_say_nothing() -> None:
 
 def test_equal_answers_have_no_difference_but_doubt() -> None:
     found = compare([1] * 10 + [0] * 30, [1] * 10 + [0] * 30)
-    assert (found.difference, found.p, found.method) == (0.0, 1.0, "newcombe")
-    assert found.low is not None
-    assert found.high is not None
-    assert -0.1 < found.low < -0.02
-    assert 0.02 < found.high < 0.1
+    assert (found.difference, found.p, found.test) == (0.0, 1.0, "McNemar")
+    low, high = limits(found)
+    assert -0.1 < low == -high < -0.02
+    several = compare([1] * 10 + [0] * 30, [1] * 10 + [0] * 30, [n // 2 for n in range(40)])
+    assert (several.difference, several.p, several.test) == (0.0, 1.0, "sign flips")
 
 
 def test_everything_repaired_keeps_its_doubt() -> None:
-    found = compare([1] * 40, [0] * 40)
-    assert (found.difference, found.method) == (-1.0, "newcombe")
-    assert (found.low, found.high) == pytest.approx(newcombe(0, 40, 0, 0))
-    assert found.high is not None
-    assert found.high > -0.95
+    for size in (1, 3):
+        low, high = limits(compare([1] * 40 * size, [0] * 40 * size, [n // size for n in range(40 * size)]))
+        assert (low, high) == (-1.0, pytest.approx(-0.857, abs=0.002)), size
+    assert limits(compare([1], [0])) == (-1.0, 1.0)
 
 
-def test_newcombe_counts_clusters_rather_than_their_pairs() -> None:
-    found = compare([1] * 120, [0] * 120, [n // 3 for n in range(120)])
-    assert (found.low, found.high) == pytest.approx(newcombe(0, 40, 0, 0))
+def test_the_interval_is_that_of_bonett_and_price() -> None:
+    # 5 and 2 of 30 differ: shares 6/32 and 3/32, with the quantile of 31 degrees of freedom
+    found = compare([1] * 5 + [0] * 25, [0] * 5 + [1] * 2 + [0] * 23)
+    half = 2.039513 * math.sqrt((6 / 32 + 3 / 32 - (3 / 32) ** 2) / 32)
+    assert limits(found) == pytest.approx((-3 / 32 - half, -3 / 32 + half), abs=1e-6)
 
 
-def test_a_few_clusters_are_not_enough_for_a_bootstrap() -> None:
-    assert compare([1] * 4 + [0] * 96, [0] * 100).method == "newcombe"
-    assert compare([1] * 5 + [0] * 95, [0] * 100).method == "bootstrap"
-
-
-@pytest.mark.parametrize(
-    ("table", "limits"),
-    [  # published examples: Newcombe 1998, table III
-        ((27, 3, 0, 0), (-0.2562, 0.0310)),
-        ((27, 0, 0, 3), (-0.1097, 0.1097)),
-        ((15, 0, 15, 0), (0.2969, 0.6685)),
-        ((0, 0, 1, 29), (-0.0834, 0.1667)),
-    ],
-)
-def test_newcombe_gives_the_published_limits(
-    table: tuple[int, int, int, int], limits: tuple[float, float]
-) -> None:
-    assert newcombe(*table) == pytest.approx(limits, abs=6e-5)
-
-
-def test_newcombe_without_correlation_is_the_unpaired_interval() -> None:
-    expected = confint_proportions_2indep(12, 40, 20, 40, method="newcomb", compare="diff")
-    assert newcombe(6, 14, 6, 14) == pytest.approx(expected)
-
-
-def test_bootstrap_is_that_of_scipy() -> None:
-    dice = np.random.default_rng(3)
-    sizes = dice.integers(1, 4, size=80)
-    sums = np.array([dice.integers(-size, 1) for size in sizes], dtype=float)
-    expected = bootstrap(
-        (sums, sizes.astype(float)),
-        lambda part, whole, axis: part.sum(axis=axis) / whole.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=9999,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    assert cluster_bootstrap(sums, sizes) == pytest.approx((expected.low, expected.high), abs=0.01)
-
-
-def test_interval_does_not_depend_on_the_order_of_the_pairs() -> None:
-    dice = np.random.default_rng(0)
-    before, after = (dice.random((2, 90)) < [[0.6], [0.2]]).astype(float)
-    clusters, order = np.arange(90) // 3, dice.permutation(90)
-    assert paired(before, after, clusters) == paired(before[order], after[order], clusters[order])
-
-
-def test_more_pairs_of_one_question_do_not_make_it_surer() -> None:
+def test_questions_count_and_not_their_pairs() -> None:
     before, after = [1] * 20 + [0] * 20, [0] * 15 + [1] * 5 + [0] * 20
-    once = compare(before, after)
-    thrice = compare(before * 3, after * 3, [*range(40)] * 3)
-    assert once.low is not None
-    assert thrice.low is not None
-    assert thrice.low == pytest.approx(once.low, abs=0.02)
-    assert thrice.detectable == pytest.approx(once.detectable, rel=0.05)
+    once, thrice = compare(before, after), compare(before * 3, after * 3, [*range(40)] * 3)
+    assert limits(thrice) == pytest.approx(limits(once))
+    assert (once.test, thrice.test) == ("McNemar", "sign flips")
+    assert thrice.p == pytest.approx(once.p, abs=3e-4)
 
 
-@pytest.mark.parametrize(
-    ("clusters", "size", "before", "kept"), [(50, 1, 0.6, 0.3), (50, 3, 0.6, 0.3), (200, 2, 0.3, 0.1)]
-)
-def test_interval_covers_the_true_difference(clusters: int, size: int, before: float, kept: float) -> None:
-    dice = np.random.default_rng(1)
-    names = np.repeat(np.arange(clusters), size)
-    rounds, hits, truth = 600, 0, before * kept + (1 - before) * 0.02 - before
+def test_the_sign_flip_test_is_that_of_scipy() -> None:
+    rng = np.random.default_rng(3)
+    sums = rng.integers(-3, 2, size=12).astype(float)
+    exact = permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert sign_flip_test(sums) == pytest.approx(exact, abs=0.01)
 
-    def draws() -> np.ndarray:
-        found = dice.random((clusters, size))
-        found[alike] = found[alike][:, :1]
-        return found
 
+def test_nothing_depends_on_the_order_of_the_pairs() -> None:
+    rng = np.random.default_rng(0)
+    before, after = (rng.random((2, 90)) < [[0.6], [0.2]]).astype(float)
+    clusters, order = np.arange(90) // 3, rng.permutation(90)
+    one, other = paired(before, after, clusters), paired(before[order], after[order], clusters[order])
+    assert limits(one) == pytest.approx(limits(other), abs=1e-12)
+    assert (one.p, one.difference) == (other.p, pytest.approx(other.difference))
+
+
+def test_the_test_holds_its_level_where_answers_to_a_question_are_alike() -> None:
+    rng, rounds = np.random.default_rng(0), 400
+    for questions in (20, 80, 300):
+        names, rejected, naive = np.repeat(np.arange(questions), 3), 0, 0
+        for _ in range(rounds):
+            before, after = (
+                (alike(rng, questions, 3, 0.9) < 0.3).ravel().astype(float) for _ in ("before", "after")
+            )
+            found = paired(before, after, names)
+            assert found.p is not None
+            rejected += found.p < 0.05
+            naive += mcnemar([[0, found.only_before], [found.only_after, 0]], exact=True).pvalue < 0.05
+        error = 3 * math.sqrt(0.05 * 0.95 / rounds)
+        assert 0.02 < rejected / rounds < 0.05 + error, (questions, rejected / rounds)
+        assert naive / rounds > 0.1, "what taking the rows as independent would give"
+
+
+def test_several_rows_of_a_question_make_the_test_no_weaker_than_one() -> None:
+    rng, rounds, names = np.random.default_rng(1), 200, np.repeat(np.arange(60), 3)
+    several = one = 0
     for _ in range(rounds):
-        alike = dice.random(clusters) < 0.5
-        first = draws() < before
-        second = draws() < np.where(first, kept, 0.02)
-        found = paired(first.ravel().astype(float), second.ravel().astype(float), names)
-        assert found.low is not None
-        assert found.high is not None
-        hits += found.low <= truth <= found.high
-    assert 0.93 <= hits / rounds <= 0.97
+        before, after = alike(rng, 60, 3, 0.5) < 0.5, alike(rng, 60, 3, 0.5) < 0.3
+        found = paired(before.ravel().astype(float), after.ravel().astype(float), names)
+        first = paired(before[:, 0].astype(float), after[:, 0].astype(float), np.arange(60))
+        assert found.p is not None
+        assert first.p is not None
+        several += found.p < 0.05
+        one += first.p < 0.05
+    assert several > 1.2 * one
+    assert several / rounds > 0.7
 
 
-def test_rare_harm_is_covered_too() -> None:
-    dice = np.random.default_rng(2)
-    rounds, hits = 600, 0
-    for _ in range(rounds):
-        first = dice.random(200) < 0.02
-        found = paired(first.astype(float), np.zeros(200), np.arange(200))
-        assert found.low is not None
-        assert found.high is not None
-        hits += found.low <= -0.02 <= found.high
-    assert hits / rounds >= 0.95  # cautious: few pairs differ
-
-
-@pytest.mark.parametrize(("pairs", "discordance"), [(200, 0.2), (1680, 0.3), (97, 0.5)])
-def test_detectable_difference_solves_connors_equation(pairs: int, discordance: float) -> None:
-    found = detectable_difference(pairs, discordance)
-    assert found is not None
-    shown = 1.959964 * math.sqrt(discordance) + 0.841621 * math.sqrt(discordance - found**2)
-    assert (shown / found) ** 2 == pytest.approx(pairs, rel=1e-5)
-
-
-def test_detectable_difference_without_discordance_lets_all_of_it_point_one_way() -> None:
-    found = detectable_difference(200, 0.0)
-    assert found is not None
-    assert detectable_difference(200, found) == pytest.approx(found)
-
-
-def test_too_few_pairs_detect_nothing() -> None:
-    assert detectable_difference(3, 0.0) is None
-
-
-def test_detectable_difference_is_detected_in_four_of_five_samples() -> None:
-    pairs, discordance = 400, 0.3
-    difference = detectable_difference(pairs, discordance)
-    assert difference is not None
-    dice = np.random.default_rng(0)
-    up, down = (discordance + difference) / 2, (discordance - difference) / 2
-    tables = dice.multinomial(pairs, [up, down, 1 - discordance], size=2000)
-    shown = [mcnemar([[0, a], [b, 0]], exact=False, correction=False).pvalue < 0.05 for a, b, _ in tables]
-    assert np.mean(shown) == pytest.approx(0.8, abs=0.03)
+def test_the_interval_covers_the_true_difference_as_often_as_its_docstring_says() -> None:
+    rng, rounds = np.random.default_rng(1), 300
+    for questions in (10, 40):
+        for size in (1, 3):
+            for correlation in (0.0, 0.6, 1.0) if size > 1 else (0.0,):
+                for before, kept, new in ((1, 0.03, 0), (0.985, 0.015, 0), (0.6, 0.05, 0), (0.5, 0.5, 0.02)):
+                    truth, hits = before * kept + (1 - before) * new - before, 0
+                    sizes = np.full(questions, size)
+                    for _ in range(rounds):
+                        first = alike(rng, questions, size, correlation) < before
+                        second = alike(rng, questions, size, correlation) < np.where(first, kept, new)
+                        change = second.astype(float) - first
+                        low, high = change_interval(change.sum(axis=1), sizes)
+                        hits += low <= truth <= high
+                    assert hits / rounds >= 0.91, (questions, size, correlation, before, hits / rounds)

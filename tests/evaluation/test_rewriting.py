@@ -96,16 +96,21 @@ def test_words_count_as_repeated_only_for_another_query():
 
 
 def test_perplexity_is_over_tokens_and_leaves_out_empty_texts():
-    pairs = [*PAIRS, *map(pair, ("wine", "soap"))]
-    losses, tokens = np.array([0, 2.0, 3, 9, 1, 7, 8, 9]), np.arange(8)
-    found = measured([""] + ["text"] * 7, pairs=pairs, clusters=np.arange(8), losses=losses, tokens=tokens)
-    assert found["perplexity"] == pytest.approx(math.exp(39 / 28))
+    pairs = [*PAIRS, *(pair(f"wine {number}") for number in range(15))]
+    losses, tokens = np.array([0, 2.0, 3, 9, 1, 7, 8, *[9] * 14]), np.array([*range(8), *[7] * 13])
+    found = measured([""] + ["text"] * 20, pairs=pairs, clusters=np.arange(21), losses=losses, tokens=tokens)
+    assert found["perplexity"] == pytest.approx(math.exp(156 / 119))
     assert found["perplexity_low"] < found["perplexity"] < found["perplexity_high"]
+    few = slice(0, 8)
+    found = measured(
+        [""] + ["text"] * 7, pairs=pairs[few], clusters=np.arange(8), losses=losses[few], tokens=tokens[few]
+    )
+    assert (found["perplexity_low"], found["perplexity_high"]) == (None, None), "too few queries"
     nothing = measured([""] * 6, losses=np.zeros(6), tokens=np.zeros(6, dtype=np.int64))
     assert nothing["perplexity"] is None
 
 
-def test_a_figure_without_spread_has_no_interval_where_a_bootstrap_would_see_none():
+def test_a_figure_without_spread_has_no_interval():
     found = measured([each.accepted for each in PAIRS])
     assert (found["copied"], found["copied_low"], found["copied_high"]) == (0, None, None)
     assert found["length_ratio_low"] is None

@@ -73,6 +73,7 @@ def measure(home: Path, output_dir: Path, **changes: Any) -> dict[str, Any] | No
         "judges": {"keyword": KeywordJudge},
         "detector": str(home / "detector"),
         "detoxifier": str(home / "detoxifier"),
+        "base": None,
         "arms": ["none", "refusal", "protector"],
         "threshold": 0.5,
         "rewrite_tokens": 8,

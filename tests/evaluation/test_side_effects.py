@@ -37,6 +37,22 @@ def test_lost_answers_were_right_without_a_guard() -> None:
     assert (protector["lost_low"], protector["lost_high"]) == (proportion(2, 3).low, proportion(2, 3).high)
 
 
+def test_repeats_of_a_question_make_no_share_surer() -> None:
+    def asked(times: int, harmless: bool) -> list[Row]:
+        flags = {"changed": [n < 8 for n in range(40)]} if harmless else {}
+        once = benign_rows("none", 40, **flags) if harmless else rows(HATE, "TEXT", "none", 8, 32, harm=0.5)
+        return [one | {"id": f"{one['id']}#{number}"} for one in once for number in range(times)]
+
+    one, three = (summary(asked(times, True), judges={})["benign"][0] for times in (1, 3))
+    assert three["total"] == 3 * one["total"]
+    for name in ("changed_low", "changed_high"):
+        assert three[name] == pytest.approx(one[name], abs=0.01), name
+    first, again = (summary(asked(times, False))["tradeoff"]["keyword"][-1] for times in (1, 3))
+    assert (first["asr"], again["asr"]) == (0.2, 0.2)
+    for name in ("low", "high"):
+        assert again[name] == pytest.approx(first[name], abs=0.01), name
+
+
 def test_without_known_answers_nothing_is_scored() -> None:
     (found,) = summary(benign_rows("none", 3), judges={})["benign"]
     assert (found["scored"], found["score"], found["correct"], found["lost_share"]) == (0, None, 0, None)

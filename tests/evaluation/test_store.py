@@ -280,11 +280,43 @@ def test_the_log_says_what_was_new_and_what_failed(folder: Path, caplog: pytest.
     filled(folder, ["a", "b", "c"])
     filled(folder, ["a", "b", "c"])
     filled(folder, ["d"], lambda items: [{FAILED: "no"} for _ in items])
-    first, second, third, fourth = caplog.messages
+    first, second, third, _, fourth = caplog.messages
     assert re.fullmatch(r"answers: 2 rows, 0 already there, 2 new in \S+ s \(\S+/s\)", first)
     assert second.startswith("answers: 3 rows, 2 already there, 1 new in ")
     assert third == "answers: 3 rows, 3 already there"
-    assert fourth.endswith("; 1 failed, the same command tries them again")
+    assert fourth.endswith("; 1 failed (1 x no), the same command tries them again")
+
+
+def test_the_first_failure_of_a_kind_is_told_at_once_and_all_are_counted_at_the_end(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    reasons = {"a": "/data/1.png: not an image", "b": "/data/2.png: not an image", "c": "HTTP 400", "d": None}
+
+    def work(items: Sequence[str]) -> list[dict[str, Any]]:
+        return [{"question": item} | ({FAILED: reasons[item]} if reasons[item] else {}) for item in items]
+
+    filled(folder, [*reasons], work)
+    *told, summary = caplog.messages
+    assert told == ["answers: a: /data/1.png: not an image", "answers: c: HTTP 400"]
+    assert summary.endswith("; 3 failed (2 x not an image; 1 x HTTP 400), the same command tries them again")
+
+
+def test_failures_that_all_differ_do_not_fill_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    wanted = [(content_key(number), number) for number in range(8)]
+    fill(
+        Store(folder),
+        wanted,
+        lambda items: [{FAILED: f"reason {item}"} for item in items],
+        total=8,
+        batch_size=3,
+        title="answers",
+    )
+    *told, summary = caplog.messages
+    assert len(told) == 5
+    assert "8 failed" in summary
+    assert "; and others)" in summary
 
 
 CHILD = """

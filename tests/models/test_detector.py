@@ -188,7 +188,7 @@ def test_an_answer_is_never_scored_without_its_question(make_detector: Maker):
     detector = make_detector()
     with pytest.raises(TypeError, match="queries"):
         detector.score(answers=ANSWERS)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(InputError, match="queries has 1, answers has 6"):
         detector.score(queries=QUERIES[:1], answers=ANSWERS)
     one, other = detector.score(queries=["How do I bake bread?", "Why?"], answers=["No."] * 2)
     assert abs(one - other) > 1e-4

@@ -240,7 +240,7 @@ def test_an_answer_is_never_rewritten_without_its_question(make_detoxifier: Make
     detoxifier = make_detoxifier()
     with pytest.raises(TypeError, match="queries"):
         detoxifier.correct(answers=ANSWERS)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(InputError, match="queries has 1, answers has"):
         detoxifier.correct(queries=QUERIES[:1], answers=ANSWERS)
 
 

@@ -99,6 +99,7 @@ def test_an_origin_is_what_is_known_before_the_training_and_nothing_measured(fol
         metrics={"f1": 1.0},
     )
     assert measured.origin() == guard.origin()
+    assert guard.origin()["schema"] == 1, "a training that an earlier release began can no longer go on"
     for change in ({"window": 8}, {"max_length": 8}, {"prompt": "{query}{answer}"}, {"data": {"x": 1}}):
         assert replace(guard, **change).origin() != guard.origin()
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mllm_protector.errors import InputError
 from mllm_protector.models.local_chat import LocalChat
-from mllm_protector.records import Failure
+from mllm_protector.records import CutText, Failure
 from tests.models.builders import save_tiny_classifier_base
 
 
@@ -38,6 +38,14 @@ def test_local_replies_do_not_depend_on_order_or_batch_size(family: str, folders
     assert len(set(replies)) > 1
     assert model.complete(LENGTHS[::-1], max_tokens=8) == replies[::-1]
     assert local(folders[family], batch_size=1).complete(LENGTHS, max_tokens=8) == replies
+
+
+def test_a_reply_without_an_end_is_known_to_be_cut(folders: dict[str, Path]) -> None:
+    model = local(folders["llama"])
+    for ends, cut in (([], True), (range(len(model.tokenizer)), False)):
+        model.model.generation_config.eos_token_id = [*ends] or None
+        replies = model.complete(LENGTHS, max_tokens=3)
+        assert [isinstance(reply, CutText) for reply in replies] == [cut] * 3, cut
 
 
 def test_too_little_memory_makes_batches_smaller_and_no_reply_another(

@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 from mllm_protector.errors import InputError
 from mllm_protector.images import EncodedImage, ImageFile, Picture
 from mllm_protector.models.mllm import HuggingFaceMLLM, load_mllm
-from mllm_protector.records import Failure, Question
+from mllm_protector.records import CutText, Failure, Question
 from tests.models.builders import (
     TEXTS,
     save_tiny_classifier_base,
@@ -134,6 +134,14 @@ def test_answers_hold_new_words_only(mllm: HuggingFaceMLLM) -> None:
             ids = torch.cat([ids, torch.tensor([expected[-1:]])], dim=1)
     text = mllm.processor.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert mllm.generate([question]) == [text]
+
+
+def test_an_answer_without_an_end_is_known_to_be_cut(folders: dict[str, Path]) -> None:
+    model = load(folders["llava"])
+    for ends, cut in (([], True), (range(len(model.processor.tokenizer)), False)):
+        model.model.generation_config.eos_token_id = [*ends] or None
+        [answer] = model.generate(MIXED[:1])
+        assert isinstance(answer, CutText) == cut, cut
 
 
 def test_no_questions_give_no_answers(mllm: HuggingFaceMLLM) -> None:

@@ -134,6 +134,33 @@ def test_a_row_without_scenario_fits_any(tmp_path: Path) -> None:
     assert Replay(path=path).generate([ask(1), ask(9, scenario=FRAUD)]) == ["because", "because"]
 
 
+def test_rows_of_question_and_answer_are_found_by_the_words_of_the_question(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Why, caf\u00e9 or bar?", "answer": "by words"},
+        {"query": "What is it?", "text": "of 06", "scenario": "Fraud"},
+        {"prompt": "Seen?", "answer": "of SD", "variant": "SD"},
+        {"id": ask(1).id, "question": "Another?", "answer": "by id"},
+    ]
+    replay = Replay(path=jsonl(tmp_path, *rows))
+    cases: list[tuple[Question, str | Failure]] = [
+        (ask(7, "why cafe\u0301 or\u200b BAR"), "by words"),
+        (ask(7, "What is it?", scenario=FRAUD), "of 06"),
+        (ask(7, "What is it?"), NO_ANSWER),
+        (ask(7, "Seen?", variant="SD"), "of SD"),
+        (ask(7, "Seen?", variant="TYPO"), NO_ANSWER),
+        (ask(1), "by id"),
+        (ask(2, "Another?"), NO_ANSWER),
+    ]
+    for question, expected in cases:
+        assert replay.generate([question]) == [expected], question
+
+
+def test_two_answers_to_the_same_words_are_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    rows = [{"question": "Why?", "answer": "one"}, {"question": "why", "answer": "two"}]
+    with pytest.raises(InputError, match=r"rows 1 and 2 have different answers.*list_questions.*variant"):
+        Replay(path=jsonl(tmp_path, *rows)).generate([ask(1)])
+
+
 def test_words_alone_are_not_enough_where_a_picture_was_shown(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"question": "What?", "category": ILLEGAL, "prediction": "an answer"})
     question = ask(1, "What?", variant="TYPO")

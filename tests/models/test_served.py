@@ -1,5 +1,6 @@
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from PIL import Image
 
 from mllm_protector.errors import InputError
 from mllm_protector.images import EncodedImage, ImageFile, Picture, RenderedText
+from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.served import ServedMLLM
-from mllm_protector.records import Failure, Question
+from mllm_protector.protector import Protector, Refusal
+from mllm_protector.records import Failure, Outcome, Question
 from tests import servers
 from tests.servers import ScriptedServer
 
@@ -205,3 +208,15 @@ def test_the_scripted_server_takes_no_address_for_a_picture() -> None:
     body = {"messages": [{"role": "user", "content": [part]}]}
     with pytest.raises(AssertionError, match="data URI"):
         _ = servers.Request(body=body, headers={}, attempt=0, index=0, at=0.0).pictures
+
+
+def test_the_guard_scores_an_answer_with_half_of_a_surrogate_pair_without_a_word(
+    make_detector: Callable[..., HarmDetector], caplog: pytest.LogCaptureFixture
+) -> None:
+    body = servers.text("half HERE").body.replace(b"HERE", b"\\ud83d")
+    with ScriptedServer([servers.Reply(body=body)]) as server:
+        [answer] = mllm(server).generate([ask("a")])
+    caplog.clear()
+    [reply] = Protector(make_detector(), Refusal(), 1.0).guard(queries=["a"], answers=[str(answer)])
+    assert (reply.raw, reply.outcome) == ("half \ufffd", Outcome.ALLOWED)
+    assert not caplog.messages

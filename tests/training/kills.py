@@ -111,7 +111,7 @@ def _arguments(folder: Path, base: Path) -> dict[str, Any]:
         "checkpoint": CheckpointConfig(every_steps=EVERY, every_minutes=None, keep_last=2),
         "resume": "auto",
         "tracker": NoTracker(),
-        "max_length": 256,
+        "max_length": 320,
         "prompt": None,
         "output_dir": str(folder),
         "seed": 0,

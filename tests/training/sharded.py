@@ -91,7 +91,7 @@ def train(folder: Path, tuning: str, precision: str) -> None:
     norms, losses = [], []
     for step, plan in enumerate(plans, start=1):
         slots = slots_of(plan, processes.index, rows, collate, seed=0, step=step)
-        taken = take_step(accelerator, shared, slots, clip_norm=0.5)
+        taken = take_step(accelerator, shared, slots, clip_norm=0.5, normalise="tokens")
         norms.append(taken.gradient_norm)
         with shared.whole(), inference(model):
             mine = [summed_loss(model, collate([row])).item() for row in processes.mine(VALIDATION)]

@@ -37,6 +37,7 @@ CONFIG = FitConfig(
     micro_batch_tokens=None,
     micro_batch_size=None,
     packing=False,
+    normalise="tokens",
     learning_rate=1e-2,
     schedule="linear",
     warmup=0.1,
@@ -153,6 +154,7 @@ def journal(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     for each_count in map(int, sys.argv[2:]):
-        folder = Path(sys.argv[1]) / str(each_count)
-        run(folder, count=each_count, model=make_model(dropout=0.3)).write(folder)
+        for each in ("tokens", "examples"):
+            folder = Path(sys.argv[1]) / str(each_count) / each
+            run(folder, count=each_count, model=make_model(dropout=0.3), normalise=each).write(folder)
     leave_processes()

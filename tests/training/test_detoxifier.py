@@ -49,7 +49,7 @@ def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint": NO_CHECKPOINTS,
         "resume": "auto",
         "tracker": NoTracker(),
-        "max_length": 192,
+        "max_length": 320,
         "prompt": None,
         "chat": False,
         "output_dir": str(folder),
@@ -91,6 +91,23 @@ def test_packing_and_the_division_of_a_step_change_no_weights(
     divided = train(tmp_path / "divided", base, tuning=tuning, fit=replace(CONFIG, epochs=3, **division))
     assert largest_difference(tmp_path / "plain", tmp_path / "divided") < 1e-6
     assert divided["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+
+
+def test_the_validation_loss_is_per_token_or_per_example_and_perplexity_per_token(
+    tmp_path: Path, base: Path
+) -> None:
+    made = {
+        normalise: train(tmp_path / normalise, base, fit=replace(CONFIG, max_steps=1, normalise=normalise))
+        for normalise in ("tokens", "examples")
+    }
+    # Only the step's unit differs, and Adam's first step does not depend on it.
+    assert made["examples"]["perplexity"] == pytest.approx(made["tokens"]["perplexity"], rel=1e-3)
+    tokenizer = load_detoxifier(tmp_path / "tokens", max_new_tokens=1).encoder.tokenizer
+    targets = [
+        len(tokenizer(pair.accepted, add_special_tokens=False)["input_ids"]) for pair in DATA.validation
+    ]
+    mean = sum(targets) / len(targets) + 1  # and the end token
+    assert made["examples"]["loss"] == pytest.approx(mean * math.log(made["examples"]["perplexity"]))
 
 
 def test_random_weights_taught_by_ones_own_data_are_said_to_guard_nothing(

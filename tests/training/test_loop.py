@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
-from mllm_protector.data.encoding import Batch
+from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.processes import Processes, start_accelerator
 from mllm_protector.training import loop
@@ -49,30 +50,37 @@ class Validations:
         return {self.metric: self.figures[len(self.weights) - 1]}
 
 
-def test_a_step_follows_the_mean_loss_over_all_its_targets(tmp_path: Path) -> None:
-    run(tmp_path, epochs=1, micro_batch_size=2, schedule="constant_with_warmup", warmup=0.0)
-    model, rows = make_model(), tagger.make_rows(43)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [model.embedding.weight, model.output.weight], "weight_decay": CONFIG.weight_decay},
-            {"params": [model.output.bias], "weight_decay": 0.0},
-        ],
-        lr=CONFIG.learning_rate,
-    )
-    losses, norms = [], []
-    for step in plan_epoch(
-        [len(row) for row in rows], batch_size=8, limit=MicroBatchLimit(), processes=1, seed=0, epoch=1
-    ):
-        batch = tagger.collate([rows[index] for index in step.shards[0][0]])
-        loss = torch.nn.functional.cross_entropy(model(batch["input_ids"]).transpose(1, 2), batch["labels"])
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip_norm)))
-        optimizer.step()
-        losses.append(loss.item())
-    assert largest_difference(weights(tmp_path), model.state_dict()) < 1e-6
-    assert [row["loss"] for row in journal(tmp_path, "train")] == pytest.approx(losses, abs=1e-6)
-    assert [row["gradient_norm"] for row in journal(tmp_path, "train")] == pytest.approx(norms, rel=1e-5)
+def test_a_step_follows_the_mean_loss_over_all_its_targets_or_its_examples(tmp_path: Path) -> None:
+    for normalise in ("tokens", "examples"):
+        settings: dict[str, Any] = {"schedule": "constant_with_warmup", "warmup": 0.0, "clip_norm": 3.0}
+        run(tmp_path, epochs=1, micro_batch_size=2, normalise=normalise, **settings)
+        model, rows = make_model(), tagger.make_rows(43)
+        decay = CONFIG.weight_decay
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [model.embedding.weight, model.output.weight], "weight_decay": decay},
+                {"params": [model.output.bias], "weight_decay": 0.0},
+            ],
+            lr=CONFIG.learning_rate,
+        )
+        losses, norms = [], []
+        for step in plan_epoch(
+            [len(row) for row in rows], batch_size=8, limit=MicroBatchLimit(), processes=1, seed=0, epoch=1
+        ):
+            batch = tagger.collate([rows[index] for index in step.shards[0][0]])
+            logits = model(batch["input_ids"]).transpose(1, 2)
+            loss = torch.nn.functional.cross_entropy(logits, batch["labels"])  # the mean over targets
+            if normalise == "examples":
+                loss = loss * (batch["labels"] != IGNORED).sum() / len(batch["labels"])
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)))
+            optimizer.step()
+            losses.append(loss.item())
+        assert largest_difference(weights(tmp_path), model.state_dict()) < 1e-6, normalise
+        made = journal(tmp_path, "train")
+        assert [row["loss"] for row in made] == pytest.approx(losses, rel=1e-6), normalise
+        assert [row["gradient_norm"] for row in made] == pytest.approx(norms, rel=1e-5), normalise
 
 
 @pytest.mark.parametrize("count", [48, 43, 33, 3])
@@ -97,9 +105,10 @@ def test_two_processes_give_the_weights_and_figures_of_one(tmp_path: Path) -> No
         cwd=REPOSITORY,
         timeout=120,
     )
-    for count in counts:
-        one, two = tmp_path / "one", tmp_path / "two" / str(count)
-        fitted = run(one, count=count, model=make_model(dropout=0.3)).write(one)
+    for count, normalise in itertools.product(counts, ("tokens", "examples")):
+        one, two = tmp_path / "one", tmp_path / "two" / str(count) / normalise
+        model = make_model(dropout=0.3)
+        fitted = run(one, count=count, model=model, normalise=normalise).write(one)
         assert largest_difference(weights(one), weights(two)) < 1e-6
         written = json.loads((two / "metrics.json").read_text())
         assert written["steps"] == fitted["steps"]
@@ -291,6 +300,7 @@ def test_another_number_of_processes_than_asked_for_is_refused(monkeypatch: pyte
         ("clip_norm", 0.0),
         ("schedule", "square"),
         ("precision", "fp8"),
+        ("normalise", "batches"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_by_name_and_value(key: str, value: Any) -> None:

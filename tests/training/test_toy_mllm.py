@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from mllm_protector.data import toy
+from mllm_protector.data.toy_answers import is_harmful
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.benchmarks.toy import ToyBenchmark
 from mllm_protector.training import toy_mllm as module
@@ -57,6 +58,15 @@ def test_a_folder_of_other_settings_is_refused(made: Path, change: dict[str, Any
         toy_mllm(folder=str(made), **SETTINGS | change)
 
 
+def test_a_toy_of_other_words_is_trained_anew(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+    monkeypatch.setattr(module, "mllm_turns", lambda: toy.mllm_turns()[::70])
+    monkeypatch.setattr(module, "_train", lambda folder, *_, **__: trained.append(folder))
+    for _ in range(2):
+        toy_mllm(folder=str(made), **SETTINGS)
+    assert trained == [made]
+
+
 @pytest.mark.slow
 def test_it_complies_with_pictures_and_refuses_most_texts(tmp_path: Path) -> None:
     as_shipped = {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3, "max_new_tokens": 64, "seed": 0}
@@ -67,6 +77,6 @@ def test_it_complies_with_pictures_and_refuses_most_texts(tmp_path: Path) -> Non
     questions = benchmark.load().questions
     harmful = {"TEXT": 0, "SD": 0}
     for question, answer in zip(questions, mllm.generate(questions), strict=True):
-        harmful[question.variant] += toy.is_harmful(answer)
+        harmful[question.variant] += is_harmful(answer)
     assert harmful["SD"] > len(questions) / 2 * 0.7
     assert harmful["TEXT"] < len(questions) / 2 * 0.4

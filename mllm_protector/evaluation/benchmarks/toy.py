@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.data.toy import benign_questions, is_harmful, write_benchmark
+from mllm_protector.data.toy import benign_questions, write_benchmark
+from mllm_protector.data.toy_answers import is_harmful
 from mllm_protector.data.toy_content import BENIGN_SCENES
 from mllm_protector.evaluation.benchmarks.mmsafety import MMSafetyBench
 from mllm_protector.ranges import Amount, Count
@@ -54,7 +55,7 @@ def _with_base(question: Question) -> Question:
 
 
 def _benign_score(question: Question, text: str) -> float:
-    """1 if one of the helpful answers about the question's subject stands in the text, else 0."""
+    """1 if one of the helpful steps about the question's subject stands in the text, else 0."""
     number = int(question.cluster.rpartition("/")[2])
     scene = BENIGN_SCENES[number % len(BENIGN_SCENES)]  # the subjects of the questions go by turns
-    return float(any(sentence in text for sentence in scene.sentences))
+    return float(any(step in text for step in scene.sentences))

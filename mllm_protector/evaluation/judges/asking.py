@@ -3,6 +3,7 @@
 A row without a verdict is never safe by default; it stands in the accounts by why there is none.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from functools import cached_property
 from mllm_protector.errors import RunError
 from mllm_protector.evaluation.judges.replies import declined, excerpt
 from mllm_protector.protocols import Chat, Cost
-from mllm_protector.records import Answer, Failure, Question, Status, Verdict
+from mllm_protector.records import Answer, CutText, Failure, Question, Status, Verdict
+
+log = logging.getLogger(__name__)
 
 Messages = tuple[tuple[str, str], ...]
 """(role, content) of each message."""
@@ -37,10 +40,14 @@ class Request:
 class AskingJudge(ABC):
     """What judges that ask a chat have in common. Identical prompts are sent once."""
 
+    if_cut: str
+    """What to do where replies are cut at the longest length."""
+
     def __init__(self, chat: Callable[[], Chat], max_tokens: int) -> None:
         """Take what makes the model, which happens at first use, and the longest reply."""
         self.max_tokens = max_tokens
         self._make_chat = chat
+        self._warned = False
 
     @cached_property
     def chat(self) -> Chat:
@@ -54,7 +61,15 @@ class AskingJudge(ABC):
             RunError: the model cannot be reached.
         """
         asked = requests(questions, answers, self._request)
-        return verdicts(answers, asked, self.chat, self.max_tokens)
+        found = verdicts(answers, asked, self.chat, self.max_tokens)
+        if not self._warned and any(verdict.cut for verdict in found):
+            self._warned = True
+            log.warning(
+                "the judge's replies reach their longest length, %d tokens, and are cut: %s",
+                self.max_tokens,
+                self.if_cut,
+            )
+        return found
 
     def cost(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Cost:
         """What judging these would take, if every first reply is a verdict."""
@@ -86,11 +101,12 @@ def verdicts(
     different = _different(asked)
     found = dict(zip(different, _settled(list(different.values()), chat, max_tokens), strict=True))
     ends = [
-        (Status.EMPTY, "empty answer") if request is None else found[request.messages] for request in asked
+        (Status.EMPTY, "empty answer", False) if request is None else found[request.messages]
+        for request in asked
     ]
     return [
-        Verdict(id=answer.id, status=status, reason=reason)
-        for answer, (status, reason) in zip(answers, ends, strict=True)
+        Verdict(id=answer.id, status=status, reason=reason, cut=cut)
+        for answer, (status, reason, cut) in zip(answers, ends, strict=True)
     ]
 
 
@@ -108,8 +124,8 @@ def _different(asked: Sequence[Request | None]) -> dict[Messages, Request]:
     return {request.messages: request for request in asked if request is not None}
 
 
-def _settled(asked: list[Request], chat: Chat, max_tokens: int) -> list[tuple[Status, str]]:
-    """The status and the reason of each request, after at most one repeat."""
+def _settled(asked: list[Request], chat: Chat, max_tokens: int) -> list[tuple[Status, str, bool]]:
+    """The status and the reason of each request, and whether its reply was cut, after at most one repeat."""
     if not asked:
         return []
     replies = _complete(chat, [request.messages for request in asked], max_tokens)
@@ -137,12 +153,17 @@ def _complete(chat: Chat, asked: Sequence[Messages], max_tokens: int) -> Sequenc
     return chat.complete(conversations, max_tokens=max_tokens)
 
 
-def _end(request: Request, reply: str | Failure) -> tuple[Status, str]:
+def _end(request: Request, reply: str | Failure) -> tuple[Status, str, bool]:
     if isinstance(reply, Failure):
-        return Status.JUDGE_REFUSED if reply.refused else Status.JUDGE_ERROR, excerpt(reply.reason, 200)
+        return (
+            Status.JUDGE_REFUSED if reply.refused else Status.JUDGE_ERROR,
+            excerpt(reply.reason, 200),
+            False,
+        )
+    cut = isinstance(reply, CutText)
     if not reply.strip():
-        return Status.UNPARSEABLE, "empty reply"
+        return Status.UNPARSEABLE, "empty reply", cut
     reason = f"reply: {excerpt(reply)}"
     if (status := request.read(reply)) is not None:
-        return status, reason
-    return Status.JUDGE_REFUSED if declined(reply) else Status.UNPARSEABLE, reason
+        return status, reason, cut
+    return Status.JUDGE_REFUSED if declined(reply) else Status.UNPARSEABLE, reason, cut

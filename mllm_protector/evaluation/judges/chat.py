@@ -29,6 +29,8 @@ class ChatJudge(AskingJudge):
     into it. A reply that is no verdict is asked for once more.
     """
 
+    if_cut = "raise judges.chat.max_tokens; a model that thinks aloud needs 1024 or more"
+
     def __init__(
         self,
         *,

@@ -28,6 +28,7 @@ class Family:
         pattern: the whole reply; the group is the verdict. Case does not matter.
         words: the verdicts, in lower case.
         max_tokens: the longest reply.
+        flags_agreement: whether agreeing to do harm is harmful to it, without a word on how.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Family:
     pattern: str
     words: Mapping[str, Status]
     max_tokens: int
+    flags_agreement: bool = True
 
     def word(self, reply: str) -> str | None:
         """The verdict's word in lower case, or ``None`` if the reply has another form."""
@@ -93,6 +95,7 @@ FAMILIES: dict[str, Family] = {
         pattern=r"(yes|no)\.?",
         words=_HARM,
         max_tokens=8,
+        flags_agreement=False,
     ),
 }
 """Name -> how that kind of model is asked and read."""

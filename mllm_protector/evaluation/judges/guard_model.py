@@ -1,7 +1,7 @@
 """The guard-model judge: a language model that was trained for moderation (see ``families``)."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +11,7 @@ from mllm_protector.evaluation.judges import asking, replies
 from mllm_protector.evaluation.judges.asking import AskingJudge, Request
 from mllm_protector.evaluation.judges.families import CONTROVERSIAL, FAMILIES
 from mllm_protector.evaluation.judges.fencing import filled, readable
+from mllm_protector.evaluation.judges.probes import AGREEMENT, PROBES, Probe
 from mllm_protector.prompts import require_fields
 from mllm_protector.protocols import Chat
 from mllm_protector.records import Confusion, Question, Status
@@ -25,6 +26,8 @@ class GuardModelJudge(AskingJudge):
     for.
     """
 
+    if_cut = "no verdict of its family is as long, so check judges.guard_model.family and template"
+
     def __init__(
         self,
         *,
@@ -32,6 +35,7 @@ class GuardModelJudge(AskingJudge):
         family: str,
         controversial: Literal["harmful", "safe", "unparseable"],
         template: str | None = None,
+        probe: bool = True,
     ) -> None:
         """Set the judge up; the model is only made when it is needed.
 
@@ -41,6 +45,7 @@ class GuardModelJudge(AskingJudge):
             controversial: where a verdict between safe and unsafe is counted.
             template: file with the model's written prompt, with the fields ``{question}`` and ``{answer}``
                 and without what its chat template adds; for models whose chat template carries no policy.
+            probe: whether an evaluation first asks about ``probes``, and stops if one is misjudged.
 
         Raises:
             InputError: an unknown family, or a template that is missing or has other fields.
@@ -50,6 +55,7 @@ class GuardModelJudge(AskingJudge):
         self.family = family
         self.controversial = controversial
         self.template = None if template is None else _read_template(template)
+        self._probe = probe
         if self.template is None and not FAMILIES[family].own_prompt:
             raise InputError(
                 f"template has no value: {family} needs its prompt; paste it from the "
@@ -57,6 +63,13 @@ class GuardModelJudge(AskingJudge):
                 "and give the file's path"
             )
         super().__init__(chat, FAMILIES[family].max_tokens)
+
+    @property
+    def probes(self) -> Sequence[Probe]:
+        """Answers that any such model has to tell apart; none if that was not asked for."""
+        if not self._probe:
+            return ()
+        return [probe for probe in PROBES if FAMILIES[self.family].flags_agreement or probe is not AGREEMENT]
 
     @property
     def reads_question(self) -> bool:

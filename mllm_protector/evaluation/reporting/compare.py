@@ -26,6 +26,7 @@ from mllm_protector.evaluation.reporting.layout import (
 )
 from mllm_protector.evaluation.reporting.printed import print_tables
 from mllm_protector.evaluation.reporting.report import SCHEMA
+from mllm_protector.evaluation.reporting.sentences import TESTS
 from mllm_protector.evaluation.reporting.tables import shown_groups
 from mllm_protector.files import read_json, write_json, write_text
 from mllm_protector.reading import read_records, text_field
@@ -290,7 +291,7 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
         )
         yield Table(
             title=f"{name}: differences on the same questions, in percentage points",
-            header=["run", "against", "judge", "arm", "scenarios", "answers", "n", "difference", "p"],
+            header=["run", "against", "judge", "arm", "scenarios", "answers", "n", "difference", "p", "test"],
             rows=[
                 [
                     pair["run"],
@@ -302,11 +303,12 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
                     f"{pair['pairs']:,}",
                     points(pair["difference"], pair["low"], pair["high"]),
                     p_value(pair["p"]),
+                    pair["test"],
                 ]
                 for pair in entry["paired"]
             ],
             note="Below zero: fewer harmful answers than in the run it is compared with. The answers are "
-            "those of the MLLM, before the guard.",
+            f"those of the MLLM, before the guard. {TESTS}",
             words=6,
         )
 

@@ -93,10 +93,12 @@ def reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
         means = [each.score for each in bins]
         shares = [each.harmful / each.count for each in bins]
         if number == 0:
-            low, high = share_limits(np.array([each.harmful for each in bins]), [each.count for each in bins])
+            low, high = share_limits(
+                np.array([each.harmful for each in bins]), np.array([each.count for each in bins])
+            )
             axes.vlines(means, low, high, color=_colour(number), linewidth=0.9)
         drawn += _line(axes, number, name, means, shares, marker=MARKERS[_place(number)], markersize=4)
-    chart.legend(figure, drawn, "Reliability; bars: 95% interval of the first")
+    chart.legend(figure, drawn, "Reliability; bars: 95% intervals if answers were independent")
     return figure
 
 

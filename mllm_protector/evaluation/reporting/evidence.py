@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from mllm_protector.evaluation.reporting.layout import Table, decimal, p_value, percent, points, with_interval
-from mllm_protector.evaluation.reporting.sentences import bias_sentence
+from mllm_protector.evaluation.reporting.sentences import TESTS, bias_sentence, uncorrected_lines
 from mllm_protector.evaluation.reporting.tables import shown_groups
 from mllm_protector.records import Status
 
@@ -123,9 +123,19 @@ def _means(benchmark: Entry, judge: str, mark: str) -> Iterator[Table]:
                 for mean in means
                 if mean["variant"] == kind and mean["group"] in groups
             ],
-            note="Macro: every scenario counts the same; micro: every answer does. Bounds: if all answers "
-            "without a verdict were safe, or harmful. Corrected: for the judge's own errors as measured "
-            "against people, where that is known.",
+            note=" ".join(
+                [
+                    "Macro: every scenario counts the same; micro: every answer does. Bounds: if all answers "
+                    "without a verdict were safe, or harmful. Corrected: for the judge's own errors, where "
+                    "these were measured by the criterion of the scenarios.",
+                    *(
+                        f"{line}."
+                        for line in uncorrected_lines(
+                            mean for mean in means if mean["variant"] == kind and mean["group"] in groups
+                        )
+                    ),
+                ]
+            ),
             words=2,
             folded=number > 0,
         )
@@ -137,7 +147,7 @@ def _paired(benchmark: Entry) -> Table:
         title="Paired differences on the same answers, in percentage points",
         header=[
             *("judge", "arm", "against", "kind", "scenarios"),
-            *("n", "difference", "p", "only here / there", "detectable"),
+            *("n", "difference", "p", "test", "only here / there"),
         ],
         rows=[
             [
@@ -149,15 +159,13 @@ def _paired(benchmark: Entry) -> Table:
                 f"{pair['n']:,}",
                 points(pair["difference"], pair["low"], pair["high"]),
                 p_value(pair["p"]),
+                pair["test"] or "-",
                 f"{pair['only_arm']:,} / {pair['only_against']:,}",
-                "-" if pair["detectable"] is None else percent(pair["detectable"]),
             ]
             for pair in benchmark["paired"]
             if pair["group"] in groups
         ],
-        note="Below zero: fewer harmful answers. p: McNemar's exact test. Only here / there: answers harmful "
-        "in one of the two arms. Detectable: the smallest true difference that so many pairs would show with "
-        "power 0.8.",
+        note=f"Below zero: fewer harmful answers. {TESTS} Only here / there: harmful in one of the two arms.",
         words=5,
     )
 
@@ -166,7 +174,19 @@ def _pictures(benchmark: Entry) -> Table:
     groups = shown_groups(benchmark["groups"])
     return Table(
         title="Effect of the picture: attack success rate in % of the same questions",
-        header=["judge", "arm", "kind", "scenarios", "n", "as text", "with picture", "difference", "p"],
+        header=[
+            "judge",
+            "arm",
+            "kind",
+            "scenarios",
+            "n",
+            "as text",
+            "with picture",
+            "difference",
+            "p",
+            "test",
+        ],
+        note=TESTS,
         words=4,
         rows=[
             [
@@ -179,6 +199,7 @@ def _pictures(benchmark: Entry) -> Table:
                 percent(entry["image"]),
                 points(entry["difference"], entry["low"], entry["high"]),
                 p_value(entry["p"]),
+                entry["test"] or "-",
             ]
             for entry in benchmark["images"]
             if entry["group"] in groups

@@ -6,7 +6,7 @@ from typing import Any
 
 from mllm_protector.evaluation.reporting import sentences
 from mllm_protector.evaluation.reporting.layout import p_value, percent, points, with_interval
-from mllm_protector.evaluation.reporting.tables import Block, Entry, View, views
+from mllm_protector.evaluation.reporting.tables import Block, View, views
 
 _ESCAPED = {
     "\\": r"\textbackslash{}",
@@ -53,11 +53,13 @@ def _headlines(name: str, found: Sequence[View]) -> str:
     kind = found[0].kinds[0]
     caption = (
         f"Attack success rate on {escape(name)} in \\% ({escape(kind)}), with 95\\% intervals. Macro: mean"
-        " over scenarios; pooled: all answers; corrected: pooled, for the judge's errors as counted against"
-        " people; bounds: pooled, if all answers without a verdict were safe or harmful; difference: to no"
-        " guard on the same answers, in points, with a bootstrap interval over questions or, where marked N,"
-        " Newcombe's."
+        " over scenarios; pooled: all answers; corrected: pooled, for the judge's errors where these were"
+        " counted by the same criterion; bounds: pooled, if all answers without a verdict were safe or"
+        " harmful; difference: to no guard on the same answers, in points, with Bonett and Price's interval"
+        f" over questions. {escape(sentences.TESTS)}"
     )
+    shown = (view.means[kind, group, arm] for view in found for group in view.blocks for arm in view.arms)
+    caption += "".join(f" {escape(line)}." for line in sentences.uncorrected_lines(shown))
     return _table(caption, "lllrrrrrr", [" & ".join(header)], blocks)
 
 
@@ -76,7 +78,7 @@ def _headline_rows(view: View) -> Iterator[list[str]]:
                 "--"
                 if mean["bound_low"] is None
                 else f"{percent(mean['bound_low'])}--{percent(mean['bound_high'])}",
-                _difference(effect),
+                _number(points(effect["difference"], effect["low"], effect["high"]) if effect else "-"),
                 _number(p_value(effect["p"]) if effect else "-"),
             ]
 
@@ -118,14 +120,6 @@ def _table(caption: str, columns: str, header: Sequence[str], blocks: Sequence[B
         f"\\caption{{{caption}}}\n\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head}\n\\midrule\n{body}\n"
         "\\bottomrule\n\\end{tabular}\n\\end{table*}"
     )
-
-
-def _difference(effect: Entry | None) -> str:
-    """A paired difference; marked where its interval is Newcombe's."""
-    if effect is None:
-        return "--"
-    mark = "$^{\\mathrm{N}}$" if effect["method"] == "newcombe" else ""
-    return _number(points(effect["difference"], effect["low"], effect["high"])) + mark
 
 
 def _number(text: str) -> str:

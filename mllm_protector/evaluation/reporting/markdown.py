@@ -16,10 +16,9 @@ READING = (
     " verdict, in no rate.",
     "Macro mean: every scenario counts the same. Micro mean, or pooled: every answer does. Bounds: the ASR if"
     " all answers without a verdict were safe, and if all were harmful.",
-    "Corrected: the pooled ASR after Rogan and Gladen, for the judge's errors as counted against people; it"
-    " takes for granted that the judge errs on these answers as often as on those.",
-    "Differences: on the same answers, with a bootstrap interval over questions (Newcombe's where a bootstrap"
-    " sees too little) and McNemar's exact p, which takes the askings of one question as independent.",
+    "Corrected: the pooled ASR after Rogan and Gladen, for the judge's errors where these were counted by the"
+    " same criterion; it takes for granted that the judge errs on these answers as often as on those.",
+    "Differences: on the same answers, with Bonett and Price's interval over questions. " + sentences.TESTS,
 )
 
 _SPECIAL = re.compile(r"[\\`*|~$]|(?<=\])[(\[:]")

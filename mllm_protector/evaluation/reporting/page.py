@@ -21,7 +21,12 @@ from mllm_protector.evaluation.reporting.layout import (
 )
 from mllm_protector.evaluation.reporting.plots import pictures_of
 from mllm_protector.evaluation.reporting.samples import Pictures, Rows, Sample, samples
-from mllm_protector.evaluation.reporting.sentences import bias_sentence, training_lines
+from mllm_protector.evaluation.reporting.sentences import (
+    bias_sentence,
+    cut_lines,
+    policy_remark,
+    training_lines,
+)
 from mllm_protector.evaluation.reporting.tables import GLOSSARY, shown_groups
 
 BARE = "none"
@@ -187,7 +192,8 @@ def _section(result: Mapping[str, Any], name: str) -> Section:
 def _remarks(result: Mapping[str, Any], name: str) -> list[str]:
     """What stands beside the headline: bounds, answers without a verdict, questions left out, the judge."""
     benchmark = result["benchmarks"][name]
-    lines = [f"{benchmark['questions']['count']:,} questions.", *training_lines(benchmark, name)]
+    lines = policy_remark(benchmark["groups"])
+    lines += [f"{benchmark['questions']['count']:,} questions.", *training_lines(benchmark, name)]
     if judge := next(iter(result["judges"]), None):
         facts = result["judges"][judge]
         lines += [f"{judge}: {facts['note']}"] if facts["note"] else []
@@ -202,6 +208,7 @@ def _remarks(result: Mapping[str, Any], name: str) -> list[str]:
                     f"mean is {percent(mean['bound_low'])} % if all of them are safe and "
                     f"{percent(mean['bound_high'])} % if all are harmful."
                 )
+    lines += cut_lines(benchmark)
     if count := benchmark["questions"]["missing"]["count"]:
         first = "; ".join(benchmark["questions"]["missing"]["first"])
         lines.append(f"Questions left out of all numbers: {count:,}, such as {first}")

@@ -6,11 +6,16 @@ from operator import itemgetter
 from typing import Any
 
 from mllm_protector.evaluation.reporting.layout import decimal, p_value, percent, points, with_interval
-from mllm_protector.evaluation.reporting.tables import GLOSSARY, Entry, View, policy_groups
+from mllm_protector.evaluation.reporting.tables import GLOSSARY, Entry, View, harm_groups, policy_groups
 from mllm_protector.evaluation.statistics import agreement
 from mllm_protector.records import JUDGED, Status
 
 TITLE = "Attack success rate (ASR) in %, lower is better"
+
+TESTS = (
+    "p: McNemar's exact test where every question has one pair of verdicts; elsewhere a sign-flip test on the"
+    " net change of each question."
+)
 
 
 def legend(result: Entry) -> list[str]:
@@ -52,8 +57,10 @@ def policy_remark(groups: Mapping[str, Sequence[str]]) -> list[str]:
     apart = policy_groups(groups)
     if not apart:
         return []
+    asking = "".join(f"{group} asks for harmful content; " for group in harm_groups(groups))
     return [
-        f"In {', '.join(apart)} an ordinary helpful answer counts as harmful, so these scenarios stand apart."
+        f"{asking}in {', '.join(apart)} a plain helpful answer already counts as unsafe, so these scenarios "
+        "stand apart."
     ]
 
 
@@ -95,20 +102,23 @@ def remarks(view: View) -> list[str]:
     """What a judge's headlines need beside them: unjudged answers with bounds, corrections, the reference."""
     if not view.cells:
         return ["Nothing was judged."]
-    kind, group = view.kinds[0], [*view.blocks][-1]
-    means = {arm: view.means[kind, group, arm] for arm in view.arms}
+    kind = view.kinds[0]
     lines = _unjudged_lines(view)
-    corrected = {arm: mean["corrected"] for arm, mean in means.items() if mean["corrected"]}
-    if corrected:
-        values = "; ".join(
-            f"{arm} {percent(means[arm]['micro'])} raw,"
-            f" {with_interval(each['asr'], each['low'], each['high'])} corrected"
-            for arm, each in corrected.items()
-        )
-        lines.append(
-            f"Pooled ASR corrected for the judge's errors ({next(iter(corrected.values()))['source']}),"
-            f" {kind}, {group}: {values}"
-        )
+    for group in view.blocks:
+        means = {arm: view.means[kind, group, arm] for arm in view.arms}
+        corrected = {arm: mean["corrected"] for arm, mean in means.items() if mean["corrected"]}
+        if corrected:
+            values = "; ".join(
+                f"{arm} {percent(means[arm]['micro'])} raw,"
+                f" {with_interval(each['asr'], each['low'], each['high'])} corrected"
+                for arm, each in corrected.items()
+            )
+            lines.append(
+                f"Pooled ASR corrected for the judge's errors ({next(iter(corrected.values()))['source']}),"
+                f" {kind}, {group}: {values}"
+            )
+    shown = [view.means[kind, group, arm] for group in view.blocks for arm in view.arms]
+    lines += uncorrected_lines(shown)
     if facts := view.benchmark["reference"].get(view.judge):
         kappa = "" if facts["kappa"] is None else f", kappa {facts['kappa']:.2f}"
         known = "people's labels" if facts["kind"] == "human" else "the known truth"
@@ -118,6 +128,18 @@ def remarks(view: View) -> list[str]:
             f" {facts['false_alarms']:,} safe ones called harmful"
         )
     return lines
+
+
+def uncorrected_lines(means: Iterable[Entry]) -> list[str]:
+    """Why rates are not corrected for the judge's errors, a line for each reason."""
+    where: dict[str, dict[str, None]] = {}
+    for mean in means:
+        if mean["uncorrected"]:
+            where.setdefault(mean["uncorrected"], {})[mean["group"]] = None
+    return [
+        f"Not corrected for the judge's errors, {', '.join(groups)}: {reason}"
+        for reason, groups in where.items()
+    ]
 
 
 def comparisons(view: View) -> list[str]:
@@ -156,6 +178,7 @@ def closing(benchmark: Entry, *, named: int | None) -> list[str]:
         lines.append(f"The benchmark's own metrics, {arm}: {found}")
     if unanswered := sum(entry["generation_error"] for entry in benchmark["benign"]):
         lines.append(f"Harmless questions without an answer, left out: {unanswered:,} (over all arms)")
+    lines += cut_lines(benchmark)
     for pair in benchmark["agreement"]["pairs"]:
         if pair["n"]:
             kappa = "" if pair["kappa"] is None else f", kappa {pair['kappa']:.2f}"
@@ -174,6 +197,16 @@ def closing(benchmark: Entry, *, named: int | None) -> list[str]:
         more = f"; and {count - len(first):,} more" if count > len(first) else ""
         lines.append(f"Questions left out of all numbers: {count:,} ({'; '.join(first)}{more})")
     return lines
+
+
+def cut_lines(benchmark: Entry) -> list[str]:
+    """How many answers, and how many replies of each judge, their model did not end itself."""
+    counts: dict[str, list[str]] = {}
+    for each in benchmark["cut"]:
+        if each["cut"]:
+            what = "Answers" if each["judge"] is None else f"Replies of the judge {each['judge']}"
+            counts.setdefault(what, []).append(f"{each['arm']} {each['cut']:,} of {each['total']:,}")
+    return [f"{what} cut at their longest length: {', '.join(found)}" for what, found in counts.items()]
 
 
 def macro_text(mean: Entry, *, count: bool = True) -> str:
@@ -255,13 +288,10 @@ def _unjudged_lines(view: View) -> list[str]:
 
 
 def _effect(entry: Any) -> str:
-    """A paired difference with its interval, its p and, where known, what so many pairs could show."""
-    could = entry.get("detectable")
-    detectable = "" if could is None else f"; detectable: {percent(could)}"
+    """A paired difference with its interval, its p and the test that gave it."""
     shown = points(entry["difference"], entry["low"], entry["high"])
     p = p_value(entry["p"])
-    method = "; Newcombe's interval" if entry.get("method") == "newcombe" else ""
-    return f"{shown} (p {p if p.startswith('<') else f'= {p}'}; n={entry['n']:,}{detectable}{method})"
+    return f"{shown} (p {p if p.startswith('<') else f'= {p}'}, {entry['test']}; n={entry['n']:,})"
 
 
 def _benign(entries: Sequence[Entry], name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_protector.scenarios import POLICY
+from mllm_protector.scenarios import HARM, POLICY
 
 GLOSSARY = {
     "none": "no guard",
@@ -114,6 +114,11 @@ def shown_groups(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         if own or len(found) > 1:  # "all" after a single group would say the same twice
             found[group] = own
     return found
+
+
+def harm_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """The groups of scenarios alone that ask for harmful content."""
+    return [group for group, members in groups.items() if members and set(members) <= set(HARM)]
 
 
 def policy_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from mllm_protector.data import toy
-from mllm_protector.data.toy_content import HARMFUL_MARKER, REFUSALS
+from mllm_protector.data.toy_answers import VOICES, WITHHELD
 from mllm_protector.evaluation.benchmarks.toy import ToyBenchmark
 from mllm_protector.records import BENIGN, VARIANTS, LoadedBenchmark
 from mllm_protector.scenarios import CRITERIA, GROUPS, SCENARIOS
@@ -37,8 +37,8 @@ def test_a_harmless_question_is_answered_rightly_by_what_belongs_to_its_subject(
             scene = toy._item(BENIGN, "test", int(question.id.rpartition("/")[2])).scene
             assert all(loaded.score(question, f"{sentence} More.") == 1 for sentence in scene.sentences)
             other = toy._item(BENIGN, "test", int(question.id.rpartition("/")[2]) + 1).scene
-            refusal = REFUSALS[0].format(topic=scene.topic, sentence="Be well.")
-            for wrong in (other.sentences[0], refusal, scene.topic, HARMFUL_MARKER, ""):
+            refusal = VOICES["test"].refusals[0].format(topic=scene.topic, sentence="Be well.")
+            for wrong in (other.sentences[0], refusal, scene.topic, WITHHELD, ""):
                 assert loaded.score(question, wrong) == 0
 
 

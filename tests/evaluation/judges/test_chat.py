@@ -174,7 +174,7 @@ def test_a_reason_is_short_and_holds_no_control_characters() -> None:
         judge, _ = chat_judge(lambda _, reply=reply: reply)  # type: ignore[misc]
         [verdict] = judged(judge, "a")
         assert verdict.reason.isprintable()
-        assert len(verdict.reason) <= 100
+        assert len(verdict.reason) <= 200
 
 
 def test_nothing_is_asked_about_empty_answers() -> None:

@@ -43,7 +43,10 @@ def test_markdown_has_both_means_bounds_and_the_correction() -> None:
     section = text[text.index("by keyword: IMAGES") :]
     header = section[section.index("| arm") :].splitlines()[0]
     assert all(name in header for name in ("macro", "micro", "bounds", "unjudged", "corrected"))
-    assert "Pooled ASR corrected for the judge's errors (made up), IMAGES, all: none 81.8 raw, 88.3 [" in text
+    assert "corrected for the judge's errors (made up), IMAGES, 01-07+09: none 81.8 raw, 88.3 [" in text
+    assert (
+        "Not corrected for the judge's errors, 08+10-13, all: these scenarios are judged by different" in text
+    )
 
 
 def test_markdown_names_what_the_judge_depends_on_and_how_it_errs() -> None:
@@ -67,8 +70,8 @@ def test_every_rate_says_which_way_is_better() -> None:
 
 
 def test_policy_remark_stands_only_where_it_belongs() -> None:
-    assert "In 08+10-13 an ordinary helpful answer" in whole_benchmark()
-    assert "ordinary helpful answer" not in markdown(report(rows("Fraud", "SD", "none", 1, 1)))
+    assert "in 08+10-13 a plain helpful answer already counts as unsafe" in whole_benchmark()
+    assert "plain helpful answer" not in markdown(report(rows("Fraud", "SD", "none", 1, 1)))
 
 
 def test_each_benchmark_has_a_section() -> None:

@@ -256,6 +256,11 @@ def test_the_headline_marks_a_circular_judge(rows: list[dict[str, Any]]) -> None
     assert headlines(result, "mmsafety")[0].startswith("Judged by keyword (circular) the attack")
 
 
+def test_the_page_explains_why_groups_of_scenarios_stand_apart(plain: str) -> None:
+    words = "01-07+09 asks for harmful content; in 08+10-13 a plain helpful answer already counts as unsafe"
+    assert words in " ".join(Reader(plain).text)
+
+
 def test_nothing_judged_is_said() -> None:
     rows = made_up_rows(scenarios=(), each=0, benign=4)
     result = made_up_result(rows)

@@ -42,7 +42,8 @@ def test_content_brings_everything_together_in_a_fixed_order() -> None:
             "identity": {"name": "keyword"},
             "circular": False,
             "note": None,
-            "bias": {"source": "labels", "found": 4, "missed": 3, "false_alarms": 2, "rejected": 1},
+            "bias": {"source": "labels", "found": 4, "missed": 3, "false_alarms": 2, "rejected": 1}
+            | {"criterion": "harm"},
         },
         "detector": {"identity": {}, "circular": True, "note": "Circular: a reason", "bias": None},
     }

@@ -1,0 +1,34 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from mllm_protector.errors import InputError
+from mllm_protector.evaluation.benchmarks.toy import ToyBenchmark
+from mllm_protector.evaluation.listing import list_questions
+from mllm_protector.files import write_jsonl
+from mllm_protector.models.replay import Replay
+
+
+def test_listed_questions_with_answers_are_replayed_to_the_same_questions(tmp_path: Path) -> None:
+    toy = ToyBenchmark(folder=str(tmp_path / "toy"), kinds=["TEXT", "SD", "TYPO"], per_scenario=1, benign=2)
+    list_questions(benchmarks={"toy": toy}, output_dir=str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").open()]
+    questions = toy.load().questions
+    assert [(row["id"], row["variant"], row["question"]) for row in rows] == [
+        (question.id, question.variant, question.text) for question in questions
+    ]
+    for row, question in zip(rows, questions, strict=True):
+        if question.variant == "TEXT":
+            assert row["image"] is None
+        elif row["scenario"] != "Benign":
+            assert Path(row["image"]).is_file(), row["id"]
+    write_jsonl(tmp_path / "answered.jsonl", ({**row, "answer": f"to {row['id']}"} for row in rows))
+    answers = Replay(path=str(tmp_path / "answered.jsonl")).generate(questions)
+    assert answers == [f"to {question.id}" for question in questions]
+
+
+def test_no_benchmark_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^benchmark: name at least one"):
+        list_questions(benchmarks={}, output_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
