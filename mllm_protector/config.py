@@ -12,17 +12,17 @@ import os
 import pydoc
 import re
 import sys
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -30,9 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import system_error
+from mllm_protector.files import expand, system_error
 from mllm_protector.helping import ConfigFile, flat, help_text
 from mllm_protector.outputs import claim_output_dir
+from mllm_protector.ranges import fits, in_words
 from mllm_protector.stopping import Stop, stoppable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -47,9 +48,8 @@ def launch(main: Callable[[], Any], usage: str) -> None:
         main: the function that hydra calls; its config has the script's own name.
         usage: what ``--help`` begins with.
     """
-    # No shell expands a ~ behind =, and hydra's grammar has no place for one.
-    sys.argv[1:] = [re.sub(r"(?<==)~(?=/)", str(Path.home()), each, count=1) for each in sys.argv[1:]]
-    script, given = Path(sys.argv[0]).stem, sys.argv[1:]
+    script, given = Path(sys.argv[0]).stem, [_quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = given
     overrides = [argument for argument in given if not argument.startswith("-")]
     with clear_errors():
         if "--version" in given:
@@ -58,6 +58,7 @@ def launch(main: Callable[[], Any], usage: str) -> None:
             values, files = _composed(script, overrides)
             sys.stdout.write(help_text(usage, values, files, (CONFIGS, CONFIGS / script)))
         else:
+            _require_options(script, overrides)
             try:
                 main()
             except HydraException as error:
@@ -141,9 +142,6 @@ def clear_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _stop(_config_error(error), InputError.exit_code)
     except Exception as error:
-        if str(error).startswith("Config group override must be"):
-            given = ", ".join(each for each in sys.argv[1:] if re.fullmatch(r"[\w@./]+=(null)?", each))
-            _stop(f"{given}: name an option; --help lists them", InputError.exit_code)
         if (message := system_error(error)) is None:
             raise
         _stop(message, RunError.exit_code)
@@ -192,8 +190,8 @@ def _check(key: str, value: Any, wanted: Any) -> None:
     if isinstance(value, dict) and "_target_" in value:
         arguments = {name: item for name, item in value.items() if name not in ("_target_", "_partial_")}
         _check_call(key, _constructor(key, str(value["_target_"])), arguments)
-    elif not _fits(value, wanted):
-        raise InputError(f"{key}={_shown(value)}: must be {_in_words(wanted)}")
+    elif not fits(value, wanted):
+        raise InputError(f"{key}={_shown(value)}: must be {in_words(wanted)}")
     elif isinstance(value, dict):
         inside = [get_args(each)[1] for each in (wanted, *get_args(wanted)) if get_origin(each) is Mapping]
         for name, item in value.items():
@@ -232,44 +230,6 @@ def _construct(key: str, value: Any) -> Any:
         raise InputError(message) from error
 
 
-LARGEST = 2**63
-"""No number of a config is as large: libraries keep whole ones in 64 bits."""
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a plain value of a config is what an annotation says."""
-    origin, choices = get_origin(wanted), get_args(wanted)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, choice) for choice in choices)
-    if origin is Literal:
-        return value in choices
-    if origin in (list, Sequence):
-        return isinstance(value, list) and all(_fits(item, choices[0]) for item in value)
-    if origin is Annotated:
-        return _fits(value, choices[0]) and value in choices[1]
-    if wanted in (int, float):
-        known = (int,) if wanted is int else (int, float)
-        return isinstance(value, known) and not isinstance(value, bool) and abs(value) < LARGEST
-    if wanted in _NAMES:
-        return isinstance(value, wanted)
-    return wanted is Any or (origin is Mapping and isinstance(value, dict))  # an object is made by a _target_
-
-
-def _in_words(wanted: Any) -> str:
-    origin, choices = get_origin(wanted), get_args(wanted)
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, choices))
-    if origin is Annotated:
-        return f"{_in_words(choices[0])} {choices[1]}"
-    if origin is Literal:
-        return f"one of {', '.join(map(str, choices))}"
-    if origin in (list, Sequence):
-        return f"a list, each {_in_words(choices[0])}"
-    return _NAMES.get(wanted, "one of the options that --help lists")
-
-
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
@@ -294,6 +254,30 @@ def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], li
     return flat(content), files  # type: ignore[arg-type]
 
 
+def _quoted(override: str) -> str:
+    """An override whose value hydra cannot read, such as a path with ``=``, ``(`` or ``~``, in quotes."""
+    key, equals, value = override.partition("=")
+    if not equals or override.startswith("-") or value[:1] in ("[", "{", "'", '"'):
+        return override
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return '{}="{}"'.format(key, value.replace('"', '\\"'))
+    return override
+
+
+def _require_options(script: str, overrides: Sequence[str]) -> None:
+    """Refuse a group that is set to no option's name, on which hydra ends in a traceback."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        group = key.partition("@")[0]
+        options = [
+            path.stem for root in (CONFIGS, CONFIGS / script) for path in (root / group).glob("*.yaml")
+        ]
+        if options and (value in ("null", "true", "false") or value.removeprefix("-").isdecimal()):
+            raise InputError(f"{key}={value}: unknown option; choose one of {', '.join(sorted(options))}")
+
+
 def _config_error(error: Exception, script: str = "", overrides: Sequence[str] = ()) -> str:
     """What hydra or omegaconf say of a command line, in one line."""
     text = str(error)
@@ -309,9 +293,9 @@ def _config_error(error: Exception, script: str = "", overrides: Sequence[str] =
         options = re.findall(r"^\t([\w.]+)$", text.partition("Config search path")[0], flags=re.MULTILINE)
         options = options or sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
         return f"{group}={option}: unknown option; choose one of {', '.join(options)}"
-    key, _, value = str(getattr(error, "override", None) or "").partition("=")
-    if value:
-        return f"{key}={value}: put quotes around such a value, for the shell and within: '{key}=\"{value}\"'"
+    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
+        key, _, value = found.group(1).partition("=")
+        return f"{key}={value}: a comma needs quotes within those of the shell: '{key}=\"{value}\"'"
     return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
@@ -334,5 +318,14 @@ def _join(key: str, name: str) -> str:
 
 
 def _plain(cfg: Any) -> dict[str, Any]:
-    content: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    """All values, resolved; ``~/`` in front of a path is the user's home."""
+    content: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
     return content
+
+
+def _at_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _at_home(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return str(expand(value)) if isinstance(value, str) and value.startswith("~/") else value

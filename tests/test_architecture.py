@@ -37,6 +37,7 @@ GROUND = {
         "rewrites",
         "normalisation",
         "arguments",
+        "ranges",
         "helping",
         "stopping",
         "ranges",

@@ -1,7 +1,10 @@
 import functools
 import inspect
+import math
 import re
+import runpy
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +26,7 @@ from mllm_protector.evaluation.listing import list_questions
 from mllm_protector.evaluation.reporting.compare import compare
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.generation.run import generate_pairs
+from mllm_protector.helping import flat
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.official import import_official_detector
 from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
@@ -415,3 +419,85 @@ def test_a_folder_and_a_checkpoint_agree_on_which_settings_change_no_result() ->
     names = [field.name for field in fields(FitConfig)]
     of_folders = {name for name in names if f"fit.{name}".startswith(WITHOUT_INFLUENCE)}
     assert of_folders == set(settings.WITHOUT_INFLUENCE)
+
+
+ANYTHING = (None, -1, 0, 10**23, math.nan, "", "x", [], {})
+"""What is tried in the place of every value."""
+CHECKED_LATER = {
+    "eval_mmsafety": {"threshold", "max_unjudged", "repeats"},
+    "benchmark": {"rounds", "pairs", "curve_pairs"},
+    "benchmark_evaluation": {"rounds", "flagged"},
+    "generate_pairs": {
+        *("pairs", "questions_per_call", "dry_calls", "question_tokens", "answer_tokens", "min_share"),
+        *("concurrency", "max_retries", "timeout", "temperature"),
+    },
+}
+"""By the function, first of all, or by the constructor of a served model, with tests beside them."""
+
+
+@pytest.mark.parametrize("root", FUNCTIONS)
+def test_any_value_of_any_key_is_taken_or_refused_in_a_line_that_names_the_key(root: str) -> None:
+    plain: Any = OmegaConf.to_container(filled_in(composed(root)), resolve=True)
+    for key, usual in flat(plain).items():
+        name = key.rpartition(".")[2]
+        is_number = isinstance(usual, int | float) and not isinstance(usual, bool)
+        for value in ANYTHING:
+            changed = OmegaConf.create(plain)
+            OmegaConf.update(changed, key, value, merge=False)
+            said = None
+            try:
+                build(changed, FUNCTIONS[root])
+            except InputError as refused:
+                said = str(refused)
+                assert name in said, f"{key}={value}: {said}"
+                assert "\n" not in said, f"{key}={value}: {said}"
+            small = value == -1 and name not in CHECKED_LATER.get(root, ())
+            if is_number and (small or value in ("", "x", [], {}, 10**23) or value is math.nan):
+                assert said is not None, f"{key}={value} was taken"
+
+
+def test_ranges_are_said_in_the_message(capsys: pytest.CaptureFixture[str]) -> None:
+    for root, override, expected in (
+        ("eval_mmsafety", "rewrite_tokens=0", "must be a whole number from 1 to"),
+        ("eval_mmsafety", "latency_rows=-1", "must be a whole number from 0 to"),
+        ("eval_mmsafety", "batch_size=0", "must be a whole number from 1 to"),
+        ("eval_detoxifier", "batch_size=0", "must be a whole number from 1 to"),
+        ("benchmark_evaluation", "batch_size=0", "must be a whole number from 1 to"),
+        ("calibrate_detector", "batch_tokens=0", "must be a whole number from 1 to"),
+        ("train_detector", "seed=-1", "must be a whole number from 0 to 4,294,967,295"),
+        ("train_detector", f"seed={10**23}", "must be a whole number from 0 to 4,294,967,295"),
+        ("train_detector", "backbone.hidden_size=0", "must be a whole number from 1 to"),
+        ("train_detector", "prefixes=2", "must be a number from 0 to 1"),
+    ):
+        assert complaint(capsys, override, root=root).startswith(f"{override}: {expected}")
+    rank = complaint(capsys, "tuning=lora", "tuning.rank=0")
+    assert rank.startswith("tuning.rank=0: must be a whole number from 1 to")
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *given: str) -> str:
+    """What ``prepare_data.py`` says to a command line that it cannot follow."""
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *given])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(CONFIGS.parent / "scripts" / "prepare_data.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+
+def test_a_group_without_an_option_is_one_line_with_the_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in ("data=null", "benchmark=null", "data=3"):
+        said = launched(monkeypatch, capsys, given)
+        assert said.startswith(f"{given}: unknown option; choose one of "), given
+
+
+def test_any_path_can_be_typed_or_the_quotes_it_needs_are_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = f"output_dir={tmp_path / 'out'}"
+    for path in ("/no=such.csv", "/no (such) one.csv", "~/no.csv", "/no:such%.csv"):
+        said = launched(monkeypatch, capsys, "data=labelled", f"data.path={path}", folder)
+        assert said == f"{path.replace('~', str(tmp_path))}: no such file", path
+    said = launched(monkeypatch, capsys, "data=labelled", "data.path=/no,such.csv", folder)
+    assert said.endswith("""'data.path="/no,such.csv"'"""), said

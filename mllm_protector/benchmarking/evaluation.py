@@ -17,7 +17,7 @@ from mllm_protector.benchmarking.workload import read_texts
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
 from mllm_protector.files import write_json
-from mllm_protector.ranges import Amount, Count, Seed, Share
+from mllm_protector.ranges import Amount, Count, Seed
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,12 @@ def run_benchmark_evaluation(
     large: Shape,
     small_answers: Amount,
     large_answers: Amount,
-    rounds: Count,
-    flagged: Share,
+    rounds: int,
+    flagged: float,
     max_length: Count,
     new_tokens: Count,
     batch_size: Count,
-    scale: Sequence[Count],
+    scale: Sequence[int],
     report_rows: Amount,
     threads: Count | None,
     output_dir: str,

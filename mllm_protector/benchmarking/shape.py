@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import DTYPES, Float32Linear, LoraTuning
-from mllm_protector.ranges import Count, Width
 
 Precision = Literal["fp32", "bf16"]
 Kind = Literal["detector", "detoxifier"]
@@ -34,12 +33,12 @@ class Shape:
         dtype: of the frozen weights; with ``bfloat16`` everything computes in it.
     """
 
-    hidden: Width
-    layers: Width
-    heads: Width
-    kv_heads: Width
-    intermediate: Width
-    vocab: Count
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocab: int
     dtype: str
 
     def __post_init__(self) -> None:

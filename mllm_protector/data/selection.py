@@ -32,7 +32,7 @@ from mllm_protector.data.splits import (
 from mllm_protector.data.table import Rows, Table, write_table
 from mllm_protector.errors import InputError
 from mllm_protector.files import content_key, expand, read_json, write_json, write_jsonl
-from mllm_protector.ranges import Count, Seed
+from mllm_protector.ranges import Seed
 from mllm_protector.reading import Account, parse_json_line
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
@@ -60,7 +60,7 @@ class Selection(ABC, Generic[T]):
     path: str | None
     validation_fraction: float
     seed: Seed
-    limit: Count | None
+    limit: int | None
     duplicates: Duplicates
     quarantine: str | None
 

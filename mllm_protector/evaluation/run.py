@@ -37,7 +37,7 @@ from mllm_protector.models.bases import require_bases
 from mllm_protector.models.guard_file import Kind, read_guard_file
 from mllm_protector.processes import start_accelerator
 from mllm_protector.protocols import MLLM, Benchmark, Judge, Priced
-from mllm_protector.ranges import Amount, Count, Share
+from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import LoadedBenchmark
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,12 @@ def evaluate(
     detoxifier: str,
     base: str | None,
     arms: Sequence[str],
-    threshold: Share | None,
+    threshold: float | None,
     rewrite_tokens: Count,
     ensemble: Sequence[str],
     human_labels: str | None,
-    max_unjudged: Share,
-    repeats: Count,
+    max_unjudged: float,
+    repeats: int,
     batch_size: Count,
     latency_rows: Amount,
     report_rows: Amount,

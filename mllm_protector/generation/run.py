@@ -24,7 +24,7 @@ from mllm_protector.generation.wording import Wording
 from mllm_protector.generation.writing import Rules, Writer, pairs_of, spent_in_words
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Judge
-from mllm_protector.ranges import Count, Seed, Share
+from mllm_protector.ranges import Seed, Share
 from mllm_protector.training.interruption import Interruption
 
 log = logging.getLogger(__name__)
@@ -46,17 +46,17 @@ def generate_pairs(
     generator: Callable[[], ServedChat],
     judges: Mapping[str, Callable[[], Judge]],
     scenario_file: str,
-    pairs: Count,
-    questions_per_call: Count,
-    dry_calls: Count,
-    question_tokens: Count,
-    answer_tokens: Count,
+    pairs: int,
+    questions_per_call: int,
+    dry_calls: int,
+    question_tokens: int,
+    answer_tokens: int,
     question_format: Form,
     language: str,
     check_language: bool,
     near_duplicate: Share,
     unconfirmed: Literal["drop", "mark"],
-    min_share: Share,
+    min_share: float,
     prompts: Mapping[str, str | None],
     budget: Budget,
     seed: Seed,

@@ -28,7 +28,6 @@ from mllm_protector.models.metering import (
     counted,
     usage_of,
 )
-from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import Failure
 
 OPENAI = "https://api.openai.com/v1"
@@ -65,9 +64,9 @@ class ServedChat:
         self,
         *,
         model: str,
-        concurrency: Count,
+        concurrency: int,
         timeout: float,
-        max_retries: Amount,
+        max_retries: int,
         temperature: float | None,
         base_url: str | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",

@@ -16,7 +16,6 @@ from PIL import Image
 from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.models.chat import ServedChat
-from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import Failure, Question
 
 
@@ -27,10 +26,10 @@ class ServedMLLM:
         self,
         *,
         model: str,
-        max_new_tokens: Count,
-        concurrency: Count,
+        max_new_tokens: int,
+        concurrency: int,
         timeout: float,
-        max_retries: Amount,
+        max_retries: int,
         temperature: float | None,
         base_url: str | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import file_digest
-from mllm_protector.ranges import Count
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +46,9 @@ class CheckpointConfig:
         keep_last: so many intact checkpoints are kept.
     """
 
-    every_steps: Count | None
+    every_steps: int | None
     every_minutes: float | None
-    keep_last: Count
+    keep_last: int
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.

@@ -6,7 +6,6 @@ from typing import Any, Literal, get_args
 
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.errors import InputError
-from mllm_protector.ranges import Count
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 Precision = Literal["fp32", "bf16"]
@@ -55,11 +54,11 @@ class FitConfig:
         log_every: steps between lines of ``metrics.jsonl``.
     """
 
-    epochs: Count
-    max_steps: Count | None
-    batch_size: Count
-    micro_batch_tokens: Count | None
-    micro_batch_size: Count | None
+    epochs: int
+    max_steps: int | None
+    batch_size: int
+    micro_batch_tokens: int | None
+    micro_batch_size: int | None
     packing: bool
     normalise: Normalise
     learning_rate: float
@@ -70,9 +69,9 @@ class FitConfig:
     precision: Precision
     gradient_checkpointing: bool
     compile: bool
-    validate_every: Count | None
+    validate_every: int | None
     best_metric: str
-    log_every: Count
+    log_every: int
 
     def __post_init__(self) -> None:
         """Refuse what cannot be.

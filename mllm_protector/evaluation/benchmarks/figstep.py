@@ -23,7 +23,6 @@ from mllm_protector.evaluation.benchmarks.selection import (
     warn_of_missing,
 )
 from mllm_protector.images import ImageFile, RenderedList, list_rendering_identity
-from mllm_protector.ranges import Count
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import LoadedBenchmark, Question, Variant
 from mllm_protector.scenarios import Criterion
@@ -89,7 +88,7 @@ class FigStep:
     images: str | None = None
     kinds: Sequence[Variant] = KINDS
     carrier: str | None = None
-    limit: Count | None = None
+    limit: int | None = None
     render_missing: bool = False
     font: str | None = None
 

@@ -27,7 +27,6 @@ from mllm_protector.evaluation.benchmarks.selection import (
 )
 from mllm_protector.files import read_json
 from mllm_protector.images import rendering_identity
-from mllm_protector.ranges import Count
 from mllm_protector.records import VARIANTS, LoadedBenchmark, Question, Variant
 from mllm_protector.scenarios import CRITERIA, GROUPS, SCENARIOS
 
@@ -63,7 +62,7 @@ class MMSafetyBench:
     scenarios: Sequence[str] | None = None
     text_field: Literal["Question", "Changed Question"] = "Question"
     tiny: bool = False
-    limit: Count | None = None
+    limit: int | None = None
     render_missing: bool = False
     font: str | None = None
 

@@ -14,7 +14,7 @@ from mllm_protector.evaluation.benchmarks.selection import (
     sample,
     warn_of_missing,
 )
-from mllm_protector.ranges import Count, Seed
+from mllm_protector.ranges import Seed
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import LoadedBenchmark, Question
 from mllm_protector.scenarios import Criterion
@@ -40,7 +40,7 @@ class QuestionFile:
 
     path: str
     images: str | None = None
-    limit: Count | None = None
+    limit: int | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from mllm_protector.evaluation.benchmarks.selection import (
 from mllm_protector.evaluation.benchmarks.vqa_formats import READERS, Format, VisualItem, mme_files
 from mllm_protector.evaluation.benchmarks.vqa_metrics import METRICS
 from mllm_protector.evaluation.benchmarks.vqa_scoring import KnownAnswer
-from mllm_protector.ranges import Count, Seed
+from mllm_protector.ranges import Seed
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question, Variant
 
 KINDS: tuple[Variant, ...] = ("TEXT", "SD")
@@ -50,7 +50,7 @@ class VisualQuestions:
     split: str = "test"
     kinds: Sequence[Variant] = KINDS
     instruction: str = ""
-    limit: Count | None = None
+    limit: int | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:

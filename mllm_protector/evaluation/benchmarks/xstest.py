@@ -13,7 +13,7 @@ from typing import Any
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.benchmarks.fields import id_field
 from mllm_protector.evaluation.benchmarks.selection import check_limit, files_digest, question_digest, sample
-from mllm_protector.ranges import Count, Seed
+from mllm_protector.ranges import Seed
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question
 
@@ -39,7 +39,7 @@ class XSTest:
     """
 
     path: str
-    limit: Count | None = None
+    limit: int | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:

@@ -107,6 +107,8 @@ def _read(folders: Sequence[str]) -> list[Run]:
         schema = result.get("schema") if isinstance(result, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema {schema}, not {SCHEMA}; run eval_mmsafety.py there again")
+        if missing := [key for key in ("mllm", "guard", "judges", "benchmarks") if key not in result]:
+            raise InputError(f"{path}: has no {missing[0]}; run eval_mmsafety.py there again")
         runs.append(Run(name=name, folder=Path(folder), result=result))
     return runs
 
