@@ -24,6 +24,7 @@ READABLE = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".csv", ".parquet")
 """The endings that ``read_rows`` understands."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Unwanted(Exception):
@@ -181,6 +182,16 @@ def stream_rows(
             yield record
 
 
+def missing_field(row: Mapping[str, Any], name: str) -> ValueError:
+    """The error of a row without a field; quotes show the spaces around a name."""
+    return ValueError(f"missing field '{name}' (found: {quoted_names(row)})")
+
+
+def quoted_names(row: Mapping[str, Any]) -> str:
+    """The names of a row's fields, in quotes."""
+    return ", ".join(f"'{name}'" for name in row) or "none"
+
+
 def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) -> str:
     """A required text of a row.
 
@@ -188,7 +199,7 @@ def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) 
         ValueError: missing, not a text, empty, or with a NUL character.
     """
     if name not in row:
-        raise ValueError(f"missing field '{name}' (found: {', '.join(map(str, row)) or 'none'})")
+        raise missing_field(row, name)
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f"field '{name}' must be a text, not {type(value).__name__}")
@@ -216,7 +227,7 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
         ValueError: missing or anything else.
     """
     if name not in row:
-        raise ValueError(f"missing field '{name}' (found: {', '.join(map(str, row)) or 'none'})")
+        raise missing_field(row, name)
     value = row[name]
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     flag = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
@@ -242,6 +253,9 @@ def read_rows(path: Path, *, texts_only: bool = False) -> Iterator[Row]:
         raise InputError(f"{path}: {kind}")
     name = path.name.lower()
     try:
+        with path.open("rb") as file:
+            if file.read(2) in UTF_16_MARKS:
+                raise InputError(f"{path}: is UTF-16, and UTF-8 is wanted; save it as UTF-8")
         if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
             yield from _json_rows(path)
         elif name.endswith(".json"):
