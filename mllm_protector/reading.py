@@ -5,7 +5,6 @@ Reading is strict by default: the first line that is broken, incomplete or a dup
 read = kept + quarantined + dropped.
 """
 
-import codecs
 import csv
 import gzip
 import json
@@ -25,6 +24,7 @@ READABLE = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".json", ".csv", ".parquet")
 """The endings that ``read_rows`` understands."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+UTF_16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Unwanted(Exception):
@@ -182,6 +182,16 @@ def stream_rows(
             yield record
 
 
+def missing_field(row: Mapping[str, Any], name: str) -> ValueError:
+    """The error of a row without a field; quotes show the spaces around a name."""
+    return ValueError(f"missing field '{name}' (found: {quoted_names(row)})")
+
+
+def quoted_names(row: Mapping[str, Any]) -> str:
+    """The names of a row's fields, in quotes."""
+    return ", ".join(f"'{name}'" for name in row) or "none"
+
+
 def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) -> str:
     """A required text of a row.
 
@@ -189,7 +199,7 @@ def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) 
         ValueError: missing, not a text, empty, or with a NUL character.
     """
     if name not in row:
-        raise ValueError(f"missing field '{name}' (found: {', '.join(map(repr, row)) or 'none'})")
+        raise missing_field(row, name)
     value = row[name]
     if not isinstance(value, str):
         raise ValueError(f"field '{name}' must be a text, not {type(value).__name__}")
@@ -217,7 +227,7 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
         ValueError: missing or anything else.
     """
     if name not in row:
-        raise ValueError(f"missing field '{name}' (found: {', '.join(map(repr, row)) or 'none'})")
+        raise missing_field(row, name)
     value = row[name]
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     flag = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
@@ -244,8 +254,8 @@ def read_rows(path: Path, *, texts_only: bool = False) -> Iterator[Row]:
     name = path.name.lower()
     try:
         with path.open("rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise InputError(f"{path}: is UTF-16; save it as UTF-8")
+            if file.read(2) in UTF_16_MARKS:
+                raise InputError(f"{path}: is UTF-16, and UTF-8 is wanted; save it as UTF-8")
         if name.endswith((".jsonl", ".jsonl.gz", ".jsonl.xz")):
             yield from _json_rows(path)
         elif name.endswith(".json"):

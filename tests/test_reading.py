@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -273,3 +274,22 @@ def test_halves_of_surrogate_pairs_are_replaced_and_whole_pairs_are_kept(tmp_pat
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"query": "q", "answer": "half \\ud800, whole \\ud83d\\ude00"}\n')
     assert read_records(path, parse).records == [("q", "half \ufffd, whole \U0001f600")]
+
+
+def test_a_file_in_utf_16_is_refused_by_that_name(tmp_path: Path) -> None:
+    for ending, text in (("csv", "query,answer\nq,a\n"), ("jsonl", '{"query": "q"}\n'), ("json", "[]")):
+        for encoding in ("utf-16", "utf-16-be"):
+            path = tmp_path / f"rows.{ending}"
+            mark = "\ufeff" if encoding.endswith("be") else ""
+            path.write_bytes((mark + text).encode(encoding))
+                ("\ufeff" if encoding.endswith("be") else "").encode(encoding) + text.encode(encoding)
+            )
+            with pytest.raises(InputError, match="is UTF-16, and UTF-8 is wanted"):
+                read_records(path, parse)
+
+
+def test_a_space_in_a_column_name_can_be_seen(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("query, answer\nq,a\n")
+    with pytest.raises(RecordError, match=re.escape("missing field 'answer' (found: 'query', ' answer')")):
+        read_records(path, parse)

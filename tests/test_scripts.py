@@ -95,7 +95,10 @@ def test_a_training_tells_its_data_its_progress_and_its_result(home: Path, part:
     said = read(home / "said.json")[f"train_{part}"]
     assert "data: toy data: read 1,200 = kept 1,200" in said
     assert "step 1 of 4: loss " in said
+    spoken = re.findall(r"validation (.*)", said)[-1].split(", ")
     assert "step 4 of 4: validation " in said
+    assert spoken[0].startswith({"detector": "auroc", "detoxifier": "loss"}[part])
+    assert len(spoken) <= 4
     assert f"written: outputs/{part} " in said
 
 

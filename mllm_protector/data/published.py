@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from mllm_protector.data.hub import Parser, Published, PublishedFiles, Values, columns_of, expect_columns
 from mllm_protector.errors import InputError
-from mllm_protector.reading import Unwanted, flag_field, text_field
+from mllm_protector.reading import Unwanted, flag_field, missing_field, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 PKU_COLUMNS = (
@@ -271,7 +271,7 @@ class XSTest(PublishedFiles[LabelledAnswer]):
 
 def _parse_pku(row: Values) -> AnswerPair:
     if "safer_response_id" not in row:
-        raise ValueError(f"missing field 'safer_response_id' (found: {', '.join(map(str, row))})")
+        raise missing_field(row, "safer_response_id")
     safer = row["safer_response_id"]
     if not isinstance(safer, int) or safer not in (0, 1):
         raise ValueError(f"field 'safer_response_id' must be 0 or 1, not {safer!r}")

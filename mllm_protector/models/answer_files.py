@@ -23,7 +23,16 @@ from typing import Any, Literal
 
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, read_json
-from mllm_protector.reading import Reading, Row, Unwanted, collect, read_records, stream_rows, text_field
+from mllm_protector.reading import (
+    Reading,
+    Row,
+    Unwanted,
+    collect,
+    quoted_names,
+    read_records,
+    stream_rows,
+    text_field,
+)
 from mllm_protector.records import VARIANTS, Variant
 
 Format = Literal["auto", "records", "vlmevalkit", "lmms_eval", "mm_safetybench"]
@@ -150,7 +159,7 @@ def _format_of(row: Mapping[str, Any]) -> Format:
         return "records"
     raise ValueError(
         "no answer in a known format: no field prediction (VLMEvalKit), filtered_resps (lmms-eval), or answer"
-        f" beside id or question (found: {', '.join(map(str, row)) or 'none'})"
+        f" beside id or question (found: {quoted_names(row)})"
     )
 
 

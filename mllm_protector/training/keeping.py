@@ -21,9 +21,8 @@ from mllm_protector.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-
-TOLD = ("loss", "perplexity", "auroc", "f1", "threshold", "false_positive_rate", "recall")
-"""The validation figures that the log has; ``metrics.json`` and ``metrics.jsonl`` have all."""
+SPOKEN = 4
+"""Figures of a validation that the log says; metrics.jsonl has them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +147,7 @@ class Journal:
         validated: int,
         total: int,
         every: int,
+        best_metric: str,
         active: bool,
     ) -> None:
         """Open nothing yet.
@@ -160,6 +160,7 @@ class Journal:
             validated: its last step with a validation.
             total: steps of the whole training.
             every: steps between training figures; all validation figures are written.
+            best_metric: the figure by which weights are kept, said first of a validation's.
             active: true on the first process only.
         """
         self.path = output_dir / "metrics.jsonl"
@@ -169,6 +170,7 @@ class Journal:
         self._keep = {"train": done, "validation": validated}
         self.total = total
         self.every = every
+        self.best_metric = best_metric
         self.active = active
         # disable=None: no bar where there is no terminal
         self._bar = tqdm(
@@ -205,8 +207,8 @@ class Journal:
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take validation figures."""
         self._write("validation", step, metrics)
-        shown = {name: value for name, value in metrics.items() if name in TOLD} or metrics
-        words = ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        first = list(dict.fromkeys(name for name in (self.best_metric, "loss", *metrics) if name in metrics))
+        words = ", ".join(f"{name} {metrics[name]:.4f}" for name in first[:SPOKEN])
         self._say(f"step {step:,} of {self.total:,}: validation {words}")
 
     def _lines_to_keep(self) -> Iterator[str]:

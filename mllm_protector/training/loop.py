@@ -157,6 +157,7 @@ def fit(
         validated=keeper.step,
         total=total,
         every=config.log_every,
+        best_metric=config.best_metric,
         active=accelerator.is_main_process,
     )
 

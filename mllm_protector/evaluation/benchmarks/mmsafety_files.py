@@ -10,7 +10,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.evaluation.benchmarks.pictures import Found, picture_file
 from mllm_protector.files import read_json
 from mllm_protector.images import EncodedImage, ImageFile, RenderedText, Stacked
-from mllm_protector.reading import read_records, text_field
+from mllm_protector.reading import missing_field, read_records, text_field
 from mllm_protector.records import Variant
 
 # Which words go with which picture: README of isXinLiu/MM-SafetyBench, "Evaluation". The text-only question
@@ -129,7 +129,7 @@ def mirror_file(scenario: str, variant: Variant) -> str:
 def _mirror_parser(variant: Variant, file: Path) -> Callable[[Mapping[str, Any]], tuple[str, Entry]]:
     def parse(row: Mapping[str, Any]) -> tuple[str, Entry]:
         if row.get("id") is None:
-            raise ValueError(f"missing field 'id' (found: {', '.join(row)})")
+            raise missing_field(row, "id")
         key = _checked_id(str(row["id"]))
         try:
             text = text_field(row, "question")
