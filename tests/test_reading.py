@@ -282,8 +282,6 @@ def test_a_file_in_utf_16_is_refused_by_that_name(tmp_path: Path) -> None:
             path = tmp_path / f"rows.{ending}"
             mark = "\ufeff" if encoding.endswith("be") else ""
             path.write_bytes((mark + text).encode(encoding))
-                ("\ufeff" if encoding.endswith("be") else "").encode(encoding) + text.encode(encoding)
-            )
             with pytest.raises(InputError, match="is UTF-16, and UTF-8 is wanted"):
                 read_records(path, parse)
 
