@@ -14,6 +14,8 @@ COLUMNS = ("arm", "real tokens/s", "padded/real", "MFU", "peak memory", "steps")
 LEGEND = (
     "Median [min, max] over rounds. Real tokens per CPU-second on a CPU, per second on a GPU; MFU: useful",
     "operations by the peak of a matrix product; peak memory: beyond the model; steps: forward passes.",
+    "TRL's reward loss is pairwise; that of the other detectors is the binary cross-entropy of each answer.",
+    "by_length: batches of rows of like length, TRL's train_sampling_strategy=group_by_length.",
 )
 
 PAIRWISE = {(entry.task, entry.name) for entry in ENTRIES if entry.pairwise}
@@ -61,10 +63,10 @@ def row(result: Mapping[str, Any]) -> list[str]:
 
 
 def comparisons(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each of our arms: its speed over that of each arm before it."""
+    """One line for each of our arms: how many times as fast it is as each arm before it."""
     return [
-        f"{result['arm']} is faster by: "
-        + ", ".join(f"{_spread(values, '{:.2f}')} than {name}" for name, values in over.items())
+        f"{result['arm']}, times as fast: "
+        + ", ".join(f"{_spread(values, '{:.2f}')} as {name}" for name, values in over.items())
         for result in results
         if (over := result["speed_up_over"])
     ]
