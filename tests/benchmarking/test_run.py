@@ -116,7 +116,7 @@ def test_the_terminal_gets_a_table(
     said = capsys.readouterr().out
     assert "real tokens/s" in said
     assert "1 MiB" in said
-    assert "ours_bf16 is faster by: " in said
+    assert "ours_bf16, times as fast: " in said
     assert not (tmp_path / "loss_curves.json").exists()
 
 

@@ -160,6 +160,13 @@ def test_judges_that_agree_can_be_chosen(first: str, tmp_path: Path) -> None:
         compare([first, other], str(tmp_path / "out"), judges=["other"])
 
 
+def test_half_a_result_is_refused_by_its_file(first: str, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "asr.json").write_text('{"schema": 1}')
+    with pytest.raises(InputError, match=r"half/asr\.json: has no mllm; run eval_mmsafety\.py there again"):
+        compare([first, str(tmp_path / "half")], str(tmp_path / "out"))
+
+
 def test_fewer_than_two_runs_are_refused(first: str, tmp_path: Path) -> None:
     for runs, word in (([], "two folders"), ([first], "two folders"), ([first, first], "twice")):
         with pytest.raises(InputError, match=word):
