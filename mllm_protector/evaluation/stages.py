@@ -141,8 +141,8 @@ def answer_stage(items: Sequence[Item], mllm: MLLM, store: Store, batch_size: in
         gone = [text.reason for text in texts if isinstance(text, Failure) and text.unreachable]
         if texts and len(gone) == len(texts):
             raise RunError(
-                f"the MLLM cannot be reached ({gone[0]}); finished rows are kept, so see to its server and start the same"
-                " command again"
+                f"the MLLM cannot be reached ({gone[0]}); finished rows are kept, so see to its server"
+                " and start the same command again"
             )
         return [
             {"question": question.id}
