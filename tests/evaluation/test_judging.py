@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from mllm_protector.evaluation.judges.chat import ChatJudge
 from mllm_protector.evaluation.judges.guard_model import GuardModelJudge
 from mllm_protector.evaluation.judges.probes import PROBES
 from mllm_protector.models.chat import ServedChat
+from mllm_protector.protector import Protector
+from mllm_protector.records import CutText
 from tests.evaluation.test_stopping import QUIET, kept, measure, mllm, questions
 from tests.servers import Reply, Request, ScriptedServer, failed, text
 
@@ -174,3 +176,23 @@ def test_failed_rows_say_why_and_where_in_the_log(folder: Path, caplog: pytest.L
     reason = f"the server failed (HTTP 400) at {server.base_url}"
     assert sum(f": {reason}" in message for message in caplog.messages) == 1
     assert f"6 failed (6 x {reason})" in caplog.text
+
+
+def test_the_guard_hands_on_that_a_rewrite_was_cut() -> None:
+    class Corrector:
+        def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
+            return [CutText("A rewrite that has no") for _ in answers]
+
+        def identity(self) -> dict[str, Any]:
+            return {}
+
+    class Detector:
+        def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
+            return [float("bad" in answer) for answer in answers]
+
+        def identity(self) -> dict[str, Any]:
+            return {}
+
+    guard = Protector(Detector(), Corrector(), 0.5)
+    replies = guard.guard(queries=["a", "b"], answers=["A bad answer.", "A good answer."])
+    assert [isinstance(reply.final, CutText) for reply in replies] == [True, False]
