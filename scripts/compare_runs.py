@@ -10,7 +10,7 @@ from mllm_protector.config import clear_errors, launch, run
 def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
     with clear_errors():
-        from mllm_protector.evaluation.reporting.compare import compare  # here, so that --help needs no torch
+        from mllm_protector.reporting.compare import compare  # here, so that --help needs no torch
 
         run(cfg, compare)
 

@@ -23,13 +23,13 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.detector import eval_detector
 from mllm_protector.evaluation.detoxifier import eval_detoxifier
 from mllm_protector.evaluation.listing import list_questions
-from mllm_protector.evaluation.reporting.compare import compare
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.generation.run import generate_pairs
 from mllm_protector.helping import flat
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.official import import_official_detector
 from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
+from mllm_protector.reporting.compare import compare
 from mllm_protector.stopping import Stop
 from mllm_protector.training import settings
 from mllm_protector.training.calibration import calibrate_detector

@@ -23,13 +23,13 @@ import torch
 
 from mllm_protector.benchmarking.comparison import threshold_for
 from mllm_protector.benchmarking.meter import forget_peak, resident
+from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.config import quiet_libraries
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
-from mllm_protector.evaluation.benchmarks.questions import QuestionFile
-from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.files import read_json
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.backbone import Backbone, FullTuning
 from mllm_protector.models.bases import provenance
 from mllm_protector.models.detector import HarmDetector

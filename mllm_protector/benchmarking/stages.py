@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from mllm_protector.evaluation.judges.detector import DetectorJudge
 from mllm_protector.evaluation.judging import Judged, judge_stage
 from mllm_protector.evaluation.stages import (
     BARE,
@@ -30,14 +29,15 @@ from mllm_protector.evaluation.stages import (
     items_of,
 )
 from mllm_protector.evaluation.store import Store
+from mllm_protector.guard.protector import Protector, Refusal
+from mllm_protector.guard.rewrites import fault_of
+from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.models.backbone import device_of, inference
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.prompts import REFUSAL
-from mllm_protector.protector import Protector, Refusal
 from mllm_protector.protocols import Corrector, Detector
 from mllm_protector.records import Question, Status
-from mllm_protector.rewrites import fault_of
 
 GUARDED = ("refusal", "protector")
 ARMS = (BARE, *GUARDED)

@@ -25,14 +25,14 @@ from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.baseline import CrossValidated, cross_validate, query_clusters, taught_scores
 from mllm_protector.evaluation.detection import differing_pairs, figures_by_group, figures_of_all
-from mllm_protector.evaluation.reporting.detector import Measured, document, page, print_summary
 from mllm_protector.files import expand, write_json, write_jsonl, write_text
 from mllm_protector.metrics import expected_calibration_error
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME
+from mllm_protector.models.scale import Scale
 from mllm_protector.ranges import Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
-from mllm_protector.scaling import Scale
+from mllm_protector.reporting.detector import Measured, document, page, print_summary
 
 log = logging.getLogger(__name__)
 

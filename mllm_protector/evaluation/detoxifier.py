@@ -18,18 +18,18 @@ from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.fluency import text_losses
-from mllm_protector.evaluation.reporting.detoxifier import markdown, print_summary
 from mllm_protector.evaluation.rewriting import Relevance, Texts, figures, share
 from mllm_protector.evaluation.statistics import Floats, Ints
 from mllm_protector.files import expand, write_json, write_jsonl, write_text
+from mllm_protector.guard.protector import Protector, Rewrite
+from mllm_protector.guard.rewrites import fault_of
 from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
-from mllm_protector.protector import Protector, Rewrite
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, Outcome, corrections
-from mllm_protector.rewrites import fault_of
+from mllm_protector.reporting.detoxifier import markdown, print_summary
 
 log = logging.getLogger(__name__)
 

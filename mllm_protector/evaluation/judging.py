@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.judges.probes import Probe
 from mllm_protector.evaluation.stages import CUT, Item, Outputs, cut_field, required
 from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
+from mllm_protector.judges.probes import Probe
 from mllm_protector.protocols import Judge
 from mllm_protector.records import BENIGN, JUDGED, TO_REPEAT, Answer, Question, Status, Verdict
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.protector import Protector
+from mllm_protector.guard.protector import Protector
 from mllm_protector.protocols import Corrector, Detector
 
 

@@ -12,11 +12,6 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.contamination import seen_in_training
 from mllm_protector.evaluation.judging import Judged
 from mllm_protector.evaluation.pairing import SEED
-from mllm_protector.evaluation.reporting.manifest import environment, peak_memory
-from mllm_protector.evaluation.reporting.page import page
-from mllm_protector.evaluation.reporting.report import JudgeInfo, assemble, write_report
-from mllm_protector.evaluation.reporting.sentences import contamination_notes
-from mllm_protector.evaluation.reporting.terminal import print_report
 from mllm_protector.evaluation.rows import (
     ENSEMBLE,
     HumanLabels,
@@ -31,6 +26,11 @@ from mllm_protector.evaluation.summary import summarise_benchmark
 from mllm_protector.files import file_digest, write_json, write_text
 from mllm_protector.protocols import Benchmark
 from mllm_protector.records import LoadedBenchmark
+from mllm_protector.reporting.manifest import environment, peak_memory
+from mllm_protector.reporting.page import page
+from mllm_protector.reporting.report import JudgeInfo, assemble, write_report
+from mllm_protector.reporting.sentences import contamination_notes
+from mllm_protector.reporting.terminal import print_report
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.evaluation.judges.keyword import find_refusal
 from mllm_protector.evaluation.statistics import Floats, Ints, effective_size, mean_interval, proportion
+from mllm_protector.guard.rewrites import Fault, fault_of, surviving_share, words
+from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.metrics import perplexity
 from mllm_protector.records import Correction
-from mllm_protector.rewrites import Fault, fault_of, surviving_share, words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

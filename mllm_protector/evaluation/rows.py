@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_protector.evaluation.ensemble import majority
-from mllm_protector.evaluation.judges.keyword import find_refusal
 from mllm_protector.evaluation.judging import Judged
 from mllm_protector.evaluation.stages import BARE, CUT, Item, Outputs
 from mllm_protector.evaluation.statistics import macro_mean
 from mllm_protector.evaluation.store import FAILED
 from mllm_protector.files import write_text
+from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.reading import flag_field, read_records, text_field
 from mllm_protector.records import BENIGN, LoadedBenchmark, Status
 

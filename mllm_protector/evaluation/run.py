@@ -16,12 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.calibration import require_threshold
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.judging import judge_stage, probe_stage
 from mllm_protector.evaluation.publish import Facts, Stores, publish
-from mllm_protector.evaluation.reporting.report import JudgeInfo
 from mllm_protector.evaluation.rows import ENSEMBLE, read_human_labels
 from mllm_protector.evaluation.stages import (
     BARE,
@@ -33,12 +31,14 @@ from mllm_protector.evaluation.stages import (
     guard_stage,
     items_of,
 )
+from mllm_protector.guard.calibration import require_threshold
 from mllm_protector.models.bases import require_bases
 from mllm_protector.models.guard_file import Kind, read_guard_file
 from mllm_protector.processes import start_accelerator
 from mllm_protector.protocols import MLLM, Benchmark, Judge, Priced
 from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import LoadedBenchmark
+from mllm_protector.reporting.report import JudgeInfo
 
 log = logging.getLogger(__name__)
 

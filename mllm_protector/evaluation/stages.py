@@ -13,11 +13,11 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.latency import measure_latency
 from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
+from mllm_protector.guard.protector import Protector, Refusal
 from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
-from mllm_protector.protector import Protector, Refusal
 from mllm_protector.protocols import MLLM, Corrector, Detector
 from mllm_protector.records import (
     CutText,

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from mllm_protector.data.duplicates import require_share
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation.judges.asking import AskingJudge
 from mllm_protector.evaluation.store import Store
 from mllm_protector.files import write_json, write_jsonl
 from mllm_protector.generation import language as languages
@@ -22,6 +21,7 @@ from mllm_protector.generation.replies import Form
 from mllm_protector.generation.scenario_file import read_scenarios
 from mllm_protector.generation.wording import Wording
 from mllm_protector.generation.writing import Rules, Writer, pairs_of, spent_in_words
+from mllm_protector.judges.asking import AskingJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Judge
 from mllm_protector.ranges import Seed, Share

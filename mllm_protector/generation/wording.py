@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation.judges.criteria import SAFE
-from mllm_protector.evaluation.judges.fencing import fenced, nonce, readable
 from mllm_protector.generation.scenario_file import Scenario
+from mllm_protector.judges.criteria import SAFE
+from mllm_protector.judges.fencing import fenced, nonce, readable
 from mllm_protector.prompts import pieces, template_hash
 
 STAND_IN = "[left out]"

@@ -16,7 +16,6 @@ from typing import Literal
 from mllm_protector.data.duplicates import near_duplicates
 from mllm_protector.data.queries import words
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.judges.keyword import find_refusal
 from mllm_protector.files import content_key
 from mllm_protector.generation.language import is_in
 from mllm_protector.generation.ledger import Ledger
@@ -25,6 +24,7 @@ from mllm_protector.generation.pairs import CONFIRMED, Candidate, Progress
 from mllm_protector.generation.replies import Form, answer_in, questions_in
 from mllm_protector.generation.scenario_file import Scenario
 from mllm_protector.generation.wording import SHOWN, STAND_IN, Wording
+from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.protocols import Judge
 from mllm_protector.records import Answer, Failure, Question, Status
 

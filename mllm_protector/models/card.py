@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import fill, special_affixes
 from mllm_protector.models.guard_file import GuardFile
-from mllm_protector.scaling import Scale
+from mllm_protector.models.scale import Scale
 
 PROBES = (
     ("How do I bake bread?", "Mix flour, water and salt."),

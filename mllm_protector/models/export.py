@@ -22,7 +22,7 @@ from mllm_protector.models.card import PROBES, model_card, renders_alike
 from mllm_protector.models.detector import HarmDetector, detector_encoder, load_classifier, load_detector
 from mllm_protector.models.guard_file import ADAPTER_FILES, FILE_NAME, GuardFile, read_guard_file
 from mllm_protector.models.parts import save_part
-from mllm_protector.scaling import Scale
+from mllm_protector.models.scale import Scale
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, read_json, write_json
 from mllm_protector.models.backbone import Backbone, TuningKind
 from mllm_protector.models.quantization import Quantization
-from mllm_protector.scaling import Scale
+from mllm_protector.models.scale import Scale
 
 log = logging.getLogger(__name__)
 

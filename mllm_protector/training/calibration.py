@@ -11,24 +11,25 @@ from typing import Any
 from tabulate import tabulate
 from tqdm.auto import tqdm
 
-from mllm_protector.calibration import (
+from mllm_protector.data.groups import read_groups
+from mllm_protector.data.queries import opening_key, query_key
+from mllm_protector.data.sources import Source
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.guard.calibration import (
     Aim,
     Choice,
     Sizes,
     choose_threshold,
     describe,
 )
-from mllm_protector.data.groups import read_groups
-from mllm_protector.data.queries import opening_key, query_key
-from mllm_protector.data.sources import Source
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.guard.scaling import TEMPERATURES, fit_scale
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile
+from mllm_protector.models.scale import Scale
 from mllm_protector.outputs import probe
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
-from mllm_protector.scaling import TEMPERATURES, Scale, fit_scale
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import set_seed
 
 from mllm_protector import prompts
-from mllm_protector.calibration import Aim
 from mllm_protector.data.balance import Balance, balanced
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.encoding import Batch, DetectorEncoder
@@ -26,6 +25,7 @@ from mllm_protector.data.tokenized import tokenized
 from mllm_protector.data.tokens import choose_pad_id, learnt_window
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key
+from mllm_protector.guard.calibration import Aim
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
 from mllm_protector.models.bases import provenance
@@ -33,11 +33,11 @@ from mllm_protector.models.detector import worst_logits
 from mllm_protector.models.guard_file import GuardFile, library_versions, warn_of
 from mllm_protector.models.packing import model_inputs, packed_logits, use_packed_attention
 from mllm_protector.models.parts import save_part
+from mllm_protector.models.scale import Scale
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed, Share
 from mllm_protector.records import LabelledAnswer, labelled_answers
-from mllm_protector.scaling import Scale
 from mllm_protector.training import loop
 from mllm_protector.training.calibration import calibrated, calibration_figures, warn
 from mllm_protector.training.checkpoint import CheckpointConfig, Resume

@@ -23,9 +23,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 import torch
 from tqdm import tqdm
 
-from mllm_protector.evaluation.benchmarks.mmsafety import MMSafetyBench
-from mllm_protector.evaluation.judges.keyword import KeywordJudge
+from mllm_protector.benchmarks.mmsafety import MMSafetyBench
 from mllm_protector.evaluation.run import evaluate
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.mllm import load_mllm
 from tests.killing import Group
 

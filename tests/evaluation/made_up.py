@@ -5,9 +5,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_protector.evaluation.reporting.report import assemble
 from mllm_protector.evaluation.summary import JudgeInfo, summarise_benchmark
 from mllm_protector.records import BENIGN, VARIANTS, Status
+from mllm_protector.reporting.report import assemble
 from mllm_protector.scenarios import GROUPS, SCENARIOS
 from tests.evaluation.builders import frame
 

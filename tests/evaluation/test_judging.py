@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.judges.chat import ChatJudge
-from mllm_protector.evaluation.judges.guard_model import GuardModelJudge
-from mllm_protector.evaluation.judges.probes import PROBES
+from mllm_protector.guard.protector import Protector
+from mllm_protector.judges.chat import ChatJudge
+from mllm_protector.judges.guard_model import GuardModelJudge
+from mllm_protector.judges.probes import PROBES
 from mllm_protector.models.chat import ServedChat
-from mllm_protector.protector import Protector
 from mllm_protector.records import CutText
 from tests.evaluation.test_stopping import QUIET, kept, measure, mllm, questions
 from tests.servers import Reply, Request, ScriptedServer, failed, text

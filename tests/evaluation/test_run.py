@@ -13,9 +13,9 @@ import pytest
 from mllm_protector.data.contamination import check_contamination
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation import stages
-from mllm_protector.evaluation.judges.detector import DetectorJudge
-from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.evaluation.run import evaluate
+from mllm_protector.judges.detector import DetectorJudge
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.protocols import Cost

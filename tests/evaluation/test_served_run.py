@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.benchmarks.questions import QuestionFile
-from mllm_protector.evaluation.judges.chat import ChatJudge
-from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.images import RenderedText
+from mllm_protector.judges.chat import ChatJudge
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier

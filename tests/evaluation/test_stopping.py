@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.config import clear_errors
-from mllm_protector.evaluation.benchmarks.questions import QuestionFile
-from mllm_protector.evaluation.judges.chat import ChatJudge
-from mllm_protector.evaluation.judges.guard_model import GuardModelJudge
-from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.evaluation.run import evaluate
+from mllm_protector.judges.chat import ChatJudge
+from mllm_protector.judges.guard_model import GuardModelJudge
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.served import ServedMLLM
 from tests.generation.scripted import generate, scenario_file, well

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.judges.chat import ChatJudge
+from mllm_protector.judges.chat import ChatJudge
 from tests.generation.scripted import generate, scenario_file, served
 from tests.models.builders import save_tiny_classifier_base
 from tests.real_server import RealServer, real_server

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.evaluation.judges.chat import ChatJudge
 from mllm_protector.generation.ledger import Budget
 from mllm_protector.generation.run import generate_pairs
+from mllm_protector.judges.chat import ChatJudge
 from mllm_protector.models.chat import ServedChat
 from tests.servers import Reply, Request
 

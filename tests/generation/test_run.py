@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 
 from mllm_protector.config import CONFIGS, build
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.generation.ledger import SPENT, Budget
 from mllm_protector.generation.run import Stopped
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.records import corrections, labelled_answers
 from mllm_protector.training.detector import train_detector
 from tests import servers

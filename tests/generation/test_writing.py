@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mllm_protector.data.queries import words
-from mllm_protector.evaluation.judges.keyword import KeywordJudge
 from mllm_protector.generation.ledger import SPENT, Budget, Ledger
 from mllm_protector.generation.pairs import together
 from mllm_protector.generation.scenario_file import Scenario
 from mllm_protector.generation.wording import Wording
 from mllm_protector.generation.writing import Rules, Writer, pairs_of
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.records import Failure
 
 

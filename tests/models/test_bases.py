@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation.judges.detector import DetectorJudge
+from mllm_protector.guard.protector import Protector
+from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.bases import (
     BLOCK,
@@ -25,7 +26,6 @@ from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_u
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.models.shared import can_share, load_shared
-from mllm_protector.protector import Protector
 from tests.models.fixtures import FULL, LORA
 
 TEXTS = {"queries": ["How do I bake bread?", "Why?"], "answers": ["Mix flour and water.", "No."]}

@@ -16,8 +16,8 @@ from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.guard_file import FILE_NAME, library_versions, read_guard_file, weight_hashes
 from mllm_protector.models.parts import add_adapter, not_in_adapter
+from mllm_protector.models.scale import Scale
 from mllm_protector.prompts import template_hash
-from mllm_protector.scaling import Scale
 from tests.models.fixtures import FULL, LORA
 
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from mllm_protector.errors import InputError
+from mllm_protector.guard.protector import Protector, Refusal
 from mllm_protector.images import EncodedImage, ImageFile, Picture, RenderedText
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.served import ServedMLLM
-from mllm_protector.protector import Protector, Refusal
 from mllm_protector.records import Failure, Outcome, Question
 from tests import servers
 from tests.servers import ScriptedServer

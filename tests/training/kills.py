@@ -30,8 +30,8 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from mllm_protector.calibration import Aim
 from mllm_protector.data.splits import Splits
+from mllm_protector.guard.calibration import Aim
 from mllm_protector.models.backbone import Backbone, LoraTuning
 from mllm_protector.records import AnswerPair
 from mllm_protector.training import loop

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from mllm_protector.calibration import Aim, choose_threshold
 from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.data.sources import Labelled, Toy
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
+from mllm_protector.guard.calibration import Aim, choose_threshold
 from mllm_protector.metrics import expected_calibration_error
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file

@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
+from mllm_protector.benchmarks.toy import ToyBenchmark
 from mllm_protector.data import toy
 from mllm_protector.data.toy_answers import is_harmful
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation.benchmarks.toy import ToyBenchmark
 from mllm_protector.training import toy_mllm as module
 from mllm_protector.training.toy_mllm import NOTE, toy_mllm
 

@@ -1,0 +1,1 @@
+"""The guard: scores, rewrites, and what the user may see."""

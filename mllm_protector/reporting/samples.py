@@ -1,0 +1,191 @@
+"""The questions that a page shows one by one: which ones, and their pictures made small.
+
+A question is shown with all of its arms or not at all, so that they can be compared.
+"""
+
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from PIL import Image
+
+from mllm_protector.errors import InputError
+from mllm_protector.records import BENIGN, JUDGED, Outcome, Status
+from mllm_protector.reporting.layout import data_uri
+
+Row = Mapping[str, Any]
+"""A line of ``results.jsonl``."""
+
+Rows = Callable[[], Iterable[Row]]
+"""Reads rows, as often as it is called."""
+
+Pictures = Callable[[str, str], Image.Image | None]
+"""(benchmark, question id) -> its picture."""
+
+REASONS = (
+    "still harmful under a guard",
+    "without a verdict",
+    "harmless question, answer changed",
+    "from the rest",
+)
+"""Why a question is shown, the most interesting first."""
+
+THUMBNAIL = 160
+"""The longest side of a picture in pixels."""
+
+LONGEST_TEXT = 4000
+"""Characters of a text that are shown; the rest is counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """One arm's end of a question.
+
+    Attributes:
+        row: the line of ``results.jsonl``.
+        statuses: of its verdicts, each once; ``benign`` stands for a question that is not judged.
+        final: what the user saw; ``None`` if it is the raw answer or there is none.
+        folded: whether ``final`` must not be in plain sight: it is not safe to every judge.
+    """
+
+    row: Row
+    statuses: Sequence[str]
+    final: str | None
+    folded: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A question with all of its arms.
+
+    Attributes:
+        first: one of its rows, for what all of them share.
+        arms: in the order of the rows.
+        reason: one of ``REASONS``.
+        question: clipped.
+        raw: the MLLM's answer, clipped; ``None`` if it made none.
+        picture: a small JPEG as a data URI; ``None`` if there is none or another sample shows it.
+        shown_by: the number of the sample that shows the same picture.
+    """
+
+    first: Row
+    arms: Sequence[Shown]
+    reason: str
+    question: str
+    raw: str | None
+    picture: str | None
+    shown_by: int | None
+
+
+def samples(read: Rows, *, pictures: Pictures, max_rows: int) -> tuple[list[Sample], tuple[int, int]]:
+    """The questions worth looking at, the most interesting first, and spread over scenarios and kinds.
+
+    The rows are read twice, and of those that are not shown nothing is kept.
+
+    Args:
+        read: reads the rows in the order of ``results.jsonl``, all arms of a question together.
+        pictures: loads a question's picture.
+        max_rows: rows (question and arm) that are shown at most.
+
+    Returns:
+        The samples, and how many (rows, questions) they were chosen from.
+    """
+    places: dict[int, dict[tuple[str, str, str], list[tuple[int, int]]]] = defaultdict(dict)
+    rows = questions = 0
+    for place, arms in enumerate(_questions(read)):
+        stratum = arms[0]["benchmark"], arms[0]["scenario"], arms[0]["variant"]
+        places[min(map(_reason, arms))].setdefault(stratum, []).append((place, len(arms)))
+        rows, questions = rows + len(arms), place + 1
+    chosen: dict[int, int] = {}  # place -> reason
+    left = max_rows
+    for reason in range(len(REASONS)):
+        for place, arms_here in _spread(places[reason]):
+            if arms_here <= left:
+                left -= arms_here
+                chosen[place] = reason
+    found = [(chosen[place], arms) for place, arms in enumerate(_questions(read)) if place in chosen]
+    found.sort(key=lambda one: one[0])
+    return _with_pictures(found, pictures), (rows, questions)
+
+
+def _questions(read: Rows) -> Iterator[list[Row]]:
+    for _, arms in groupby(read(), key=lambda row: (row["benchmark"], row["id"])):
+        yield list(arms)
+
+
+def _reason(row: Row) -> int:
+    """The index in ``REASONS``."""
+    statuses = {verdict["status"] for verdict in row["verdicts"].values()}
+    if row["outcome"] is not None and Status.HARMFUL in statuses:
+        return 0
+    if statuses - set(JUDGED) or row["outcome"] == Outcome.GUARD_ERROR or row["generation_error"]:
+        return 1
+    return 2 if row["scenario"] == BENIGN and row["changed"] else 3
+
+
+def _spread(strata: Mapping[Any, Sequence[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
+    """All of them: the first of each benchmark, scenario and kind, then the second of each, and so on."""
+    for turn in range(max(map(len, strata.values()), default=0)):
+        for stratum in strata.values():
+            if turn < len(stratum):
+                yield stratum[turn]
+
+
+def _with_pictures(chosen: Sequence[tuple[int, list[Row]]], pictures: Pictures) -> list[Sample]:
+    found: list[Sample] = []
+    first_shown: dict[str, int] = {}
+    for number, (reason, arms) in enumerate(chosen, start=1):
+        first = arms[0]
+        picture, shown_by = None, None
+        if first["image"] is not None:
+            shown_by = first_shown.get(first["image"])
+            if shown_by is None and (picture := _thumbnail(pictures, first)):
+                first_shown[first["image"]] = number
+        found.append(
+            Sample(
+                first=first,
+                arms=[_shown(row) for row in arms],
+                reason=REASONS[reason],
+                question=_clipped(first["question"]),
+                raw=None if first["raw"] is None else _clipped(first["raw"]),
+                picture=picture,
+                shown_by=shown_by,
+            )
+        )
+    return found
+
+
+def _shown(row: Row) -> Shown:
+    statuses = list(dict.fromkeys(str(verdict["status"]) for verdict in row["verdicts"].values()))
+    benign = row["scenario"] == BENIGN
+    final = row["final"]
+    return Shown(
+        row=row,
+        statuses=["benign"] if benign else statuses,
+        final=None if final is None or final == row["raw"] else _clipped(final),
+        folded=not benign and statuses != [Status.SAFE],
+    )
+
+
+def _clipped(text: str) -> str:
+    if len(text) <= LONGEST_TEXT:
+        return text
+    return f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters in results.jsonl)"
+
+
+def _thumbnail(pictures: Pictures, row: Row) -> str | None:
+    """A small copy; a picture that has gone since the run is left out."""
+    try:
+        picture = pictures(row["benchmark"], row["id"])
+    except InputError:
+        return None
+    if picture is None:
+        return None
+    small = picture.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    small.save(out, format="JPEG", quality=70, optimize=True)
+    return data_uri(out.getvalue(), "image/jpeg")

@@ -1,0 +1,214 @@
+import csv
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm_protector.benchmarks.figstep import CARRIER, FigStep
+from mllm_protector.errors import InputError
+from mllm_protector.images import ImageFile, RenderedList
+from mllm_protector.records import LoadedBenchmark
+from mllm_protector.scenarios import Criterion
+
+PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "figstep"
+COLUMNS = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
+ROWS = [
+    ("ForbidQI", "1", "1", "Illegal Activity", "question 1", "Steps to do a placeholder."),
+    ("ForbidQI", "1", "2", "Illegal Activity", "question 2", "Steps to do another."),
+    ("ForbidQI", "10", "1", "Health Consultation", "question 3", "List of placeholders."),
+]
+
+
+@pytest.fixture
+def published() -> Path:
+    if not (PUBLISHED / "SafeBench-Tiny.csv").is_file():
+        pytest.skip(f"no FigStep in {PUBLISHED}")
+    return PUBLISHED / "SafeBench-Tiny.csv"
+
+
+def write(folder: Path, rows: list[tuple[str, ...]] = ROWS, *, without: tuple[str, ...] = ()) -> Path:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    with (folder / "table.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([COLUMNS, *rows])
+    for row in rows:
+        name = f"query_ForbidQI_{row[1]}_{row[2]}_6.png"
+        if name not in without:
+            Image.new("RGB", (7, 7)).save(folder / "images" / name)
+    return folder / "table.csv"
+
+
+def load(path: Path, **settings: Any) -> LoadedBenchmark:
+    return FigStep(path=str(path), **settings).load()
+
+
+def test_the_published_tiny_version_has_ten_topics_with_five_questions_in_two_kinds(published: Path) -> None:
+    loaded = load(published)
+    assert len(loaded.questions) == 100
+    assert loaded.missing == []
+    scenarios = [*dict.fromkeys(question.scenario for question in loaded.questions)]
+    assert (scenarios[0], scenarios[-1]) == ("01-Illegal Activity", "10-Health Consultation")
+    assert loaded.groups == {"01-07": tuple(scenarios[:7]), "08-10": tuple(scenarios[7:])}
+    criteria = {question.scenario: question.criterion for question in loaded.questions}
+    assert list(criteria.values()) == [
+        *[Criterion.HARM] * 7,
+        Criterion.LEGAL,
+        Criterion.FINANCIAL,
+        Criterion.HEALTH,
+    ]
+
+
+def ink(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L")) < 128
+
+
+def test_a_rendered_picture_has_the_lines_of_the_published_one_at_the_same_height(published: Path) -> None:
+    rows = list(csv.DictReader(published.open()))
+    for row in rows[::5]:
+        name = f"images/query_ForbidQI_{row['category_id']}_{row['task_id']}_6.png"
+        theirs = ImageFile(PUBLISHED / name).load()
+        picture = RenderedList(row["instruction"])
+        ours = picture.load()
+        assert ours.size == theirs.size == (760, 760)
+        lines = len(picture.lines())
+        for number in range(lines + 1):
+            top, bottom = number * 75 + 24, number * 75 + 75
+            there = [ink(image)[top:bottom].any() for image in (theirs, ours)]
+            assert there == [bottom <= 760 and number < lines] * 2
+        columns = [np.flatnonzero(ink(image).any(axis=0)) for image in (theirs, ours)]
+        assert abs(columns[0][0] - columns[1][0]) <= 5
+        assert abs(columns[0][-1] - columns[1][-1]) <= 12
+        bottoms = [np.flatnonzero(ink(image).any(axis=1))[-1] for image in (theirs, ours)]
+        assert abs(bottoms[0] - bottoms[1]) <= 2
+
+
+def test_all_published_pictures_can_be_drawn(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_bytes(published.read_bytes())
+    loaded = load(tmp_path / "table.csv", kinds=["TYPO"], render_missing=True)
+    assert len(loaded.questions) == 50
+    assert {question.image.load().size for question in loaded.questions if question.image} == {(760, 760)}
+
+
+def test_a_picture_stands_beside_the_carrier_and_the_plain_question_alone(tmp_path: Path) -> None:
+    first, second, picture, *_ = load(write(tmp_path)).questions
+    assert (first.id, first.text, first.image) == ("01-Illegal Activity/TEXT/1", "question 1", None)
+    assert (second.base, second.variant) == ("01-Illegal Activity/2", "TEXT")
+    assert (picture.id, picture.text) == ("01-Illegal Activity/TYPO/1", CARRIER)
+    assert picture.base == first.base
+    assert picture.image is not None
+    assert picture.image.load().size == (7, 7)
+
+
+def test_the_carrier_can_be_given(tmp_path: Path) -> None:
+    [*_, last] = load(write(tmp_path), carrier="official words").questions
+    assert last.text == "official words"
+    with pytest.raises(InputError, match=r"^carrier must not be empty"):
+        FigStep(path="x", carrier=" ")
+
+
+def test_limit_counts_for_each_topic_and_kind_and_keeps_ids(tmp_path: Path) -> None:
+    whole = [question.id for question in load(write(tmp_path)).questions]
+    part = [question.id for question in load(tmp_path / "table.csv", limit=1).questions]
+    assert part == [identifier for identifier in whole if identifier.endswith("/1")]
+
+
+def test_topics_come_by_number_not_by_letter(tmp_path: Path) -> None:
+    write(tmp_path, [ROWS[2], ("ForbidQI", "9", "1", "Financial Advice", "q", "i"), ROWS[1], ROWS[0]])
+    assert [question.id for question in load(tmp_path / "table.csv", kinds=["TEXT"]).questions] == [
+        "01-Illegal Activity/TEXT/1",
+        "01-Illegal Activity/TEXT/2",
+        "09-Financial Advice/TEXT/1",
+        "10-Health Consultation/TEXT/1",
+    ]
+
+
+def test_a_missing_picture_is_named_or_drawn(tmp_path: Path) -> None:
+    write(tmp_path, without=("query_ForbidQI_1_2_6.png",))
+    loaded = load(tmp_path / "table.csv")
+    assert loaded.missing == ["01-Illegal Activity/TYPO/2: no file query_ForbidQI_1_2_6.png"]
+    assert len(loaded.questions) == 5
+    drawn = load(tmp_path / "table.csv", render_missing=True)
+    assert drawn.missing == []
+    sizes = [question.image.load().size for question in drawn.questions if question.image]
+    assert sizes == [(7, 7), (760, 760), (7, 7)]
+
+
+def test_a_picture_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "root", without=("query_ForbidQI_1_2_6.png",))
+    Image.new("RGB", (7, 7)).save(tmp_path / "outside.png")
+    (tmp_path / "root" / "images" / "query_ForbidQI_1_2_6.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(InputError, match="leads out of"):
+        load(tmp_path / "root" / "table.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (("ForbidQI", "../1", "1", "Fraud", "q", "i"), "table.csv:2: field 'category_id' must be a number"),
+        (("ForbidQI", "1", "1/2", "Fraud", "q", "i"), "table.csv:2: field 'task_id' must be a number"),
+        (("ForbidQI", "1", "1" * 300, "Fraud", "q", "i"), "table.csv:2: field 'task_id' must be a number"),
+        (
+            ("ForbidQI", "1", "1", "a\nb", "q", "i"),
+            "table.csv:3: field 'category_name' must be one",
+        ),
+        (("ForbidQI", "1", "1", "x" * 300, "q", "i"), "table.csv:2: field 'category_name' must be one"),
+        (("ForbidQI", "1", "1", "Fraud", "", "i"), "table.csv:2: field 'question' is empty"),
+        (("ForbidQI", "1", "1", "Fraud", "q"), "table.csv:2: another number of columns"),
+    ],
+)
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path, row: tuple[str, ...], message: str) -> None:
+    with (tmp_path / "table.csv").open("w", newline="") as out:
+        csv.writer(out).writerows([COLUMNS, row])
+    with pytest.raises(InputError, match=message) as refusal:
+        load(tmp_path / "table.csv")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_number_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"table\.csv:3: duplicate of line 2"):
+        load(write(tmp_path, [ROWS[0], ROWS[0]]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kinds": ["SD"]}, "^kinds: no 'SD'"),
+        ({"limit": 0}, "^limit must be at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FigStep(path="x", **settings)
+
+
+def test_files_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    with pytest.raises(InputError, match=r"^images=.*nowhere: no such folder"):
+        load(path, images=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"^font=.*gone\.ttf: no such file"):
+        load(path, render_missing=True, font=str(tmp_path / "gone.ttf"))
+    with pytest.raises(InputError, match=r"gone\.csv: no such file"):
+        load(tmp_path / "gone.csv")
+
+
+def test_the_identity_changes_with_texts_and_pictures_and_not_with_the_selection(tmp_path: Path) -> None:
+    path = write(tmp_path, without=("query_ForbidQI_1_2_6.png",))
+    plain = FigStep(path=str(path)).identity()
+    assert plain == FigStep(path=str(path), kinds=["TEXT"], limit=1).identity()
+    assert json.loads(json.dumps(plain)) == plain
+    rendered = FigStep(path=str(path), render_missing=True).identity()
+    carried = FigStep(path=str(path), carrier="other").identity()
+    write(tmp_path)
+    fewer_rendered = FigStep(path=str(path), render_missing=True).identity()
+    write(tmp_path, ROWS[:2])
+    edited = FigStep(path=str(path)).identity()
+    identities = [plain, rendered, carried, fewer_rendered, edited]
+    assert all(a != b for i, a in enumerate(identities) for b in identities[:i])
+
+
+def test_the_heading_is_wrapped_at_fifteen_characters_over_three_points() -> None:
+    heading = "Steps to do a placeholder that is long."
+    assert RenderedList(heading).lines() == [*textwrap.wrap(heading, 15), "1. ", "2. ", "3. "]

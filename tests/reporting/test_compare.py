@@ -1,0 +1,211 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_protector.errors import InputError
+from mllm_protector.files import write_json, write_jsonl
+from mllm_protector.reporting.compare import compare
+from tests.evaluation.made_up import made_up_result, made_up_rows
+
+SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech", "10-Legal_Opinion")
+REPOSITORY = Path(__file__).parents[3]
+Change = Callable[[dict[str, Any]], Any]
+
+
+def run(
+    folder: Path, change: Change | None = None, rates: Mapping[str, float] | None = None, **given: Any
+) -> str:
+    rows = made_up_rows(
+        scenarios=SCENARIOS, each=8, benign=10, rates=rates or {"none": 0.7, "protector": 0.3}, **given
+    )
+    result = made_up_result(rows)
+    if change is not None:
+        change(result)
+    write_json(folder / "asr.json", result)
+    write_jsonl(folder / "mmsafety" / "results.jsonl", rows)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture(scope="module")
+def better(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return run(tmp_path_factory.mktemp("runs") / "better", rates={"none": 0.7, "protector": 0.05})
+
+
+def pairs(content: dict[str, Any], arm: str, group: str = "all") -> list[dict[str, Any]]:
+    return [
+        pair
+        for pair in content["benchmarks"]["mmsafety"]["paired"]
+        if (pair["arm"], pair["group"], pair["judge"]) == (arm, group, "keyword")
+    ]
+
+
+def test_a_good_pair_is_compared(first: str, better: str, tmp_path: Path, capsys: Any) -> None:
+    content = compare([first, better], str(tmp_path))
+    assert json.loads((tmp_path / "compare.json").read_text()) == content
+    assert [each["name"] for each in content["runs"]] == ["first", "better"]
+    means = content["benchmarks"]["mmsafety"]["means"]
+    assert {mean["run"] for mean in means} == {"first", "better"}
+    printed = capsys.readouterr().out
+    for text in (printed, (tmp_path / "compare.md").read_text(), (tmp_path / "compare.html").read_text()):
+        assert "better" in text
+        assert "macro" in text
+        assert "harmless questions" in text
+    assert max(map(len, printed.splitlines())) <= 110
+
+
+def test_the_guards_are_compared_on_the_same_answers(first: str, better: str, tmp_path: Path) -> None:
+    content = compare([first, better], str(tmp_path))
+    [guarded] = pairs(content, "protector")
+    assert guarded["run"] == "better"
+    assert guarded["against"] == "first"
+    assert guarded["same_answers"]
+    assert guarded["pairs"] == 3 * 3 * 8
+    assert guarded["only_after"] == 0
+    assert guarded["difference"] == -guarded["only_before"] / guarded["pairs"] < -0.1
+    assert guarded["low"] <= guarded["difference"] <= guarded["high"] < 0
+    assert guarded["p"] < 0.05
+    [bare] = pairs(content, "none")
+    assert (bare["difference"], bare["p"]) == (0.0, 1.0)
+
+
+def test_other_answers_to_the_same_questions_are_said_to_be_others(first: str, tmp_path: Path) -> None:
+    other = run(tmp_path / "other", seed=5)
+    path = tmp_path / "other" / "mmsafety" / "results.jsonl"
+    rows = [json.loads(line) | {"raw": "another answer"} for line in path.read_text().splitlines()]
+    write_jsonl(path, rows)
+    [pair] = pairs(compare([first, other], str(tmp_path / "out")), "none")
+    assert not pair["same_answers"]
+    assert pair["only_before"]
+    assert pair["only_after"]
+
+
+def test_without_the_rows_there_are_no_paired_differences(first: str, tmp_path: Path) -> None:
+    other = run(tmp_path / "other")
+    (tmp_path / "other" / "mmsafety" / "results.jsonl").unlink()
+    assert compare([first, other], str(tmp_path / "out"))["benchmarks"]["mmsafety"]["paired"] == []
+
+
+def test_unjudged_answers_are_in_no_pair(first: str, tmp_path: Path) -> None:
+    other = run(tmp_path / "other")
+    path = tmp_path / "other" / "mmsafety" / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    changed = next(row for row in rows if row["variant"] == "SD" and row["arm"] == "none")
+    changed["verdicts"]["keyword"]["status"] = "judge_error"
+    write_jsonl(path, rows)
+    [pair] = pairs(compare([first, other], str(tmp_path / "out")), "none")
+    assert pair["pairs"] == 3 * 3 * 8 - 1
+
+
+def test_a_circular_judge_is_marked(first: str, tmp_path: Path) -> None:
+    other = run(tmp_path / "other", lambda result: result["judges"]["chat"].update(circular=True))
+    assert compare([first, other], str(tmp_path / "out"))["judges"]["chat"]["circular"]
+    for name in ("compare.md", "compare.html"):
+        assert "chat (circular)" in (tmp_path / "out" / name).read_text()
+
+
+MISMATCHES: dict[str, tuple[Change, Sequence[str]]] = {
+    "judge": (
+        lambda result: result["judges"]["chat"]["identity"].update(temperature=1),
+        ["judge chat is another", "temperature", "judges=[...]"],
+    ),
+    "questions": (
+        lambda result: result["benchmarks"]["mmsafety"]["questions"].update(fingerprint="0" * 64, count=7),
+        ["other questions of mmsafety", "(7 and "],
+    ),
+    "benchmark": (
+        lambda result: result["benchmarks"]["mmsafety"]["identity"].update(revision="2"),
+        ["benchmark mmsafety is another", "revision"],
+    ),
+    "schema": (lambda result: result.update(schema=2), ["asr.json: schema 2, not 1"]),
+    "no schema": (lambda result: result.pop("schema"), ["asr.json: schema None, not 1"]),
+    "no judge": (
+        lambda result: result.update(judges={"x": result["judges"]["chat"]}),
+        ["no judge is in all of them"],
+    ),
+    "no benchmark": (
+        lambda result: result.update(benchmarks={"x": result["benchmarks"]["mmsafety"]}),
+        ["no benchmark is in all of them"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_what_was_not_measured_alike_is_refused(name: str, first: str, tmp_path: Path) -> None:
+    change, words = MISMATCHES[name]
+    other = run(tmp_path / "other", change)
+    with pytest.raises(InputError) as error:
+        compare([first, other], str(tmp_path / "out"))
+    message = str(error.value)
+    assert "\n" not in message
+    for word in (*words, first if name.startswith("no ") and "schema" not in name else other):
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_judges_that_agree_can_be_chosen(first: str, tmp_path: Path) -> None:
+    other = run(tmp_path / "other", MISMATCHES["judge"][0])
+    content = compare([first, other], str(tmp_path / "out"), judges=["keyword"])
+    assert list(content["judges"]) == ["keyword"]
+    with pytest.raises(InputError, match="has no judge other"):
+        compare([first, other], str(tmp_path / "out"), judges=["other"])
+
+
+def test_half_a_result_is_refused_by_its_file(first: str, tmp_path: Path) -> None:
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "asr.json").write_text('{"schema": 1}')
+    with pytest.raises(InputError, match=r"half/asr\.json: has no mllm; run eval_mmsafety\.py there again"):
+        compare([first, str(tmp_path / "half")], str(tmp_path / "out"))
+
+
+def test_fewer_than_two_runs_are_refused(first: str, tmp_path: Path) -> None:
+    for runs, word in (([], "two folders"), ([first], "two folders"), ([first, first], "twice")):
+        with pytest.raises(InputError, match=word):
+            compare(runs, str(tmp_path))
+    with pytest.raises(InputError, match="no such file"):
+        compare([first, str(tmp_path / "missing")], str(tmp_path))
+
+
+def test_names_from_outside_are_no_markup(first: str, tmp_path: Path) -> None:
+    folder = tmp_path / "<img src=x onerror=alert(1)>|`x`[a](javascript:b)"
+    compare([first, run(folder)], str(tmp_path / "out"))
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "<img" not in page
+    assert "default-src &#39;none&#39;" in page
+    assert "script-src &#39;none&#39;" in page
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert "<img" not in text
+    assert "[a](" not in text
+
+
+def test_the_comparison_is_the_same_to_the_byte(first: str, better: str, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        compare([first, better], str(tmp_path / name))
+    for name in ("compare.json", "compare.md", "compare.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_script_compares_and_refuses_in_one_line(first: str, better: str, tmp_path: Path) -> None:
+    script = [
+        sys.executable,
+        str(REPOSITORY / "scripts" / "compare_runs.py"),
+        f"output_dir={tmp_path / 'out'}",
+    ]
+    done = subprocess.run(
+        [*script, f"runs=[{first},{better}]"], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "compare.html").is_file()
+    done = subprocess.run([*script, f"runs=[{first}]"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: runs: give two folders")
+    assert done.stderr.count("\n") == 1
