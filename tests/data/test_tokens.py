@@ -74,15 +74,16 @@ def in_one_piece(tokenizer: PreTrainedTokenizerBase, query: str, answer: str) ->
 def test_joined_ids_are_those_of_the_whole_text_and_others_are_not(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    whole = [in_one_piece(tokenizer, query, answer) for query, answer in PAIRS]
-    assert whole[0] == tokenizer(fill(prompts.OFFICIAL_DETECTOR, *PAIRS[0]))["input_ids"]
+    read = [(normalised(query), normalised(answer)) for query, answer in PAIRS]
+    whole = [in_one_piece(tokenizer, query, answer) for query, answer in read]
+    assert whole[0] == tokenizer(fill(prompts.OFFICIAL_DETECTOR, *read[0]))["input_ids"]
     assert encoder(tokenizer).encode(queries=QUERIES, answers=ANSWERS) == whole
     apart = encoder(tokenizer, joined=False).encode(queries=QUERIES, answers=ANSWERS)
     assert all(one != other for one, other in zip(whole, apart, strict=True))
 
 
 def test_a_pair_that_fits_in_one_piece_is_not_cut(tokenizer: PreTrainedTokenizerFast) -> None:
-    query, answer = "How do I bake bread?", "Mix flour, water and salt. " * 9
+    query, answer = "How do I bake bread?", " ".join(["Mix flour, water and salt."] * 9)
     whole = in_one_piece(tokenizer, query, answer)
     tight = encoder(tokenizer, len(whole))
     assert tight.windows(queries=[query], answers=[answer]) == [[whole]]
