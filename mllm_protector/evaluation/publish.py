@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.contamination import seen_in_training
+from mllm_protector.evaluation.ensemble import ENSEMBLE
 from mllm_protector.evaluation.judging import Judged
 from mllm_protector.evaluation.pairing import SEED
 from mllm_protector.evaluation.reporting.manifest import environment, peak_memory
@@ -18,7 +19,6 @@ from mllm_protector.evaluation.reporting.report import JudgeInfo, assemble, writ
 from mllm_protector.evaluation.reporting.sentences import contamination_notes
 from mllm_protector.evaluation.reporting.terminal import print_report
 from mllm_protector.evaluation.rows import (
-    ENSEMBLE,
     HumanLabels,
     own_metrics,
     read_rows,

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mllm_protector import prompts
 from mllm_protector.data.encoding import DetectorEncoder
-from mllm_protector.data.tokens import choose_pad_id, fill, token_texts
+from mllm_protector.data.tokens import choose_pad_id, encode_texts, fill, token_texts
 from mllm_protector.errors import InputError
 from mllm_protector.normalisation import normalised
 
@@ -161,3 +161,7 @@ def test_a_pad_id_that_stands_in_a_joined_text_is_refused(tokenizer: PreTrainedT
     reader = DetectorEncoder(tokenizer, pad_id=letter, max_length=99, prompt="{query}|{answer}", joined=True)
     with pytest.raises(InputError, match="occurs in a text"):
         reader.encode(queries=["q"], answers=["Z"])
+
+
+def test_half_of_a_surrogate_pair_is_a_character_like_another(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode_texts(tokenizer, ["a\ud83d"]) == encode_texts(tokenizer, ["a\ufffd"])
