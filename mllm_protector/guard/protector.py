@@ -10,11 +10,13 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from mllm_protector import prompts
 from mllm_protector.arguments import AnyImage, Asked, as_questions, require_lists, require_texts
@@ -123,8 +125,8 @@ class Protector:
         for name, each in {"threshold": threshold, **named}.items():
             require_threshold(name, each)
         for key, number in (("max_rewrites", max_rewrites), ("max_answer_tokens", max_answer_tokens)):
-            if number < 1:
-                raise InputError(f"{key}={number}: must be at least 1")
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"{key}={number}: must be a whole number of at least 1")
         try:  # once and aloud, rather than as an error of the guard at the first flagged answer
             inspect.signature(corrector.correct).bind(queries=[], answers=[], attempt=0)
         except TypeError as error:
@@ -276,7 +278,10 @@ class Protector:
     ) -> list[_Row]:
         require_lists(answers=answers, groups=groups)
         names = [None] * len(answers) if groups is None else groups
-        thresholds = [self.group_thresholds.get(name or "", self.threshold) for name in names]
+        thresholds = [
+            self.threshold if name is None else self.group_thresholds.get(name, self.threshold)
+            for name in names
+        ]
         return [
             _Row(query, answer, threshold, self._is_too_long(answer))
             for query, answer, threshold in zip(queries, answers, thresholds, strict=True)
@@ -387,7 +392,7 @@ class ProtectedMLLM:
             InputError: not a list, an entry that is no question, or an image that cannot be used.
         """
         asked = as_questions(questions)
-        answers = self.mllm.generate(asked)
+        answers = [_text_or_failure(answer) for answer in self.mllm.generate(asked)]
         made = [
             (question, answer)
             for question, answer in zip(asked, answers, strict=True)
@@ -407,6 +412,13 @@ class ProtectedMLLM:
         return {"mllm": self.mllm.identity(), **self.protector.identity()}
 
 
+def _text_or_failure(answer: Any) -> str | Failure:
+    """What an MLLM gave, if the guard can read it; anything else never reaches the user."""
+    if isinstance(answer, str | Failure):
+        return answer
+    return Failure(reason=f"the MLLM gave no text, but an object of type {type(answer).__name__}")
+
+
 def _tried(text: str | Fault | None, harm: float | None, threshold: float) -> Rewrite:
     """What one try came to: a text or what is wrong with it, and its score if it was clean."""
     if isinstance(text, Fault):
@@ -423,8 +435,9 @@ def _size(text: str) -> int:
 
 
 def _require_list(values: Any, count: int) -> None:
-    """Texts, tables and sets have a length too, but what they hold is not one value for each row."""
-    if isinstance(values, str | bytes | Mapping | Set) or len(values) != count:
+    """Texts, tables and buffers have a length too, but what they hold is not one value for each row."""
+    flat = isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.ndim == 1)
+    if not flat or len(values) != count:
         raise ValueError(f"not a list of {count}")
 
 

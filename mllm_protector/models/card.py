@@ -37,8 +37,8 @@ With the package that made it: `load_detector(folder).score(queries=[...], answe
 then read in overlapping windows.
 
 With `transformers` alone; of a plain text these are exactly the ids it was trained on. The package
-normalises texts first (invisible characters, odd letters, capitals; see `mllm_protector.normalisation`). Do
-the same.
+normalises texts first (invisible characters, odd letters, capitals, white space; see
+`mllm_protector.normalisation`). Do the same.
 
 ```python
 import json
