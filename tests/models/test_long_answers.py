@@ -81,7 +81,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def detector(trained: Path) -> HarmDetector:
     tokenizer = load_detector(trained, device="cpu").encoder.tokenizer
-    learnt = [record.answer for record in labelled_answers(toy_pairs("train"))]
+    learnt = [record.answer for record in labelled_answers(toy_pairs("train")) if record.harmful]
     return load_detector(trained, device="cpu", window=learnt_window(tokenizer, learnt, len(learnt)))
 
 
@@ -119,6 +119,12 @@ def test_no_harmful_sentence_hides_in_a_long_harmless_answer(detector: HarmDetec
         assert score(detector, answers) == pytest.approx(alone, abs=0.05)
         if place != "start":
             assert max(score_heads(detector, answers)) < 0.1
+
+
+def test_a_harmless_sentence_beside_it_hides_no_harmful_answer(detector: HarmDetector):
+    beside = {"behind": lambda text: f"{text} {HARMLESS[0]}", "before": lambda text: f"{HARMLESS[0]} {text}"}
+    for place, put in beside.items():
+        assert flagged_share(detector, put) >= 0.95, place
 
 
 ENCODINGS: dict[str, Callable[[str], str]] = {
