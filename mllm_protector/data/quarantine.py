@@ -65,7 +65,7 @@ def _unwritable(quarantine: str, error: OSError) -> InputError:
 def _holds_bad_rows(path: Path) -> bool:
     try:
         with path.open("rb") as lines:
-            rows = [parse_json_line(line).keys() == FIELDS for line in lines]
-            return bool(rows) and all(rows)
+            written = path.stat().st_size > 0
+            return written and all(parse_json_line(line).keys() == FIELDS for line in lines)
     except (OSError, ValueError):
         return False

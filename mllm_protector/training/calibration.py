@@ -27,7 +27,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.locks import locked
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
-from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
+from mllm_protector.models.guard_file import FILE_NAME, GuardFile
 from mllm_protector.outputs import keep_mark, probe
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
@@ -174,9 +174,8 @@ def calibrate_detector(
     """
     folder, target = Path(detector), Path(output_dir) if output_dir else None
     _require_writable(folder, target)
-    read_guard_file(folder, "detector")
     # Weights that a training replaced meanwhile would not fit the file that is written here.
-    with nullcontext() if target else locked(folder, "detector"):
+    with locked(folder, "detector") if target is None and folder.is_dir() else nullcontext():
         found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
         groups = read_groups(Path(group_file)) if group_file else {}
         splits = data.load()
