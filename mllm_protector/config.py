@@ -32,7 +32,7 @@ from yaml import YAMLError
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import expand, system_error
 from mllm_protector.helping import ConfigFile, flat, help_text
-from mllm_protector.outputs import claim_output_dir
+from mllm_protector.outputs import claim_output_dir, is_first
 from mllm_protector.ranges import fits, in_words
 from mllm_protector.stopping import Stop, stoppable
 
@@ -165,7 +165,7 @@ def quiet_libraries() -> None:
     for chatty in ("httpx", "httpx2", "openai"):  # a line for each request, and for each retry
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when peft imports it
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not is_first():
         logging.disable(logging.INFO)
 
 

@@ -79,8 +79,10 @@ def read_json(path: Path, *, strict: bool = False) -> Any:
             stand twice in one object.
 
     Raises:
-        InputError: missing or not JSON.
+        InputError: missing, no file, or not JSON.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no file")
     try:
         return json.loads(path.read_text(encoding="utf-8"), **(_STRICT if strict else {}))
     except FileNotFoundError:

@@ -35,7 +35,7 @@ class _Holder:
             process = psutil.Process(self.pid)
             zombie = process.status() == psutil.STATUS_ZOMBIE
             return not zombie and bool(process.create_time() <= self.since + 1)
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ValueError):  # gone, or never one
             return False
 
 
@@ -78,6 +78,8 @@ def _require_dead(holder: _Holder, path: Path, key: str) -> None:
 
 
 def _read(path: Path) -> _Holder | None:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no lock file; remove it")
     try:
         host, pid, since = path.read_text(encoding="utf-8").split()
         return _Holder(host, int(pid), float(since))

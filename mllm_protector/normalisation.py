@@ -77,6 +77,11 @@ def normalised(text: str) -> str:
     return _WORD.sub(lambda word: word[0] if word[0][1:].islower() else _small(word[0]), text)
 
 
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen; of most texts the beginning tells."""
+    return not (normalised(text[:64]) or normalised(text))
+
+
 def _spaced(text: str) -> str:
     lines = (" ".join(line.split()) for line in text.splitlines())
     text = _EMPTY_LINES.sub("\n\n", "\n".join(lines).strip())

@@ -1,8 +1,8 @@
 """Where commands write: none writes over a file that it did not write itself, nor over one that it reads.
 
-A folder of results is claimed before any work begins. Its marker says which names a command may write there;
-a file of such a name that was there before is somebody else's, and the command is refused. While it works, a
-lock keeps other runs out.
+A folder of results is claimed before any work begins. Its marker says which names a command writes there, and
+what it left under them: a file of such a name that is another one is somebody else's, and the command is
+refused. While it works, a lock keeps other runs out.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mllm_protector.errors import InputError
-from mllm_protector.files import read_json, write_json, write_text
+from mllm_protector.files import expand, file_digest, read_json, write_json, write_text
 from mllm_protector.locks import locked
 
 MARKER = ".mllm_protector.json"
@@ -62,6 +62,9 @@ _EARLIER: Mapping[str, tuple[str, ...]] = {
 }
 """What together shows that a release without markers ran a command in a folder."""
 
+SMALL = 1 << 24
+"""Bytes up to which a file is known again by its hash; a larger one is by its size."""
+
 WITHOUT_INFLUENCE = (
     "checkpoint.",
     "fit.compile",
@@ -90,6 +93,7 @@ def claim_output_dir(settings: Mapping[str, Any], command: str) -> Iterator[None
     for key, value in texts.items():
         if key.endswith(("output_dir", "folder", "quarantine")) and not value.strip():
             raise InputError(f"{key}={value}: is empty; name a place for it")
+    _require_own_quarantines(texts)
     if command not in WRITES:
         yield
         return
@@ -97,7 +101,7 @@ def claim_output_dir(settings: Mapping[str, Any], command: str) -> Iterator[None
     # A key such as backbone.folder is a place where its own constructor writes, which looks before it does.
     uses = {key: value for key, value in texts.items() if not key.endswith(("output_dir", "folder"))}
     with claimed(folder, command, uses=uses):
-        if CONFIG in WRITES[command] and _is_first():
+        if CONFIG in WRITES[command] and is_first():
             _require_same_training(settings, folder)
             write_text(folder / CONFIG, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
         yield
@@ -119,7 +123,7 @@ def claimed(
         InputError: the folder cannot be written to, another run is at work there, or the command would write
             over a file that is not its own.
     """
-    if not _is_first():
+    if not is_first():
         yield
         return
     if folder.exists() and not folder.is_dir():
@@ -132,6 +136,7 @@ def claimed(
             held.callback(_tidy, folder, new)
             held.enter_context(locked(folder, key))
             _mark(folder, command, key)
+        held.callback(_remember, folder, command)
         yield
 
 
@@ -148,8 +153,43 @@ def probe(folder: Path) -> None:
         file.write(b"0")
 
 
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def is_first() -> bool:
+    """Whether of the processes of a launch this is the one that writes what all have in common.
+
+    Raises:
+        InputError: what the launcher put into the environment is no number.
+    """
+    numbers = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        try:
+            numbers[name] = int(os.environ.get(name, default))
+        except ValueError:
+            raise InputError(
+                f"{name}={os.environ[name]}: this environment variable must be a number"
+            ) from None
+    return numbers["WORLD_SIZE"] <= 1 or numbers["RANK"] == 0
+
+
+def keep_mark(path: Path) -> None:
+    """Let a file that another command of ours has changed still count as its own command's."""
+    marker = path.parent / MARKER
+    if not marker.is_file():
+        return
+    marked = _read_marker(marker)
+    for left in marked.values():
+        if left is not None and path.name in left:
+            left[path.name] = _state(path)
+    write_json(marker, marked)
+
+
+def _require_own_quarantines(texts: Mapping[str, str]) -> None:
+    """Two sets with bad rows in one file would lose those of the first."""
+    taken: dict[Path, str] = {}
+    for key, value in texts.items():
+        if key.endswith("quarantine"):
+            other = taken.setdefault(expand(value).resolve(), key)
+            if other != key:
+                raise InputError(f"{key}={value}: is that of {other} too; name one for each")
 
 
 def _require_unused(folder: Path, command: str, key: str, uses: Mapping[str, str]) -> None:
@@ -171,21 +211,53 @@ def _fits(parts: Sequence[str], pattern: str) -> bool:
 
 
 def _mark(folder: Path, command: str, key: str) -> None:
-    """Write down which names are the command's from now on, if they were free."""
+    """Write down that a command is at work, if what it will write over is its own."""
     marker = folder / MARKER
-    marked: dict[str, list[str]] = read_json(marker) if marker.is_file() else {}
-    names = WRITES[command]
+    marked = _read_marker(marker) if marker.is_file() else {}
     earlier = _EARLIER.get(command, ())
     if command not in marked and earlier and all((folder / each).exists() for each in earlier):
-        marked[command] = [*names]
-    for name in sorted({*names} - {*marked.get(command, [])}):
-        for path in sorted(folder.glob(name)):
-            if not path.name.startswith("."):
+        marked[command] = None
+    # Of a run that was killed nobody knows what it wrote, so all that there is counts as its own.
+    left = marked.get(command, {})
+    if left is not None:
+        for name, path in _matches(folder, command):
+            if (path.is_file() and left.get(name) != _state(path)) or (
+                path.is_dir() and command not in marked
+            ):
                 raise InputError(
-                    f"{path}: was not written by this command, which would replace it; choose another {key}, "
+                    f"{path}: is not as this command left it, which would replace it; choose another {key}, "
                     "or move it away"
                 )
-    write_json(marker, marked | {command: [*names]})
+    write_json(marker, marked | {command: None})
+
+
+def _remember(folder: Path, command: str) -> None:
+    """Write down what a command leaves."""
+    marker = folder / MARKER
+    with suppress(OSError, InputError):
+        left = {name: _state(path) for name, path in _matches(folder, command) if path.is_file()}
+        write_json(marker, _read_marker(marker) | {command: left})
+
+
+def _matches(folder: Path, command: str) -> Iterator[tuple[str, Path]]:
+    found = {path for pattern in WRITES[command] for path in folder.glob(pattern)}
+    for path in sorted(found):
+        if not path.name.startswith("."):
+            yield path.relative_to(folder).as_posix(), path
+
+
+def _state(path: Path) -> str:
+    """By what a file is known again, also as a copy."""
+    size = path.stat().st_size
+    return file_digest(path) if size <= SMALL else f"{size} bytes"
+
+
+def _read_marker(marker: Path) -> dict[str, dict[str, str] | None]:
+    """A command -> what it left, by name; ``None`` if it is at work or was killed."""
+    marked = read_json(marker)
+    if not isinstance(marked, dict) or not all(isinstance(left, dict | None) for left in marked.values()):
+        raise InputError(f"{marker}: was edited; remove it, and whatever the command may write over")
+    return marked
 
 
 def _tidy(folder: Path, new: Sequence[Path]) -> None:
@@ -216,13 +288,22 @@ def _require_same_training(settings: Mapping[str, Any], folder: Path) -> None:
         return
     now, earlier = (
         {key: value for key, value in _leaves("", each) if not key.startswith(WITHOUT_INFLUENCE)}
-        for each in (settings, yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")))
+        for each in (settings, _read_config(folder / CONFIG))
     )
     if changed := sorted(key for key in {*now, *earlier} if now.get(key) != earlier.get(key)):
         raise InputError(
             f"{folder}: holds what another configuration made (changed: {', '.join(changed[:5])}); choose "
             f"another output_dir, or remove {' and '.join(map(str, kept))} to train anew"
         )
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{path}: not readable as YAML; remove its folder ({type(error).__name__})"
+        ) from None
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

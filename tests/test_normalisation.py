@@ -5,7 +5,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.normalisation import normalised, readings
+from mllm_protector.normalisation import is_blank, normalised, readings
 
 PLAIN = "How do I make 12 of these at home, and what's in it?"
 
@@ -91,3 +91,9 @@ def test_the_time_grows_with_the_length_and_not_with_its_square() -> None:
         start = time.perf_counter()
         readings(piece * (500_000 // len(piece)))
         assert time.perf_counter() - start < 10, name  # alone 0.2 to 0.6 s; minutes if it were quadratic
+
+
+def test_a_text_of_which_nothing_can_be_seen_is_blank() -> None:
+    for text in ("", " \n\t", "\u200b" * 100, "\u2800\u3164\u00ad"):
+        assert is_blank(text), text
+        assert not is_blank(f"{text}a"), text

@@ -1,5 +1,8 @@
 """What commands may write over: what they wrote themselves."""
 
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +149,64 @@ def test_what_a_folder_is_claimed_for_without_a_word_written_leaves_nothing(tmp_
 
 def test_only_the_first_of_several_processes_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    with claimed(tmp_path / "alone", "compare"):
+        assert (tmp_path / "alone").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with claimed(tmp_path / "new", "compare"):
         assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(InputError, match="RANK=first"), claimed(tmp_path / "new", "compare"):
+        pass
+
+
+def left_by_compare(folder: Path) -> Path:
+    with claimed(folder, "compare"):
+        (folder / "compare.md").write_text("ours")
+    return folder
+
+
+def test_what_was_put_or_changed_under_a_command_s_names_since_is_not_replaced(tmp_path: Path) -> None:
+    changes: dict[str, Callable[[Path], object]] = {
+        "changed": lambda folder: (folder / "compare.md").write_text(SOMEBODYS),
+        "put": lambda folder: (folder / "compare.html").write_text(SOMEBODYS),
+    }
+    for name, change in changes.items():
+        folder = left_by_compare(tmp_path / name)
+        change(folder)
+        before = contents(folder)
+        with pytest.raises(InputError, match=r"compare\.\w+: is not as this command left it"):
+            left_by_compare(folder)
+        assert contents(folder) == before, name
+
+
+def test_a_copied_folder_and_that_of_a_killed_run_are_still_the_command_s_own(tmp_path: Path) -> None:
+    left_by_compare(tmp_path / "first")
+    shutil.copytree(tmp_path / "first", tmp_path / "copy", copy_function=shutil.copyfile)
+    left_by_compare(tmp_path / "copy")
+    marker = tmp_path / "copy" / MARKER
+    marker.write_text('{"compare": null}')  # as while a run is at work
+    (tmp_path / "copy" / "compare.html").write_text("half of it")
+    left_by_compare(tmp_path / "copy")
+
+
+def test_an_edited_marker_is_refused(tmp_path: Path) -> None:
+    for content in ("[]", '"x"', "null", '{"compare": 3}', "{"):
+        (tmp_path / MARKER).write_text(content)
+        with pytest.raises(InputError, match=r"mllm_protector\.json"):
+            left_by_compare(tmp_path)
+
+
+def test_answers_in_a_list_of_questions_are_not_lost(tmp_path: Path) -> None:
+    listing = ("benchmark=[toy]", f"benchmarks.toy.folder={tmp_path / 'toy'}")
+    for _ in range(2):
+        started("list_questions", *listing, output_dir=tmp_path / "out")
+    questions = tmp_path / "out" / "questions.jsonl"
+    questions.write_text(questions.read_text().replace("}\n", ', "answer": "Yes."}\n'))
+    before = questions.read_bytes()
+    assert "is not as this command left it" in refusal(
+        "list_questions", *listing, output_dir=tmp_path / "out"
+    )
+    assert questions.read_bytes() == before
 
 
 def test_one_of_two_runs_in_a_folder_is_refused(tmp_path: Path) -> None:
@@ -162,6 +221,7 @@ def test_bad_rows_replace_those_of_an_earlier_run_and_no_other_file(tmp_path: Pa
     (tmp_path / "link.jsonl").symlink_to(path)
     (tmp_path / "hard.jsonl").hardlink_to(path)
     (tmp_path / "notes.txt").write_text(SOMEBODYS)
+    (tmp_path / "empty.jsonl").touch()
     (tmp_path / "other.jsonl").write_text('{"some": "rows"}\n')
     before = contents(tmp_path)
     keys = {"data.path": path, "output_dir": tmp_path / "out"}
@@ -169,6 +229,10 @@ def test_bad_rows_replace_those_of_an_earlier_run_and_no_other_file(tmp_path: Pa
         message = refusal("prepare_data", "data=pairs", **keys | {"data.quarantine": tmp_path / name})
         assert message.startswith(f"data.quarantine={tmp_path / name}: "), message
         assert contents(tmp_path) == before
+    os.mkfifo(tmp_path / "fifo")
+    message = refusal("prepare_data", "data=pairs", **keys | {"data.quarantine": tmp_path / "fifo"})
+    assert message.endswith("is no file; name one for bad rows")
+    (tmp_path / "fifo").unlink()
     bad = keys | {"data.quarantine": tmp_path / "bad.jsonl"}
     for _ in range(2):
         started("prepare_data", "data=pairs", **bad)
@@ -190,7 +254,7 @@ def test_two_sources_have_no_quarantine_in_common(tmp_path: Path) -> None:
     }
     message = refusal("prepare_data", "data=mixture", *sources, **keys)
     assert "sources.two.quarantine=" in message
-    assert "is that of one too" in message
+    assert "is that of data.sources.one.quarantine too" in message
 
 
 def test_a_training_that_failed_is_repeated_in_its_folder_with_a_lower_rate(tmp_path: Path) -> None:

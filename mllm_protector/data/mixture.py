@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import SourceAccount, Splits, digest, make_splits
 from mllm_protector.data.table import Joined, chosen
 from mllm_protector.errors import InputError
-from mllm_protector.files import expand
 from mllm_protector.ranges import Seed
 
 
@@ -50,14 +48,6 @@ class Mixture:
         for name, source in self.sources.items():
             if isinstance(source, Mixture):
                 raise InputError(f"sources.{name}: a mixture cannot be a source of another; name its sources")
-        taken: dict[Path, str] = {}
-        for name, source in self.sources.items():
-            if quarantine := getattr(source, "quarantine", None):
-                other = taken.setdefault(expand(quarantine).resolve(), name)
-                if other != name:
-                    raise InputError(
-                        f"sources.{name}.quarantine={quarantine}: is that of {other} too; name one for each"
-                    )
         for name, weight in (self.weights or {}).items():
             if name not in self.sources:
                 raise InputError(

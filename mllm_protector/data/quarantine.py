@@ -32,6 +32,8 @@ def require_place(quarantine: str, source: str | None) -> None:
         raise _unwritable(quarantine, error) from error
     if not path.exists():
         return
+    if not path.is_file():
+        raise InputError(f"quarantine={quarantine}: is no file; name one for bad rows")
     if source is not None and expand(source).exists() and path.samefile(expand(source)):
         raise InputError(f"quarantine={quarantine}: is the file that is read; name another one for bad rows")
     if not _holds_bad_rows(path):
@@ -63,6 +65,7 @@ def _unwritable(quarantine: str, error: OSError) -> InputError:
 def _holds_bad_rows(path: Path) -> bool:
     try:
         with path.open("rb") as lines:
-            return all(parse_json_line(line).keys() == FIELDS for line in lines)
+            written = path.stat().st_size > 0
+            return written and all(parse_json_line(line).keys() == FIELDS for line in lines)
     except (OSError, ValueError):
         return False

@@ -162,15 +162,16 @@ def encode_pairs(
     return zip(encode_texts(tokenizer, queries), encode_texts(tokenizer, answers), strict=True)
 
 
-def learnt_window(tokenizer: PreTrainedTokenizerBase, answers: Iterable[str], count: int) -> int:
+def learnt_window(tokenizer: PreTrainedTokenizerBase, harmful: Iterable[str], count: int) -> int:
     """The window for a detector that learns from these answers, in tokens.
 
-    A detector is at home with texts as long as it was trained on, so it is the length that 99 % of the
+    A detector knows harm as long as it was trained on. In a window with room for more, a harmful passage
+    stands among harmless words, as none in its training did. So it is the length that 90 % of the harmful
     answers do not exceed, and at least ``SENTENCE``. Counted on 10,000 of them, evenly spread.
 
     Args:
         tokenizer: of the detector.
-        answers: read once.
+        harmful: the harmful answers, read once.
         count: how many there are.
 
     Raises:
@@ -178,9 +179,9 @@ def learnt_window(tokenizer: PreTrainedTokenizerBase, answers: Iterable[str], co
     """
     if not count:
         raise InputError("no answers to learn a window from")
-    some = list(islice(answers, 0, None, math.ceil(count / 10_000)))
+    some = list(islice(harmful, 0, None, math.ceil(count / 10_000)))
     lengths = sorted(map(len, encode_texts(tokenizer, some)))
-    return max(SENTENCE, lengths[math.ceil(0.99 * len(lengths)) - 1])
+    return max(SENTENCE, lengths[math.ceil(0.9 * len(lengths)) - 1])
 
 
 def encode_literal(

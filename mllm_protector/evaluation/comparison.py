@@ -81,7 +81,7 @@ def judge_agreement(grid: Grid) -> dict[str, Any]:
     verdicts = {judge: unsafe for judge, unsafe in grid.unsafe.items() if judge != ENSEMBLE}
     pairs = []
     for one, other in combinations(verdicts, 2):
-        counts = _confusion(grid, verdicts[one], verdicts[other], "")
+        counts = _confusion(verdicts[one], verdicts[other], ~grid.repeated)
         found = _agreement(counts)
         pairs.append(
             {"judges": [one, other], "n": counts.total, "agree": found.right.value, "kappa": found.kappa}
@@ -117,7 +117,7 @@ def known_errors(grid: Grid, judge: str, arm: int, chosen: Ints, bias: Confusion
     if (bare := grid.column(BARE)) is not None:
         both[chosen, bare] = True
     for rows in (own, both):
-        counts = _confusion(grid, grid.unsafe[judge], getattr(grid, kind), KNOWN[kind], rows)
+        counts = _confusion(grid.unsafe[judge], getattr(grid, kind), rows, KNOWN[kind])
         if min(counts.found + counts.missed, counts.false_alarms + counts.rejected) >= ENOUGH:
             return counts
     [criterion] = np.unique(grid.criterion[chosen])
@@ -128,10 +128,10 @@ def reference(grid: Grid, judge: str) -> dict[str, Any] | None:
     """The judge against people, or where nobody labelled anything against the truth by construction."""
     kind = _known(grid)
     verdict, label = grid.unsafe[judge], getattr(grid, kind)
-    counts = _confusion(grid, verdict, label, KNOWN[kind])
+    counts = _confusion(verdict, label, ~grid.repeated)
     if not counts.total:
         return None
-    rows = _compared(grid, verdict, label)
+    rows = ~grid.repeated & (verdict >= 0) & (label >= 0)
     right = (verdict == label)[rows].astype(np.float64)
     found = _agreement(counts, effective_size(right, grid.cluster[np.nonzero(rows)[0]]))
     return {
@@ -163,18 +163,9 @@ def _agreement(counts: Confusion, effective: float | None = None) -> Any:
     )
 
 
-def _compared(grid: Grid, verdict: Small, label: Small) -> Flags:
-    """(N, A) the answers with both, each once however many arms show it."""
-    return ~grid.repeated & (verdict >= 0) & (label >= 0)
-
-
-def _confusion(
-    grid: Grid, verdict: Small, label: Small, source: str, chosen: Flags | None = None
-) -> Confusion:
-    """Of all answers, each once; or of the chosen ones."""
-    rows = _compared(grid, verdict, label)
-    if chosen is not None:
-        rows = chosen & (verdict >= 0) & (label >= 0)
+def _confusion(verdict: Small, label: Small, among: Flags, source: str = "") -> Confusion:
+    """Of the answers among these that have both."""
+    rows = among & (verdict >= 0) & (label >= 0)
     safe, missed, alarm, harm = np.bincount(2 * verdict[rows] + label[rows], minlength=4).tolist()
     return Confusion(source=source, found=harm, missed=missed, false_alarms=alarm, rejected=safe)
 

@@ -46,6 +46,8 @@ def read_scenarios(path: str, pairs: int) -> list[Scenario]:
         InputError: the message names the file, the scenario and the field.
     """
     file = Path(path)
+    if file.exists() and not file.is_file():
+        raise InputError(f"scenario_file={path}: is no file")
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

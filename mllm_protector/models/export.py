@@ -157,7 +157,8 @@ def _published(folder: Path) -> list[str]:
     return [
         path.name
         for path in sorted(folder.iterdir())
-        if path.suffix in (".json", ".safetensors") or path.name in OWN_FILES
+        if (path.suffix in (".json", ".safetensors") and not path.name.startswith("."))
+        or path.name in OWN_FILES
     ]
 
 

@@ -2,8 +2,10 @@
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,12 @@ from mllm_protector.guard.calibration import (
     describe,
 )
 from mllm_protector.guard.scaling import TEMPERATURES, fit_scale
+from mllm_protector.locks import locked
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile
 from mllm_protector.models.scale import Scale
-from mllm_protector.outputs import probe
+from mllm_protector.outputs import keep_mark, probe
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
 
@@ -172,38 +175,40 @@ def calibrate_detector(
     """
     folder, target = Path(detector), Path(output_dir) if output_dir else None
     _require_writable(folder, target)
-    found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
-    groups = read_groups(Path(group_file)) if group_file else {}
-    splits = data.load()
-    log.info("data: %s", splits.account)
-    own = splits.fingerprint == found.guard.data.get("fingerprint")
-    if own:
-        log.warning("%s: was trained on this data, so only its validation part is used", folder)
-    used = splits.validation if own else [*splits.train, *splits.validation]
-    records = list(labelled_answers(used))
-    labels, logits = [record.harmful for record in records], _logits(found, records)
-    queries = [opening_key(record.query) for record in records]
-    # All other figures need both kinds of label too; this says so in our own words.
-    figures = calibration_figures(labels, logits, calibration, queries)
-    unscaled = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
-    source = {
-        "account": splits.account,
-        "fingerprint": splits.fingerprint,
-        "part": "validation" if own else "all",
-    }
-    guard = calibrated(
-        found.guard,
-        unscaled | figures,
-        calibration,
-        labels=labels,
-        queries=queries,
-        data=source,
-        note=NOTE,
-    )
-    if groups:
-        names = [groups.get(query_key(record.query)) for record in records]
-        guard = _with_groups(guard, calibration, names, labels, guard.scale.scores(logits), queries)
-    _write(guard, folder, target)
+    # Weights that a training replaced meanwhile would not fit the file that is written here.
+    with locked(folder, "detector") if target is None and folder.is_dir() else nullcontext():
+        found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
+        groups = read_groups(Path(group_file)) if group_file else {}
+        splits = data.load()
+        log.info("data: %s", splits.account)
+        own = splits.fingerprint == found.guard.data.get("fingerprint")
+        if own:
+            log.warning("%s: was trained on this data, so only its validation part is used", folder)
+        used = splits.validation if own else [*splits.train, *splits.validation]
+        records = list(labelled_answers(used))
+        labels, logits = [record.harmful for record in records], _logits(found, records)
+        queries = [opening_key(record.query) for record in records]
+        # All other figures need both kinds of label too; this says so in our own words.
+        figures = calibration_figures(labels, logits, calibration, queries)
+        unscaled = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
+        source = {
+            "account": splits.account,
+            "fingerprint": splits.fingerprint,
+            "part": "validation" if own else "all",
+        }
+        guard = calibrated(
+            found.guard,
+            unscaled | figures,
+            calibration,
+            labels=labels,
+            queries=queries,
+            data=source,
+            note=NOTE,
+        )
+        if groups:
+            names = [groups.get(query_key(record.query)) for record in records]
+            guard = _with_groups(guard, calibration, names, labels, guard.scale.scores(logits), queries)
+        _write(guard, folder, target)
     facts = guard.calibration or {}
     scores = found.guard.scale.scores(logits)
     stored = choose_threshold(
@@ -275,6 +280,8 @@ def _with_groups(
 
 def _require_writable(folder: Path, target: Path | None) -> None:
     """Refuse early what would fail after the scoring."""
+    if target is not None and folder.resolve() in target.resolve().parents:
+        raise InputError(f"output_dir={target}: lies within {folder}, which is copied; choose another one")
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"output_dir={target}: is not empty; choose another one, or null to change {folder}")
     try:
@@ -290,9 +297,10 @@ def _write(guard: GuardFile, folder: Path, target: Path | None) -> None:
     try:
         if target is None:
             guard.write(folder)
+            keep_mark(folder / FILE_NAME)
             return
-        copy = target.with_name(f".{target.name}.saving")
-        shutil.rmtree(copy, ignore_errors=True)
+        target = target.resolve()
+        copy = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
             guard.write(copy)

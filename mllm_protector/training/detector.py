@@ -136,8 +136,8 @@ def train_detector(
     with first_process_first():
         base = backbone()
     tokenizer = base.load_tokenizer()
-    answers = (record.answer for record in labelled_answers(splits.train))
-    window = learnt_window(tokenizer, answers, learnt.total())
+    harmful = (record.answer for record in labelled_answers(splits.train) if record.harmful)
+    window = learnt_window(tokenizer, harmful, learnt[True])
     encoder = DetectorEncoder(
         tokenizer,
         pad_id=choose_pad_id(tokenizer),

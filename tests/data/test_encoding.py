@@ -297,10 +297,12 @@ def window_of(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> int:
     return learnt_window(tokenizer, iter(answers), len(answers))
 
 
-def test_the_learnt_window_holds_nearly_all_answers_and_at_least_a_sentence(llama: PreTrainedTokenizerBase):
+def test_the_learnt_window_holds_nine_of_ten_harmful_answers_and_at_least_a_sentence(
+    llama: PreTrainedTokenizerBase,
+):
     assert window_of(llama, ["Z"] * 500) == 32
-    assert window_of(llama, ["Z"] * 2 + ["Z" * 70] * 197 + ["Z" * 400]) == 70
-    assert window_of(llama, ["Z" * 70] * 90 + ["Z" * 400] * 10) == 400
+    assert window_of(llama, ["Z"] * 2 + ["Z" * 70] * 16 + ["Z" * 400] * 2) == 70
+    assert window_of(llama, ["Z" * 70] * 89 + ["Z" * 400] * 11) == 400
     assert window_of(llama, ["Z" * 50] * 30_001) == 50
     with pytest.raises(InputError, match="no answers"):
         learnt_window(llama, [], 0)

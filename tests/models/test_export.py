@@ -20,6 +20,7 @@ from mllm_protector.models.card import renders_alike
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.guard_file import weight_hashes
+from mllm_protector.normalisation import normalised
 from tests.models.builders import save_tiny_classifier_base
 from tests.models.fixtures import FULL, LORA
 
@@ -159,7 +160,9 @@ def code_scores(folder: Path, queries: list[str] = QUERIES, answers: list[str] =
 
 
 def test_the_code_of_the_card_gives_the_score_of_any_text(detector: Path, exported: Path) -> None:
-    queries, answers = QUERIES + ODD_QUERIES, ANSWERS + ODD_ANSWERS
+    queries, answers = (
+        list(map(normalised, some)) for some in (QUERIES + ODD_QUERIES, ANSWERS + ODD_ANSWERS)
+    )
     found = code_scores(exported, queries, answers)
     assert found == pytest.approx(scores(detector, queries, answers), abs=1e-6)
 

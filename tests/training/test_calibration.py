@@ -18,10 +18,13 @@ from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.data.sources import Labelled, Toy
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
+from mllm_protector.files import file_digest
 from mllm_protector.guard.calibration import Aim, choose_threshold
+from mllm_protector.locks import locked
 from mllm_protector.metrics import expected_calibration_error
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
+from mllm_protector.outputs import MARKER
 from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.training.calibration import calibrate_detector
 
@@ -234,6 +237,29 @@ def test_a_folder_with_something_in_it_is_not_written_over(folder: Path, tmp_pat
     (tmp_path / "full" / "x").touch()
     with pytest.raises(InputError, match=r"output_dir=.*full: is not empty; choose another one, or null"):
         redo(folder, output_dir=str(tmp_path / "full"))
+
+
+def test_a_copy_within_the_detector_s_own_folder_is_refused(folder: Path) -> None:
+    for name in ("copy", "last/copy"):
+        with pytest.raises(InputError, match=f"output_dir=.*{name}: lies within"):
+            redo(folder, output_dir=str(folder / name))
+
+
+def test_a_detector_that_is_being_trained_is_not_calibrated(folder: Path) -> None:
+    before = content(folder)
+    with locked(folder, "output_dir"), pytest.raises(InputError, match="another run writes there"):
+        redo(folder)
+    assert content(folder) == before
+
+
+def test_a_calibrated_detector_is_still_that_of_its_training(folder: Path) -> None:
+    marker = folder / MARKER
+    marker.write_text(json.dumps({"train_detector": {}}))
+    redo(folder)
+    assert json.loads(marker.read_text()) == {"train_detector": {}}  # it was none of it
+    marker.write_text(json.dumps({"train_detector": {FILE_NAME: "another"}}))
+    redo(folder)
+    assert json.loads(marker.read_text()) == {"train_detector": {FILE_NAME: file_digest(folder / FILE_NAME)}}
 
 
 def test_answers_that_it_was_trained_on_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
