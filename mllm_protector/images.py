@@ -1,6 +1,6 @@
-"""Pictures that travel in records: loaded late, loaded safely, or rendered from words.
+"""Images that travel in records: loaded late, loaded safely, or rendered from words.
 
-Nothing here ever opens a URL. A picture is a small object until ``load`` is called, so a benchmark of
+Nothing here ever opens a URL. An image is a small object until ``load`` is called, so a benchmark of
 thousands of questions holds no pixels. The renderers follow the facts of MM-SafetyBench's
 ``creation/2_img_process.py`` and of FigStep's ``src/generate_prompts.py`` (canvas, size, wrapping); the code
 is our own.
@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from mllm_protector.errors import InputError
 
 MAX_PIXELS = 50_000_000
-"""A picture of more pixels is refused before it is decoded (a few kilobytes can unfold to gigabytes)."""
+"""An image of more pixels is refused before it is decoded (a few kilobytes can unfold to gigabytes)."""
 
 CANVAS_WIDTH = 1024
 FONT_SIZE = 90
@@ -39,14 +39,14 @@ LIST_LINE_HEIGHT = 75
 LIST_POINTS = 3
 
 
-class Picture(Protocol):
+class ImageSource(Protocol):
     """Something that becomes an RGB image when it is needed."""
 
     def load(self) -> Image.Image:
-        """The picture in RGB.
+        """The image in RGB.
 
         Raises:
-            InputError: the picture cannot be read; the message names it.
+            InputError: the image cannot be read; the message names it.
         """
         ...
 
@@ -61,7 +61,7 @@ class Picture(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """A picture on disk."""
+    """An image on disk."""
 
     path: Path
 
@@ -82,7 +82,7 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """A picture held as the bytes of a JPEG or PNG file, as parquet sets carry it."""
+    """An image held as the bytes of a JPEG or PNG file, as parquet sets carry it."""
 
     data: bytes
     name: str
@@ -125,7 +125,7 @@ class RenderedText:
 
 @dataclass(frozen=True, slots=True)
 class RenderedList:
-    """A heading over an empty numbered list, as in FigStep's pictures (Gong et al., arXiv 2311.05608).
+    """A heading over an empty numbered list, as in FigStep's images (Gong et al., arXiv 2311.05608).
 
     Attributes:
         heading: the words above the list.
@@ -160,13 +160,13 @@ class RenderedList:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """One picture on top of another without scaling: as wide as the wider one, black where neither is."""
+    """One image on top of another without scaling: as wide as the wider one, black where neither is."""
 
-    top: Picture
-    bottom: Picture
+    top: ImageSource
+    bottom: ImageSource
 
     def load(self) -> Image.Image:
-        """Both pictures in one."""
+        """Both images in one."""
         top, bottom = self.top.load(), self.bottom.load()
         canvas = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), "black")
         canvas.paste(top, (0, 0))
@@ -174,7 +174,7 @@ class Stacked:
         return canvas
 
     def digest(self) -> str:
-        """Of both pictures'."""
+        """Of both images'."""
         return hashlib.sha256(f"stacked {self.top.digest()} {self.bottom.digest()}".encode()).hexdigest()
 
 
@@ -201,7 +201,7 @@ def wrap(phrase: str, measure: Callable[[str], float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """A picture that is in memory as a PIL image."""
+    """An image that is in memory as a PIL image."""
 
     image: Image.Image
 
@@ -215,8 +215,8 @@ class LoadedImage:
         return hashlib.sha256(f"{image.size}\0".encode() + image.tobytes()).hexdigest()
 
 
-def as_picture(image: str | PathLike[str] | Image.Image | Picture) -> Picture:
-    """A picture from what a user has: a file's path or a PIL image.
+def as_image(image: str | PathLike[str] | Image.Image | ImageSource) -> ImageSource:
+    """An image from what a user has: a file's path or a PIL image.
 
     Raises:
         InputError: an address, which is never fetched, no such file, or something else.
@@ -272,7 +272,7 @@ def _decode(opened: Callable[[], Image.Image], name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as people see the picture: transparent parts white, 16-bit and float greys scaled, not clipped."""
+    """RGB as people see the image: transparent parts white, 16-bit and float greys scaled, not clipped."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         grey = np.asarray(image, dtype=np.float64)
         full = 65535.0 if image.mode != "F" else max(float(grey.max()), 1.0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_protector.benchmarks.fields import checked_name
-from mllm_protector.benchmarks.pictures import Found, picture_file
+from mllm_protector.benchmarks.image_files import Found, image_file
 from mllm_protector.benchmarks.selection import (
     check_limit,
     check_names,
@@ -128,7 +128,7 @@ class FigStep:
                             scenario=scenario,
                             variant=variant,
                             text=row.question if variant == "TEXT" else self._carrier(),
-                            image=found.picture,
+                            image=found.image,
                             criterion=_ADVICE.get(row.topic, Criterion.HARM),
                             base=f"{scenario}/{row.task}",
                         )
@@ -167,7 +167,7 @@ class FigStep:
 
     def _picture(self, row: _Row) -> Found:
         try:
-            path = picture_file(self._images(), row.picture)
+            path = image_file(self._images(), row.picture)
         except ValueError as error:
             raise InputError(f"{self._images()}: {error}") from None
         if path is not None:

@@ -102,7 +102,7 @@ class MMSafetyBench:
                             scenario=scenario,
                             variant=variant,
                             text=entry.text,
-                            image=entry.found.picture,
+                            image=entry.found.image,
                             criterion=CRITERIA[scenario],
                             base=f"{scenario}/{key}",
                         )

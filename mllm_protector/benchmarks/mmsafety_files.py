@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.benchmarks.pictures import Found, picture_file
+from mllm_protector.benchmarks.image_files import Found, image_file
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
 from mllm_protector.images import EncodedImage, ImageFile, RenderedText, Stacked
@@ -61,7 +61,7 @@ class _Pictures:
         return f"imgs/{self.scenario}/{variant}/{self.key}.jpg"
 
     def _file(self, variant: Variant) -> Path | None:
-        return picture_file(self.root, self._name(variant))
+        return image_file(self.root, self._name(variant))
 
 
 def published_entries(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_protector.benchmarks.fields import checked_name, id_field
-from mllm_protector.benchmarks.pictures import Found, picture_of
+from mllm_protector.benchmarks.image_files import Found, image_of
 from mllm_protector.benchmarks.selection import (
     check_limit,
     question_digest,
@@ -83,13 +83,13 @@ class _Parser:
     def __call__(self, row: Mapping[str, Any]) -> tuple[Question, Found]:
         self.rows += 1
         identifier = str(self.rows) if row.get("id") in (None, "") else id_field(row, "id")
-        found = picture_of(row, self.images, f"{self.path}: id {identifier}")
+        found = image_of(row, self.images, f"{self.path}: id {identifier}")
         question = Question(
             id=identifier,
             scenario=checked_name(_optional(row, "scenario", "all"), "field 'scenario'"),
             variant="TEXT" if found == Found() else "SD",
             text=text_field(row, "question"),
-            image=found.picture,
+            image=found.image,
             criterion=_criterion(_optional(row, "criterion", Criterion.HARM)),
         )
         return question, found

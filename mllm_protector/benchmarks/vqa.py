@@ -83,9 +83,9 @@ class VisualQuestions:
                 Question(
                     id=item.id,
                     scenario=BENIGN,
-                    variant="TEXT" if item.found.picture is None else "SD",
+                    variant="TEXT" if item.found.image is None else "SD",
                     text=f"{item.text}\n{self.instruction}" if self.instruction else item.text,
-                    image=item.found.picture,
+                    image=item.found.image,
                     base=item.id,
                 )
             )
@@ -117,5 +117,5 @@ class VisualQuestions:
         return Path(self.path).parent / "images" if self.images is None else Path(self.images)
 
     def _wanted(self, item: VisualItem) -> bool:
-        without_picture = item.found.picture is None and item.found.missing is None
+        without_picture = item.found.image is None and item.found.missing is None
         return ("TEXT" if without_picture else "SD") in self.kinds

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm_protector.benchmarks.fields import checked_name, id_field
-from mllm_protector.benchmarks.pictures import Found, find_picture, picture_of
+from mllm_protector.benchmarks.image_files import Found, find_image, image_of
 from mllm_protector.benchmarks.vqa_scoring import (
     PEOPLE,
     Choice,
@@ -63,7 +63,7 @@ def read_generic(path: Path, images: Path, split: str) -> list[VisualItem]:
         return VisualItem(
             id=identifier,
             text=text_field(row, "question"),
-            found=picture_of(row, images, f"{path}: id {identifier}"),
+            found=image_of(row, images, f"{path}: id {identifier}"),
             known=known_answer(_answers(row)),
         )
 
@@ -77,7 +77,7 @@ def read_pope(path: Path, images: Path, split: str) -> list[VisualItem]:
         return VisualItem(
             id=id_field(row, "question_id"),
             text=text_field(row, "text"),
-            found=find_picture(images, text_field(row, "image")),
+            found=find_image(images, text_field(row, "image")),
             known=Presence(_is_yes(text_field(row, "label"), "label")),
         )
 
@@ -118,7 +118,7 @@ def read_scienceqa(path: Path, images: Path, split: str) -> list[VisualItem]:
         ]
         found = Found()
         if row.get("image") not in (None, ""):
-            found = find_picture(images, f"{text_field(row, 'split')}/{key}/{text_field(row, 'image')}")
+            found = find_image(images, f"{text_field(row, 'split')}/{key}/{text_field(row, 'image')}")
         lines = [*([hint.strip()] if hint.strip() else []), text_field(row, "question"), *lettered]
         return VisualItem(id=key, text="\n".join(lines), found=found, known=Choice(tuple(choices), right))
 
@@ -141,7 +141,7 @@ def read_mmvet(path: Path, images: Path, split: str) -> list[VisualItem]:
         return VisualItem(
             id=checked_name(key, "an id"),
             text=text_field(row, "question"),
-            found=find_picture(images, text_field(row, "imagename")),
+            found=find_image(images, text_field(row, "imagename")),
             known=Elements(alternatives),
         )
 
@@ -158,7 +158,7 @@ def read_gqa(path: Path, images: Path, split: str) -> list[VisualItem]:
         return VisualItem(
             id=checked_name(key, "an id"),
             text=text_field(row, "question"),
-            found=find_picture(images, f"{text_field(row, 'imageId')}.jpg"),
+            found=find_image(images, f"{text_field(row, 'imageId')}.jpg"),
             known=known_answer([text_field(row, "answer")]),
         )
 
@@ -213,7 +213,7 @@ READERS: dict[Format, Callable[[Path, Path, str], list[VisualItem]]] = {
 
 
 def _first_picture(folder: Path, stem: str) -> Found:
-    tried = [find_picture(folder, stem + ending) for ending in _PICTURE_ENDINGS]
+    tried = [find_image(folder, stem + ending) for ending in _PICTURE_ENDINGS]
     return next((found for found in tried if found.missing is None), tried[0])
 
 

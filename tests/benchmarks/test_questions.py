@@ -13,7 +13,7 @@ from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.errors import InputError
 from mllm_protector.records import BENIGN, LoadedBenchmark
 from mllm_protector.scenarios import Criterion
-from tests.benchmarks.test_pictures import ESCAPES
+from tests.benchmarks.test_image_files import ESCAPES
 
 
 def write(folder: Path, *rows: dict[str, Any] | str) -> Path:

@@ -13,7 +13,7 @@ from mllm_protector.benchmarks.vqa_metrics import COGNITION
 from mllm_protector.errors import InputError
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.records import BENIGN, LoadedBenchmark
-from tests.benchmarks.test_pictures import ESCAPES
+from tests.benchmarks.test_image_files import ESCAPES
 
 
 def picture(path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mllm_protector.benchmarks.pictures import Found, find_picture, picture_file, picture_of
+from mllm_protector.benchmarks.image_files import Found, find_image, image_file, image_of
 from mllm_protector.images import EncodedImage, ImageFile
 
 ESCAPES = [
@@ -39,21 +39,21 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["inside.png", "sub/deep.png", "./inside.png"])
 def test_a_picture_within_the_folder_is_found(folder: Path, name: str) -> None:
-    found = find_picture(folder, name)
-    assert isinstance(found.picture, ImageFile)
-    assert found.picture.load().size == (3, 2)
+    found = find_image(folder, name)
+    assert isinstance(found.image, ImageFile)
+    assert found.image.load().size == (3, 2)
 
 
 def test_a_picture_that_is_not_there_is_missing(folder: Path) -> None:
-    assert find_picture(folder, "gone.png") == Found(missing="no file gone.png")
-    assert find_picture(folder, "sub") == Found(missing="no file sub")
-    assert find_picture(folder / "nowhere", "x.png") == Found(missing="no file x.png")
+    assert find_image(folder, "gone.png") == Found(missing="no file gone.png")
+    assert find_image(folder, "sub") == Found(missing="no file sub")
+    assert find_image(folder / "nowhere", "x.png") == Found(missing="no file x.png")
 
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_a_name_that_leads_elsewhere_is_refused_in_one_short_line(folder: Path, name: str) -> None:
     with pytest.raises(ValueError, match="image") as refusal:
-        picture_file(folder, name)
+        image_file(folder, name)
     assert str(refusal.value).isprintable()
     assert len(str(refusal.value)) < 200
 
@@ -65,28 +65,28 @@ def test_a_link_out_of_the_folder_is_refused_and_one_within_is_followed(folder: 
     (folder / "loop.png").symlink_to(folder / "loop.png")
     for name in ("out.png", "up/outside.png"):
         with pytest.raises(ValueError, match="leads out of"):
-            picture_file(folder, name)
-    assert picture_file(folder, "in.png") is not None
-    assert picture_file(folder, "loop.png") is None
+            image_file(folder, name)
+    assert image_file(folder, "in.png") is not None
+    assert image_file(folder, "loop.png") is None
 
 
 def test_the_folder_itself_may_be_a_link(folder: Path) -> None:
     link = folder.parent / "link"
     link.symlink_to(folder)
-    assert picture_file(link, "inside.png") is not None
+    assert image_file(link, "inside.png") is not None
 
 
 def test_bytes_of_a_parquet_row_are_a_picture(folder: Path) -> None:
     out = io.BytesIO()
     Image.new("RGB", (5, 4)).save(out, "PNG")
-    found = picture_of({"image": {"bytes": out.getvalue(), "path": None}}, folder, "row 1")
-    assert isinstance(found.picture, EncodedImage)
-    assert found.picture.load().size == (5, 4)
-    assert picture_of({"image": {"bytes": None}}, folder, "row 1").missing == "the row's picture is empty"
+    found = image_of({"image": {"bytes": out.getvalue(), "path": None}}, folder, "row 1")
+    assert isinstance(found.image, EncodedImage)
+    assert found.image.load().size == (5, 4)
+    assert image_of({"image": {"bytes": None}}, folder, "row 1").missing == "the row's image is empty"
 
 
 def test_a_row_without_a_picture_is_a_question_in_words(folder: Path) -> None:
-    assert picture_of({}, folder, "") == picture_of({"image": None}, folder, "") == Found()
-    assert picture_of({"image": ""}, folder, "") == Found()
+    assert image_of({}, folder, "") == image_of({"image": None}, folder, "") == Found()
+    assert image_of({"image": ""}, folder, "") == Found()
     with pytest.raises(ValueError, match="field 'image' must be a text, not int"):
-        picture_of({"image": 7}, folder, "")
+        image_of({"image": 7}, folder, "")

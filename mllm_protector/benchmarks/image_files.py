@@ -1,10 +1,10 @@
-"""From what a data file says of a picture to the picture. Nothing is fetched, and nothing leads out."""
+"""From what a data file says of an image to the image. Nothing is fetched, and nothing leads out."""
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from mllm_protector.images import EncodedImage, ImageFile, Picture
+from mllm_protector.images import EncodedImage, ImageFile, ImageSource
 from mllm_protector.reading import text_field
 
 _LONGEST_NAME = 255
@@ -12,33 +12,33 @@ _LONGEST_NAME = 255
 
 
 class Found(NamedTuple):
-    """A question's picture, or the reason why there is none; neither where none belongs to it."""
+    """A question's image, or the reason why there is none; neither where none belongs to it."""
 
-    picture: Picture | None = None
+    image: ImageSource | None = None
     missing: str | None = None
 
 
-def find_picture(folder: Path, name: str) -> Found:
-    """The picture with this name in a folder.
+def find_image(folder: Path, name: str) -> Found:
+    """The image with this name in a folder.
 
     Raises:
-        ValueError: as ``picture_file``.
+        ValueError: as ``image_file``.
     """
-    path = picture_file(folder, name)
+    path = image_file(folder, name)
     return Found(missing=f"no file {name}") if path is None else Found(ImageFile(path))
 
 
-def picture_of(row: Mapping[str, Any], folder: Path, where: str, field: str = "image") -> Found:
-    """The picture that a row names, or carries as parquet files do (``{"bytes": ...}``).
+def image_of(row: Mapping[str, Any], folder: Path, where: str, field: str = "image") -> Found:
+    """The image that a row names, or carries as parquet files do (``{"bytes": ...}``).
 
     Args:
         row: a row whose field may be absent or empty.
-        folder: where named pictures lie.
+        folder: where named images lie.
         where: what an error about the carried bytes calls them.
         field: the field's name.
 
     Raises:
-        ValueError: anything else, or a name as in ``picture_file``.
+        ValueError: anything else, or a name as in ``image_file``.
     """
     value = row.get(field)
     if value is None or value == "":
@@ -46,12 +46,12 @@ def picture_of(row: Mapping[str, Any], folder: Path, where: str, field: str = "i
     if isinstance(value, dict):
         data = value.get("bytes")
         if not isinstance(data, bytes) or not data:
-            return Found(missing="the row's picture is empty")
+            return Found(missing="the row's image is empty")
         return Found(EncodedImage(data, where))
-    return find_picture(folder, text_field(row, field))
+    return find_image(folder, text_field(row, field))
 
 
-def picture_file(folder: Path, name: str) -> Path | None:
+def image_file(folder: Path, name: str) -> Path | None:
     """The file with this name in a folder, or ``None`` if there is none.
 
     Raises:
