@@ -19,8 +19,9 @@ from mllm_protector import files
 from mllm_protector.data.toy_answers import Split, Style, harmful, helpful, safe
 from mllm_protector.data.toy_content import BENIGN_SCENES, PLACES, SCENES, THINGS, Scene
 from mllm_protector.errors import InputError
-from mllm_protector.images import ImageSource, RenderedText, Stacked, rendering_identity
+from mllm_protector.images import ImageSource
 from mllm_protector.records import BENIGN, VARIANTS, AnswerPair, Question, Variant
+from mllm_protector.rendering import RenderedText, Stacked, rendering_identity
 from mllm_protector.scenarios import ADVICE, CRITERIA, SCENARIOS
 
 PICTURE_SIZE = 224

@@ -47,9 +47,9 @@ def test_a_limit_that_leaves_nothing_is_refused(limit: int) -> None:
 
 
 def test_a_wrong_name_is_refused_with_the_key_in_front() -> None:
-    check_names("kinds", ["TEXT"], ("TEXT", "TYPO"))
-    with pytest.raises(InputError, match=r"^kinds: no 'TYP'\. Did you mean 'TYPO'\? Known: TEXT, TYPO"):
-        check_names("kinds", ["TYP"], ("TEXT", "TYPO"))
+    check_names("variants", ["TEXT"], ("TEXT", "TYPO"))
+    with pytest.raises(InputError, match=r"^variants: no 'TYP'\. Did you mean 'TYPO'\? Known: TEXT, TYPO"):
+        check_names("variants", ["TYP"], ("TEXT", "TYPO"))
 
 
 def test_a_digest_knows_names_and_bytes_but_not_the_place(tmp_path: Path) -> None:

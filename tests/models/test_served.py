@@ -10,10 +10,11 @@ from PIL import Image
 
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector, Refusal
-from mllm_protector.images import EncodedImage, ImageFile, ImageSource, RenderedText
+from mllm_protector.images import EncodedImage, ImageFile, ImageSource
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.served import ServedMLLM
 from mllm_protector.records import Failure, Outcome, Question
+from mllm_protector.rendering import RenderedText
 from tests import servers
 from tests.servers import ScriptedServer
 
