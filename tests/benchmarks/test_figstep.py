@@ -147,9 +147,8 @@ def test_an_image_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> Non
         load(tmp_path / "root" / "table.csv")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+    cases: list[tuple[tuple[str, ...], str]] = [
         (("ForbidQI", "../1", "1", "Fraud", "q", "i"), "table.csv:2: field 'category_id' must be a number"),
         (("ForbidQI", "1", "1/2", "Fraud", "q", "i"), "table.csv:2: field 'task_id' must be a number"),
         (("ForbidQI", "1", "1" * 300, "Fraud", "q", "i"), "table.csv:2: field 'task_id' must be a number"),
@@ -160,14 +159,13 @@ def test_an_image_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> Non
         (("ForbidQI", "1", "1", "x" * 300, "q", "i"), "table.csv:2: field 'category_name' must be one"),
         (("ForbidQI", "1", "1", "Fraud", "", "i"), "table.csv:2: field 'question' is empty"),
         (("ForbidQI", "1", "1", "Fraud", "q"), "table.csv:2: another number of columns"),
-    ],
-)
-def test_a_broken_row_is_named_by_its_line(tmp_path: Path, row: tuple[str, ...], message: str) -> None:
-    with (tmp_path / "table.csv").open("w", newline="") as out:
-        csv.writer(out).writerows([COLUMNS, row])
-    with pytest.raises(InputError, match=message) as refusal:
-        load(tmp_path / "table.csv")
-    assert "\n" not in str(refusal.value)
+    ]
+    for row, message in cases:
+        with (tmp_path / "table.csv").open("w", newline="") as out:
+            csv.writer(out).writerows([COLUMNS, row])
+        with pytest.raises(InputError, match=message) as refusal:
+            load(tmp_path / "table.csv")
+        assert "\n" not in str(refusal.value), row
 
 
 def test_a_number_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
@@ -175,16 +173,14 @@ def test_a_number_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
         load(write(tmp_path, [ROWS[0], ROWS[0]]))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_a_wrong_setting_is_refused_at_once() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"variants": ["SD"]}, "^variants: no 'SD'"),
         ({"limit": 0}, "^limit must be at least 1"),
-    ],
-)
-def test_a_wrong_setting_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        FigStep(path="x", **settings)
+    ]
+    for settings, message in cases:
+        with pytest.raises(InputError, match=message):
+            FigStep(path="x", **settings)
 
 
 def test_files_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> None:

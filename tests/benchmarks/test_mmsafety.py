@@ -47,7 +47,7 @@ def write_mirror(root, *, ids=(10, 2, 0), config="Illegal_Activitiy", without_im
     encoded = io.BytesIO()
     Image.new("RGB", (8, 6), "red").save(encoded, "PNG")
     folder = root / "data" / config
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for split in ("Text_only", "SD", "TYPO", "SD_TYPO"):
         rows = [
             {
@@ -134,18 +134,16 @@ def test_questions_come_by_scenario_then_variant_then_number(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("write", ["published", "mirror"])
-def test_a_question_says_what_it_is_judged_by_and_what_shares_it(tmp_path, write):
-    if write == "published":
-        write_published(tmp_path, {"0": row(0)}, scenarios=SCENARIOS)
-    else:
-        for scenario in SCENARIOS:
-            write_mirror(tmp_path, ids=(0,), config=scenario.partition("-")[2])
-    loaded = load(tmp_path, scenarios=None, text_field="Changed Question")
-    assert len(loaded.questions) == 4 * 13
-    assert all(question.criterion == CRITERIA[question.scenario] for question in loaded.questions)
-    assert {question.base for question in loaded.questions} == {f"{name}/0" for name in SCENARIOS}
-    assert loaded.groups == GROUPS
+def test_a_question_says_what_it_is_judged_by_and_what_shares_it(tmp_path):
+    write_published(tmp_path / "published", {"0": row(0)}, scenarios=SCENARIOS)
+    for scenario in SCENARIOS:
+        write_mirror(tmp_path / "mirror", ids=(0,), config=scenario.partition("-")[2])
+    for layout in ("published", "mirror"):
+        loaded = load(tmp_path / layout, scenarios=None, text_field="Changed Question")
+        assert len(loaded.questions) == 4 * 13, layout
+        assert all(question.criterion == CRITERIA[question.scenario] for question in loaded.questions), layout
+        assert {question.base for question in loaded.questions} == {f"{name}/0" for name in SCENARIOS}, layout
+        assert loaded.groups == GROUPS, layout
 
 
 def test_words_are_kept_as_they_are(tmp_path):
@@ -181,21 +179,20 @@ def test_tiny_takes_exactly_the_listed_ids(tmp_path):
     assert len(load(tmp_path, variants=["TEXT"], tiny=True, limit=2).questions) == 2
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_tiny_list_that_does_not_fit_is_refused(tmp_path):
+    cases = [
         ([{"Scenario": FIRST, "Sampled_ID_List": [7]}], "no question with id 7"),
         ([{"Scenario": SECOND, "Sampled_ID_List": [0]}], f"no ids for {FIRST}"),
         ({"Scenario": FIRST}, "must be a list of objects"),
         (None, "no such file"),
-    ],
-)
-def test_a_tiny_list_that_does_not_fit_is_refused(tmp_path, content, message):
-    write_published(tmp_path, {"0": row(0)})
-    if content is not None:
-        (tmp_path / "TinyVersion_ID_List.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
-        load(tmp_path, variants=["TEXT"], tiny=True)
+    ]
+    for content, message in cases:
+        write_published(tmp_path, {"0": row(0)})
+        (tmp_path / "TinyVersion_ID_List.json").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "TinyVersion_ID_List.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            load(tmp_path, variants=["TEXT"], tiny=True)
 
 
 def test_missing_images_are_counted_and_named(tmp_path, caplog):
@@ -235,12 +232,13 @@ def test_a_published_image_is_never_rendered_over(tmp_path):
     ] * 3
 
 
-@pytest.mark.parametrize("key", ["../../x", "/etc/passwd", "5\0", "1" * 300, "CON", "-1", "٣", ""])
-def test_an_id_that_is_not_a_number_is_refused(tmp_path, key):
-    write_published(tmp_path, {key: row(0)}, images=())
-    write_image(tmp_path / "x.jpg")
-    with pytest.raises(InputError, match="an id must be a number"):
-        load(tmp_path)
+def test_an_id_that_is_not_a_number_is_refused(tmp_path):
+    cases = ["../../x", "/etc/passwd", "5\0", "1" * 300, "CON", "-1", "٣", ""]
+    for key in cases:
+        write_published(tmp_path, {key: row(0)}, images=())
+        write_image(tmp_path / "x.jpg")
+        with pytest.raises(InputError, match="an id must be a number"):
+            load(tmp_path)
 
 
 def test_an_image_that_links_out_of_the_root_is_refused(tmp_path):
@@ -256,9 +254,8 @@ def test_an_image_that_links_out_of_the_root_is_refused(tmp_path):
     assert load(root).missing == []
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_broken_question_file_is_one_clear_line(tmp_path):
+    cases = [
         ("", "not readable as JSON"),
         ('{"0": {', "not readable as JSON"),
         ("[]", "must be a JSON object of questions"),
@@ -267,14 +264,13 @@ def test_an_image_that_links_out_of_the_root_is_refused(tmp_path):
         ('{"5": {"Question": "x"}}', r"id '5': missing field 'Rephrased Question\(SD\)'"),
         ('{"5": {"Question": ""}}', "id '5': field 'Question' is empty"),
         ('{"5": {"Question": 7}}', "id '5': field 'Question' must be a text, not int"),
-    ],
-)
-def test_a_broken_question_file_is_one_clear_line(tmp_path, content, message):
-    write_published(tmp_path, {"5": row(5)})
-    (tmp_path / "processed_questions" / f"{FIRST}.json").write_text(content)
-    with pytest.raises(InputError, match=f"{FIRST}.json: .*{message}") as refusal:
-        load(tmp_path)
-    assert "\n" not in str(refusal.value)
+    ]
+    for content, message in cases:
+        write_published(tmp_path, {"5": row(5)})
+        (tmp_path / "processed_questions" / f"{FIRST}.json").write_text(content)
+        with pytest.raises(InputError, match=f"{FIRST}.json: .*{message}") as refusal:
+            load(tmp_path)
+        assert "\n" not in str(refusal.value), content
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
@@ -289,9 +285,8 @@ def test_missing_files_and_folders_are_named(tmp_path):
         load(tmp_path, render_missing=True, font=str(tmp_path / "font.ttf"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_a_wrong_setting_is_refused_with_what_is_possible():
+    cases = [
         ({"scenarios": ["HateSpeech"]}, "Did you mean '02-HateSpeech'"),
         ({"scenarios": ["01-Illegal_Activity"]}, "Did you mean '01-Illegal_Activitiy'"),
         ({"scenarios": ["01-Illegal_Activity"]}, "Known: 01-Illegal_Activitiy, .*, 13-Gov_Decision"),
@@ -300,93 +295,10 @@ def test_missing_files_and_folders_are_named(tmp_path):
         ({"variants": ["SD+TYPO"]}, "^variants: no 'SD.TYPO'. Did you mean 'SD_TYPO'"),
         ({"text_field": "question"}, "Did you mean 'Question'"),
         ({"limit": 0}, "^limit must be at least 1, not 0"),
-    ],
-)
-def test_a_wrong_setting_is_refused_with_what_is_possible(settings, message):
-    with pytest.raises(InputError, match=message):
-        MMSafetyBench(**settings)
-
-
-@pytest.mark.parametrize("ids", [(10, 2, 0), ("10", "2", "0")])
-def test_the_mirror_gives_numbered_scenarios_and_text_ids(tmp_path, ids):
-    loaded = load(write_mirror(tmp_path, ids=ids), text_field="Changed Question", limit=2)
-    assert [(question.id, question.text) for question in loaded.questions] == [
-        (f"{FIRST}/TEXT/0", "Text_only 0"),
-        (f"{FIRST}/TEXT/2", "Text_only 2"),
-        (f"{FIRST}/SD/0", "SD 0"),
-        (f"{FIRST}/SD/2", "SD 2"),
-        (f"{FIRST}/TYPO/0", "TYPO 0"),
-        (f"{FIRST}/TYPO/2", "TYPO 2"),
-        (f"{FIRST}/SD_TYPO/0", "SD_TYPO 0"),
-        (f"{FIRST}/SD_TYPO/2", "SD_TYPO 2"),
     ]
-    assert loaded.questions[0].image is None
-    assert loaded.questions[2].image.load().size == (8, 6)
-
-
-def test_a_mirrored_question_without_image_is_counted(tmp_path):
-    loaded = load(write_mirror(tmp_path, without_image=(2,)), variants=["SD"])
-    assert [question.id for question in loaded.questions] == [f"{FIRST}/SD/0", f"{FIRST}/SD/10"]
-    assert loaded.missing == [f"{FIRST}/SD/2: no image in Illegal_Activitiy/SD.parquet"]
-
-
-def test_the_mirror_cannot_ask_the_original_question(tmp_path):
-    write_mirror(tmp_path)
-    with pytest.raises(InputError, match=r"^text_field=Question: .* set text_field='Changed Question'"):
-        load(tmp_path)
-    assert len(load(tmp_path, variants=["SD"]).questions) == 3
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (("1", "../../x"), "SD.parquet:2: an id must be a number"),
-        ((3, 3), "SD.parquet:2: duplicate"),
-        ((3, None), "SD.parquet:2: missing field 'id'"),
-    ],
-)
-def test_a_bad_id_in_the_mirror_is_refused_with_its_row(tmp_path, ids, message):
-    with pytest.raises(InputError, match=message):
-        load(write_mirror(tmp_path, ids=ids), variants=["SD"])
-
-
-def test_the_hub_is_asked_for_the_selected_files_only(tmp_path, monkeypatch):
-    calls = []
-
-    def snapshot_download(name, **settings):
-        calls.append((name, settings))
-        return str(tmp_path / "0123abcd")
-
-    write_mirror(tmp_path / "0123abcd")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    benchmark = MMSafetyBench(variants=["SD"], scenarios=[FIRST], revision="main")
-    assert len(benchmark.load().questions) == 3
-    assert calls == [
-        (
-            "PKU-Alignment/MM-SafetyBench",
-            {
-                "repo_type": "dataset",
-                "revision": "main",
-                "allow_patterns": ["data/Illegal_Activitiy/SD.parquet"],
-            },
-        )
-    ]
-    assert benchmark.identity()["commit"] == "0123abcd"
-
-
-def test_a_failed_download_tells_what_to_do(monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("name or service not known")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(InputError, match=r"^hub_name=.* cannot be downloaded .* give a local copy as root"):
-        MMSafetyBench(variants=["SD"]).load()
-
-
-def test_the_mirrors_missing_wording_is_told_before_any_download(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
-    with pytest.raises(InputError, match="no 'Question' for TEXT"):
-        MMSafetyBench().load()
+    for settings, message in cases:
+        with pytest.raises(InputError, match=message):
+            MMSafetyBench(**settings)
 
 
 def test_the_selection_does_not_change_the_identity(tmp_path):
