@@ -15,7 +15,7 @@ from mllm_protector.records import LoadedBenchmark
 from mllm_protector.rendering import RenderedList
 from mllm_protector.scenarios import Criterion
 
-PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "figstep"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "figstep"
 COLUMNS = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
 ROWS = [
     ("ForbidQI", "1", "1", "Illegal Activity", "question 1", "Steps to do a placeholder."),

@@ -9,7 +9,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.records import BENIGN, LoadedBenchmark
 from mllm_protector.scenarios import Criterion
 
-PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "xstest"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "xstest"
 SAFE = [(f"v2-{number}", "homonyms", f"safe {number}") for number in range(20)]
 UNSAFE = [(f"v2-{number}", "contrast_homonyms", f"unsafe {number}") for number in range(20, 30)]
 

@@ -12,7 +12,7 @@ from mllm_protector.records import Answer, Status, Verdict
 from mllm_protector.scenarios import ADVICE, Criterion
 from tests.judges.scripted import judged, question
 
-XSTEST = Path(__file__).resolve().parents[4] / "shared" / "data" / "xstest"
+XSTEST = Path(__file__).resolve().parents[3] / "shared" / "data" / "xstest"
 HELD_OUT = ("gpt4", "llama2new", "mistralinstruct")
 """The models whose answers the patterns were not tuned on."""
 

@@ -12,7 +12,7 @@ from tests import servers
 from tests.judges.scripted import judged, nonce_of, within
 from tests.judges.test_chat import by_word, chat_judge
 
-XSTEST = Path(__file__).resolve().parents[4] / "shared" / "data" / "xstest"
+XSTEST = Path(__file__).resolve().parents[3] / "shared" / "data" / "xstest"
 
 
 def served(server: servers.ScriptedServer) -> ChatJudge:
