@@ -11,10 +11,10 @@ from typing import Any
 from PIL import Image
 
 from mllm_protector.errors import InputError
-from mllm_protector.images import Picture, as_picture
+from mllm_protector.images import ImageSource, as_image
 from mllm_protector.records import Question, Variant
 
-AnyImage = str | PathLike[str] | Image.Image | Picture
+AnyImage = str | PathLike[str] | Image.Image | ImageSource
 """A file, a PIL image, or what ``images`` has; never an address."""
 
 Asked = Question | str | tuple[str, AnyImage | None]
@@ -68,7 +68,7 @@ def _as_question(asked: Asked, number: int) -> Question:
         raise InputError(
             f"questions[{number}]: must be a Question, a text, or a pair (text, image), not {_kind(text)}"
         )
-    picture = None if image is None else as_picture(image)
+    picture = None if image is None else as_image(image)
     variant: Variant = "TEXT" if picture is None else "SD"
     return Question(id=str(number), scenario="", variant=variant, text=text, image=picture)
 

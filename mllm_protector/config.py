@@ -299,8 +299,15 @@ def _config_error(error: Exception, script: str = "", overrides: Sequence[str] =
     return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
+RENAMED = {"kinds": "variants"}
+"""The last part of keys that were renamed, and what it is now."""
+
+
 def _suggestion(key: str, known: Iterable[str] = ()) -> str:
-    name = key.rpartition(".")[2]
+    place, _, name = key.rpartition(".")
+    name = RENAMED.get(name, name)
+    if (renamed := _join(place, name)) != key and renamed in known:
+        return f"; give {renamed}=..."
     if longer := [f"{each}=..." for each in known if each.endswith(f".{name}") and each != key]:
         return f"; give {' or '.join(longer)}"
     words = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
-from mllm_protector.images import Picture
+from mllm_protector.images import ImageSource
 from mllm_protector.scenarios import Criterion
 
 Variant = Literal["TEXT", "SD", "TYPO", "SD_TYPO"]
@@ -83,7 +83,7 @@ class Question:
     scenario: str
     variant: Variant
     text: str
-    image: Picture | None = None
+    image: ImageSource | None = None
     criterion: Criterion = Criterion.HARM
     base: str | None = None
     repeat: int = 0
@@ -240,7 +240,7 @@ class LoadedBenchmark:
 
     Attributes:
         questions: in a fixed order, with unique ids.
-        missing: one ``id: reason`` for each question that had to be left out, such as a missing picture.
+        missing: one ``id: reason`` for each question that had to be left out, such as a missing image.
         groups: name -> scenarios that are reported together and apart from the others.
         truth: says whether an answer does harm, where that is known by construction (toy data only).
         score: for harmless questions with a known answer: how right a text is, in [0, 1].

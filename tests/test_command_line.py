@@ -84,12 +84,23 @@ def test_the_version_is_that_of_this_package(said: Said) -> None:
 def test_a_key_without_its_beginning_is_led_to_the_whole_one(said: Said) -> None:
     safety = ("eval_mmsafety", "benchmark=[mmsafety]")
     cases = [
-        ((*safety, "kinds=[SD]"), "kinds", "benchmarks.mmsafety.kinds=..."),
+        ((*safety, "variants=[SD]"), "variants", "benchmarks.mmsafety.variants=..."),
         ((*safety, "tiny=true"), "tiny", "benchmarks.mmsafety.tiny=..."),
         ((*safety, "limit=2"), "limit", "benchmarks.mmsafety.limit=..."),
         ((*safety, "root=x"), "root", "benchmarks.mmsafety.root=..."),
         ((*safety, "+tiny=true"), "tiny", "benchmarks.mmsafety.tiny=..."),
-        ((*safety, "benchmark.kinds=[SD]"), "benchmark.kinds", "benchmarks.mmsafety.kinds=..."),
+        ((*safety, "benchmark.variants=[SD]"), "benchmark.variants", "benchmarks.mmsafety.variants=..."),
+        (
+            (*safety, "benchmarks.mmsafety.kinds=[SD]"),
+            "benchmarks.mmsafety.kinds",
+            "benchmarks.mmsafety.variants=...",
+        ),
+        (
+            ("eval_mmsafety", "benchmark=[toy,mmsafety]", "benchmarks.mmsafety.kinds=[SD]"),
+            "benchmarks.mmsafety.kinds",
+            "benchmarks.mmsafety.variants=...",
+        ),
+        ((*safety, "kinds=[SD]"), "kinds", "benchmarks.mmsafety.variants=..."),
         (
             ("eval_mmsafety", "mllm=served", "judge=[chat]", "mllm.model=a", "base_url=x"),
             "base_url",

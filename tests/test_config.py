@@ -54,7 +54,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "export_detector": export_detector,
 }
 WITH_EXPERIMENTS = ("train_detector", "train_detoxifier", "eval_mmsafety")
-FILLED_IN = {"path": "some/file", "name": "some/model", "model": "some/model"}
+FILLED_IN = {"path": "some/file", "images": "some/folder", "name": "some/model", "model": "some/model"}
 """What a user has to give for options that have no value for it."""
 
 
@@ -252,7 +252,7 @@ def test_a_mistake_in_an_option_is_found_before_anything_is_read(
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("benchmarks.toy.kinds=[SD,NO]", "benchmarks.toy.kinds"),
+        ("benchmarks.toy.variants=[SD,NO]", "benchmarks.toy.variants"),
         ("benchmark=[nope]", "benchmark=nope: unknown option; choose one of figstep, gqa, "),
         ("judge=[keyword,nope]", "judge=nope: unknown option; choose one of chat, detector, guard_model"),
         ("judge=[chat]", "judges.chat.chat.model has no value; give judges.chat.chat.model=..."),

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mllm_protector.images import RenderedText
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.records import Question
+from mllm_protector.rendering import RenderedText
 from tests.models.builders import save_tiny_llava_for_tests
 
 REPOSITORY = Path(__file__).parents[1]

@@ -28,7 +28,7 @@ EVALUATION = (
     "mllm.epochs=1",
     "mllm.max_new_tokens=8",
     "rewrite_tokens=8",
-    "benchmarks.toy.kinds=[TEXT,SD]",
+    "benchmarks.toy.variants=[TEXT,SD]",
     "benchmarks.toy.per_scenario=1",
     "benchmarks.toy.benign=4",
 )
@@ -180,7 +180,7 @@ def test_runs_are_compared_and_what_cannot_be_is_refused(home: Path) -> None:
     assert {path.name for path in (home / "outputs" / "comparison").glob("[!.]*")} == {
         f"compare.{ending}" for ending in ("json", "md", "html")
     }
-    less = ("benchmarks.toy.kinds=[TEXT]", "output_dir=outputs/less")
+    less = ("benchmarks.toy.variants=[TEXT]", "output_dir=outputs/less")
     run_well("eval_mmsafety", *EVALUATION, *less, cwd=home)
     ran = run("compare_runs", "runs=[outputs/mmsafety,outputs/less]", cwd=home)
     assert ran.returncode == 2

@@ -5,33 +5,40 @@ Hugging Face mirror (``data/<scenario>/<split>.parquet``). The data is for resea
 is never bundled. Ids are the files' own keys, which have gaps in 05 and 08, never positions.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_protector.benchmarks.mmsafety_files import (
-    Entry,
-    mirror_entries,
-    mirror_file,
-    published_entries,
-)
+from mllm_protector.benchmarks.fields import Found, find_image, image_field
 from mllm_protector.benchmarks.selection import (
     check_limit,
     check_names,
     files_digest,
+    font_file,
     lines_digest,
     relative,
-    warn_of_missing,
+    with_images,
 )
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
-from mllm_protector.images import rendering_identity
+from mllm_protector.reading import missing_field, read_records, text_field
 from mllm_protector.records import VARIANTS, LoadedBenchmark, Question, Variant
+from mllm_protector.rendering import RenderedText, Stacked, rendering_identity
 from mllm_protector.scenarios import CRITERIA, GROUPS, SCENARIOS
 
+# README of isXinLiu/MM-SafetyBench, "Evaluation". The text-only question is not defined there; "Question" is
+# what the official MLLM-Protector code asks, "Changed Question" what the mirror holds.
+_WORDINGS: dict[Variant, str] = {
+    "SD": "Rephrased Question(SD)",
+    "TYPO": "Rephrased Question",
+    "SD_TYPO": "Rephrased Question",
+}
 _TINY = "TinyVersion_ID_List.json"
 _Layout = Literal["published", "mirror"]
+_Entry = tuple[str, Found]
+"""The words of a question, and its image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +49,23 @@ class MMSafetyBench:
         root: a local folder in either layout; ``None`` takes the mirror on the Hugging Face hub.
         hub_name: the mirror's name there.
         revision: the mirror's commit; give one for results that are to be compared.
-        kinds: how questions are asked.
+        variants: how questions are asked.
         scenarios: names such as ``01-Illegal_Activitiy``; ``None`` takes all 13.
         text_field: which wording TEXT asks. The mirror has ``Changed Question`` only.
         tiny: only the ids of ``<root>/TinyVersion_ID_List.json`` (168 of 1680).
-        limit: at most this many questions of each scenario and kind, lowest ids first.
+        limit: at most this many questions of each scenario and variant, lowest ids first.
         render_missing: draw missing TYPO images from the key phrase, and missing SD_TYPO images from it and
             the SD image (published layout only: the mirror has no key phrases).
-        font: a TrueType file for that; see ``images.RenderedText``.
+        font: a TrueType file for that; see ``rendering.RenderedText``.
 
     Raises:
-        InputError: an unknown kind or scenario, or a limit below 1.
+        InputError: an unknown variant or scenario, or a limit below 1.
     """
 
     root: str | None = None
     hub_name: str = "PKU-Alignment/MM-SafetyBench"
     revision: str | None = None
-    kinds: Sequence[Variant] = VARIANTS
+    variants: Sequence[Variant] = VARIANTS
     scenarios: Sequence[str] | None = None
     text_field: Literal["Question", "Changed Question"] = "Question"
     tiny: bool = False
@@ -67,53 +74,31 @@ class MMSafetyBench:
     font: str | None = None
 
     def __post_init__(self) -> None:
-        check_names("kinds", self.kinds, VARIANTS)
+        check_names("variants", self.variants, VARIANTS)
         if self.scenarios is not None:
             check_names("scenarios", self.scenarios, SCENARIOS)
         check_names("text_field", [self.text_field], ("Question", "Changed Question"))
         check_limit(self.limit)
 
     def load(self) -> LoadedBenchmark:
-        """The questions by scenario, kind (in the order of ``VARIANTS``) and number.
+        """The questions by scenario, variant (in the order of ``VARIANTS``) and number.
 
-        A question without its picture is left out and named in ``missing``.
+        A question without its image is left out and named in ``missing``.
 
         Raises:
             InputError: a file or folder that is missing, broken or incomplete, or an id or a link that leads
                 out of ``root``.
         """
         folder, layout = self._locate()
-        if self.render_missing and self.font is not None and not Path(self.font).is_file():
-            raise InputError(f"font={self.font}: no such file")
-        tiny = _tiny_ids(folder / _TINY) if self.tiny else None
-
-        questions: list[Question] = []
-        missing: list[str] = []
-        for scenario in self._scenarios():
-            for variant, entries in self._entries(folder, layout, scenario):
-                for key in self._selected(scenario, entries, tiny):
-                    identifier, entry = f"{scenario}/{variant}/{key}", entries[key]
-                    if entry.found.missing is not None:
-                        missing.append(f"{identifier}: {entry.found.missing}")
-                        continue
-                    questions.append(
-                        Question(
-                            id=identifier,
-                            scenario=scenario,
-                            variant=variant,
-                            text=entry.text,
-                            image=entry.found.picture,
-                            criterion=CRITERIA[scenario],
-                            base=f"{scenario}/{key}",
-                        )
-                    )
-        return warn_of_missing(folder, LoadedBenchmark(questions=questions, missing=missing, groups=GROUPS))
+        if self.render_missing:
+            font_file(self.font)
+        return with_images(folder, self._questions(folder, layout), GROUPS)
 
     def identity(self) -> dict[str, Any]:
-        """What texts and pictures depend on; not the selection, so that a small run can be extended.
+        """What texts and images depend on; not the selection, so that a small run can be extended.
 
         A mirror on the hub is known by its commit, a local folder by the bytes of its question files; where
-        missing pictures are rendered, also by which pictures there are and how the others are drawn.
+        missing images are rendered, also by which images there are and how the others are drawn.
         """
         folder, layout = self._locate()
         identity: dict[str, Any] = {"name": "mmsafety", "layout": layout, "text_field": self.text_field}
@@ -123,19 +108,34 @@ class MMSafetyBench:
             pattern = "processed_questions/*.json" if layout == "published" else "data/*/*.parquet"
             identity["questions"] = files_digest(folder.glob(pattern), folder)
         if self.render_missing:
-            pictures = sorted(folder.glob("imgs/*/*/*.jpg"))
-            identity["rendering"] = rendering_identity(self._font())
-            identity["pictures"] = lines_digest(relative(file, folder) for file in pictures)
+            images = sorted(folder.glob("imgs/*/*/*.jpg"))
+            identity["rendering"] = rendering_identity(font_file(self.font))
+            identity["pictures"] = lines_digest(relative(file, folder) for file in images)
         return identity
+
+    def _questions(self, folder: Path, layout: _Layout) -> Iterator[tuple[Question, Found]]:
+        read = self._published if layout == "published" else self._mirrored
+        tiny = _tiny_ids(folder / _TINY) if self.tiny else None
+        for scenario in self._scenarios():
+            for variant in self._variants():
+                entries = read(folder, scenario, variant)
+                for key in self._selected(scenario, entries, tiny):
+                    text, found = entries[key]
+                    question = Question(
+                        id=f"{scenario}/{variant}/{key}",
+                        scenario=scenario,
+                        variant=variant,
+                        text=text,
+                        criterion=CRITERIA[scenario],
+                        base=f"{scenario}/{key}",
+                    )
+                    yield question, found
 
     def _scenarios(self) -> list[str]:
         return [name for name in SCENARIOS if self.scenarios is None or name in self.scenarios]
 
     def _variants(self) -> list[Variant]:
-        return [variant for variant in VARIANTS if variant in self.kinds]
-
-    def _font(self) -> Path | None:
-        return None if self.font is None else Path(self.font)
+        return [variant for variant in VARIANTS if variant in self.variants]
 
     def _locate(self) -> tuple[Path, _Layout]:
         if self.root is None:
@@ -155,16 +155,17 @@ class MMSafetyBench:
         )
 
     def _require_mirrored_wording(self) -> None:
-        if "TEXT" in self.kinds and self.text_field == "Question":
+        if "TEXT" in self.variants and self.text_field == "Question":
             raise InputError(
                 "text_field=Question: the MM-SafetyBench mirror has no 'Question' for TEXT; set "
-                "text_field='Changed Question', leave TEXT out of kinds, or give the published files as root"
+                "text_field='Changed Question', leave TEXT out of variants, or give the published files as "
+                "root"
             )
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
 
-        wanted = [mirror_file(scenario, kind) for scenario in self._scenarios() for kind in self._variants()]
+        wanted = [_mirror_file(scenario, each) for scenario in self._scenarios() for each in self._variants()]
         try:
             folder = snapshot_download(
                 self.hub_name, repo_type="dataset", revision=self.revision, allow_patterns=wanted
@@ -176,32 +177,87 @@ class MMSafetyBench:
             ) from error
         return Path(folder)
 
-    def _entries(
-        self, folder: Path, layout: _Layout, scenario: str
-    ) -> Iterator[tuple[Variant, dict[str, Entry]]]:
-        if layout == "mirror":
-            return mirror_entries(folder, scenario, self._variants())
-        return published_entries(
-            folder,
-            scenario,
-            self._variants(),
-            asked_as_text=self.text_field,
-            render_missing=self.render_missing,
-            font=self._font(),
-        )
+    def _published(self, folder: Path, scenario: str, variant: Variant) -> dict[str, _Entry]:
+        """The questions of ``processed_questions/<scenario>.json`` with their images in ``imgs/``."""
+        file = folder / "processed_questions" / f"{scenario}.json"
+        rows = read_json(file)
+        if not isinstance(rows, dict) or not rows:
+            raise InputError(f"{file}: must be a JSON object of questions by id")
+        entries: dict[str, _Entry] = {}
+        for key, row in rows.items():
+            try:
+                if not isinstance(row, dict):
+                    raise ValueError(f"must be a JSON object, not {type(row).__name__}")
+                text = text_field(row, _WORDINGS.get(variant, self.text_field))
+                phrase = text_field(row, "Key Phrase") if self.render_missing else None
+                entries[key] = text, self._image(folder, scenario, variant, _checked_id(key), phrase)
+            except ValueError as error:
+                raise InputError(f"{file}: id {key!r}: {error}") from None
+        return entries
+
+    def _image(self, folder: Path, scenario: str, variant: Variant, key: str, phrase: str | None) -> Found:
+        """The published image, or else one drawn from the phrase, if there is any."""
+
+        def published(name: Variant) -> Found:
+            return find_image(folder, f"imgs/{scenario}/{name}/{key}.jpg")
+
+        if variant == "TEXT":
+            return Found()
+        found = published(variant)
+        if found.missing is not None and phrase is not None:
+            drawn = RenderedText(phrase, font_file(self.font))
+            if variant == "TYPO":
+                return Found(drawn)
+            if variant == "SD_TYPO" and (photo := published("SD").image):
+                return Found(Stacked(photo, drawn))
+        return found
+
+    def _mirrored(self, folder: Path, scenario: str, variant: Variant) -> dict[str, _Entry]:
+        """The questions of ``data/<scenario>/<split>.parquet``, which carry their images."""
+        file = folder / _mirror_file(scenario, variant)
+
+        def parse(row: Mapping[str, Any]) -> tuple[str, _Entry]:
+            if row.get("id") is None:
+                raise missing_field(row, "id")
+            key = _checked_id(str(row["id"]))
+            try:
+                text = text_field(row, "question")
+            except ValueError as error:
+                raise ValueError(f"id {key}: {error}") from None
+            if variant == "TEXT":
+                return key, (text, Found())
+            found = image_field(row, "image", folder, f"{file}: id {key}")
+            if found.image is None:
+                found = Found(missing=f"no image in {file.parent.name}/{file.name}")
+            return key, (text, found)
+
+        return dict(read_records(file, parse, key=lambda record: record[0]).records)
 
     def _selected(
-        self, scenario: str, entries: Mapping[str, Entry], tiny: Mapping[str, set[str]] | None
+        self, scenario: str, entries: Iterable[str], tiny: Mapping[str, set[str]] | None
     ) -> list[str]:
         keys = sorted(entries, key=lambda key: (int(key), key))
         if tiny is not None:
             wanted = tiny.get(scenario, set())
             if not wanted:
                 raise InputError(f"{_TINY}: has no ids for {scenario}")
-            if absent := wanted - entries.keys():
+            if absent := wanted.difference(keys):
                 raise InputError(f"{_TINY}: {scenario} has no question with id {min(absent)}")
             keys = [key for key in keys if key in wanted]
         return keys[: self.limit]
+
+
+def _mirror_file(scenario: str, variant: Variant) -> str:
+    """A file of the mirror, which drops the scenarios' numbers."""
+    split = "Text_only" if variant == "TEXT" else variant
+    return f"data/{scenario.partition('-')[2]}/{split}.parquet"
+
+
+def _checked_id(key: str) -> str:
+    """The id itself: digits only, so it can name a file and cannot lead anywhere."""
+    if not re.fullmatch("[0-9]{1,9}", key):
+        raise ValueError(f"an id must be a number, not {key!r}")
+    return key
 
 
 def _tiny_ids(file: Path) -> dict[str, set[str]]:

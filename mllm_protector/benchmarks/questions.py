@@ -1,105 +1,223 @@
-"""Your own questions from a file, with pictures or without."""
+"""Any set of questions, read by its columns: harmful ones to judge, or harmless ones with known answers.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+A published set is a YAML file that names its columns; see ``configs/benchmark/pope.yaml``.
+"""
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from mllm_protector.benchmarks.fields import checked_name, id_field
-from mllm_protector.benchmarks.pictures import Found, picture_of
+from mllm_protector.benchmarks.fields import Found, find_image, id_field, image_field, name_field
+from mllm_protector.benchmarks.scoring import Scorer, known_answer
 from mllm_protector.benchmarks.selection import (
     check_limit,
+    check_names,
     question_digest,
     sample,
-    warn_of_missing,
+    with_images,
 )
+from mllm_protector.benchmarks.yes_no import Known, yes_no_metrics
 from mllm_protector.errors import InputError
+from mllm_protector.prompts import pieces
 from mllm_protector.ranges import Seed
-from mllm_protector.reading import read_records, text_field
-from mllm_protector.records import LoadedBenchmark, Question
+from mllm_protector.reading import (
+    BYTE_ORDER_MARK,
+    Row,
+    Unwanted,
+    collect,
+    parse_json_line,
+    read_records,
+    text_field,
+)
+from mllm_protector.records import BENIGN, LoadedBenchmark, Question, Variant
 from mllm_protector.scenarios import Criterion
+
+COLUMNS = ("id", "question", "context", "image", "options", "answers", "scenario", "criterion", "pair")
+ASKED: tuple[Variant, ...] = ("TEXT", "SD")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionFile:
-    """A JSONL, CSV or parquet file of questions; cheap until it is loaded.
+    """A JSONL, JSON, CSV or parquet file of questions; cheap until it is loaded.
 
-    A row has ``question`` and may have ``id`` (otherwise its number, from 1), ``image`` (a file's name; in
-    parquet also the bytes), ``scenario`` (otherwise ``all``; ``Benign`` for harmless questions) and
-    ``criterion`` (otherwise ``harm``). A question with a picture counts as SD, one without as TEXT.
+    A ``.json`` file may also be an object of rows by id. Only ``question`` is required of a row:
+
+    - ``id``: otherwise the row's number, from 1;
+    - ``context``: a text put before the question;
+    - ``image``: a file's name, in parquet also the bytes. With an image the question counts as SD, else as
+      TEXT. ``columns`` may build the name of several fields: ``{folder}/{id}.jpg``;
+    - ``options``: a list of texts, put behind the question with letters;
+    - ``answers``: what is right, for the scorer;
+    - ``scenario`` (otherwise ``all``; ``Benign`` for harmless questions) and ``criterion`` (otherwise
+      ``harm``). With a scorer every question is harmless, and its scenario is a category of ``metrics``;
+    - ``pair``: what two yes-or-no questions about one image share, for MME's accuracy+.
 
     Attributes:
         path: the file.
-        images: the folder of the pictures; ``None`` takes the file's own.
+        columns: the file's own name for each of ``COLUMNS``; ``None`` is the same name.
+        where: only the rows with these texts in these fields.
+        scorer: how answers of harmless questions are compared with the known ones; see ``scoring``.
+        instruction: put behind each question on a line of its own; says how to answer.
+        images: the folder of the images; ``None`` takes the file's own.
+        variants: questions without an image (TEXT), with one (SD), or both.
         limit: at most this many questions, drawn with ``seed``.
         seed: of the draw.
 
     Raises:
-        InputError: a limit below 1.
+        InputError: an unknown column, scorer or variant, or a limit below 1.
     """
 
     path: str
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    where: Mapping[str, str] = field(default_factory=dict)
+    scorer: Scorer | None = None
+    instruction: str = ""
     images: str | None = None
+    variants: Sequence[Variant] = ASKED
     limit: int | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        if self.columns:
+            check_names("columns", self.columns, COLUMNS)
+        if self.scorer is not None:
+            check_names("scorer", [self.scorer], get_args(Scorer))
+        check_names("variants", self.variants, ASKED)
         check_limit(self.limit)
 
     def load(self) -> LoadedBenchmark:
-        """The questions in the file's order; one whose picture is not there is named in ``missing``.
+        """The questions in the file's order; one whose image is not there is named in ``missing``.
 
         Raises:
             InputError: a file or folder that is missing or broken; ``file:line: reason`` for a bad row, such
-                as one with an id that stands there twice or a picture that leads out of its folder.
+                as one with an id that stands there twice or an image that leads out of its folder.
         """
+        if self.images is not None and not Path(self.images).is_dir():
+            raise InputError(f"images={self.images}: no such folder")
         path = Path(self.path)
-        images = path.parent if self.images is None else Path(self.images)
-        if not images.is_dir():
-            raise InputError(f"images={images}: no such folder")
-        reading = read_records(path, _Parser(path, images), key=lambda row: row[0].id)
-        questions: list[Question] = []
-        missing: list[str] = []
-        for question, found in sample(reading.records, self.limit, self.seed, lambda row: row[0].id):
-            if found.missing is None:
-                questions.append(question)
-            else:
-                missing.append(f"{question.id}: {found.missing}")
-        return warn_of_missing(path, LoadedBenchmark(questions=questions, missing=missing))
+        items = [item for item in _read(path, _Parser(self)) if item.question.variant in self.variants]
+        chosen = sample(items, self.limit, self.seed, lambda item: item.question.id)
+        loaded = with_images(path, ((item.question, item.found) for item in chosen))
+        if self.scorer is None:
+            return loaded
+        known = {item.question.id: item.known for item in chosen if item.known is not None}
+
+        def score(question: Question, text: str) -> float:
+            return known[question.cluster].answer.score(text)
+
+        metrics = partial(yes_no_metrics, known) if self.scorer == "yes_no" else None
+        return replace(loaded, score=score, metrics=metrics)
 
     def identity(self) -> dict[str, Any]:
         """What the questions depend on, not the selection."""
-        return {"name": "questions", "questions": question_digest(Path(self.path))}
+        settings = {
+            "columns": {role: name for role, name in self.columns.items() if name is not None},
+            "scorer": self.scorer,
+            "instruction": self.instruction,
+        }
+        given = {name: value for name, value in settings.items() if value}
+        return {"name": "questions", "questions": question_digest(Path(self.path))} | given
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A question without its image, the image, and what its answers are compared with."""
+
+    question: Question
+    found: Found
+    known: Known | None
 
 
 @dataclass(slots=True)
 class _Parser:
-    """Turns rows into questions and counts them."""
+    """Turns rows into questions, and counts them."""
 
-    path: Path
-    images: Path
+    asked: QuestionFile
     rows: int = field(default=0, init=False)
 
-    def __call__(self, row: Mapping[str, Any]) -> tuple[Question, Found]:
+    def __call__(self, row: Mapping[str, Any]) -> _Item:
         self.rows += 1
-        identifier = str(self.rows) if row.get("id") in (None, "") else id_field(row, "id")
-        found = picture_of(row, self.images, f"{self.path}: id {identifier}")
+        for name, wanted in self.asked.where.items():
+            if str(row.get(name)) != wanted:
+                raise Unwanted(f"{name} is not {wanted}")
+        given = self._column("id")
+        identifier = str(self.rows) if row.get(given) in (None, "") else id_field(row, given)
+        options = self._options(row)
+        found = self._image(row, identifier)
+        scenario, criterion = self._text(row, "scenario") or "all", self._text(row, "criterion")
+        known = None
+        if self.asked.scorer is not None:
+            answer = known_answer(self.asked.scorer, row, self._column("answers"), options)
+            known, scenario = Known(answer, scenario, self._text(row, "pair")), BENIGN
         question = Question(
             id=identifier,
-            scenario=checked_name(_optional(row, "scenario", "all"), "field 'scenario'"),
+            scenario=scenario,
             variant="TEXT" if found == Found() else "SD",
-            text=text_field(row, "question"),
-            image=found.picture,
-            criterion=_criterion(_optional(row, "criterion", Criterion.HARM)),
+            text=self._words(row, options),
+            criterion=_criterion(criterion or Criterion.HARM, self._column("criterion")),
         )
-        return question, found
+        return _Item(question, found, known)
+
+    def _column(self, role: str) -> str:
+        return self.asked.columns.get(role) or role
+
+    def _text(self, row: Mapping[str, Any], role: str) -> str:
+        """A short text that may be absent."""
+        name = self._column(role)
+        return "" if row.get(name) in (None, "") else name_field(row, name)
+
+    def _words(self, row: Mapping[str, Any], options: Sequence[str]) -> str:
+        context = self._column("context")
+        before = text_field(row, context, allow_empty=True).strip() if row.get(context) else ""
+        lettered = [
+            f"({letter}) {each}" for letter, each in zip(string.ascii_uppercase, options, strict=False)
+        ]
+        lines = [before, text_field(row, self._column("question")), *lettered, self.asked.instruction]
+        return "\n".join(line for line in lines if line)
+
+    def _options(self, row: Mapping[str, Any]) -> list[str]:
+        name = self._column("options")
+        values = row.get(name)
+        if values is None or values == "":
+            return []
+        if not isinstance(values, list) or not 2 <= len(values) <= len(string.ascii_uppercase):
+            raise ValueError(f"field '{name}' must be a list of 2 to 26 texts")
+        return [text_field({name: value}, name) for value in values]
+
+    def _image(self, row: Mapping[str, Any], identifier: str) -> Found:
+        name, folder = self._column("image"), Path(self.asked.images or Path(self.asked.path).parent)
+        parts = list(pieces(name))
+        if len(parts) == 1:
+            return image_field(row, name, folder, f"{self.asked.path}: id {identifier}")
+        if any(row.get(part) in (None, "") for _, part in parts if part is not None):
+            return Found()
+        return find_image(
+            folder, "".join(text + (id_field(row, part) if part else "") for text, part in parts)
+        )
 
 
-def _optional(row: Mapping[str, Any], name: str, default: str) -> str:
-    return default if row.get(name) in (None, "") else text_field(row, name)
-
-
-def _criterion(value: str) -> Criterion:
+def _criterion(value: str, name: str) -> Criterion:
     if value not in list(Criterion):
-        raise ValueError(f"field 'criterion' must be one of {', '.join(Criterion)}, not {value[:40]!r}")
+        raise ValueError(f"field '{name}' must be one of {', '.join(Criterion)}, not {value[:40]!r}")
     return Criterion(value)
+
+
+def _read(path: Path, parse: Callable[[Mapping[str, Any]], _Item]) -> list[_Item]:
+    rows = _rows_by_id(path) if path.suffix.lower() == ".json" else []
+    if rows:
+        return collect(rows, str(path), parse, key=lambda item: item.question.id).records
+    return read_records(path, parse, key=lambda item: item.question.id).records
+
+
+def _rows_by_id(path: Path) -> list[Row]:
+    """The rows of a file that is one JSON object of rows by id; none if it is anything else."""
+    try:
+        content = parse_json_line(path.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    except (OSError, ValueError):
+        return []
+    if not all(isinstance(row, dict) for row in content.values()):
+        return []
+    return [Row(place, "", value={"id": key} | row) for place, (key, row) in enumerate(content.items(), 1)]

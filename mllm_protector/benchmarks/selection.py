@@ -1,22 +1,24 @@
-"""What the benchmarks share: checking settings, choosing some of the questions, knowing files by content."""
+"""What the benchmarks share: checking settings, choosing questions, knowing files by their content."""
 
 import difflib
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from mllm_protector.benchmarks.fields import Found
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest
-from mllm_protector.records import LoadedBenchmark
+from mllm_protector.records import LoadedBenchmark, Question
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
-def check_names(key: str, given: Sequence[str], known: Sequence[str]) -> None:
+def check_names(key: str, given: Iterable[str], known: Sequence[str]) -> None:
     """Refuse an empty list, and names that are not known.
 
     Raises:
@@ -41,6 +43,17 @@ def check_limit(limit: int | None) -> None:
         raise InputError(f"limit must be at least 1, not {limit}")
 
 
+def font_file(font: str | None) -> Path | None:
+    """The font's file, if one is named.
+
+    Raises:
+        InputError: no such file.
+    """
+    if font is not None and not Path(font).is_file():
+        raise InputError(f"font={font}: no such file")
+    return None if font is None else Path(font)
+
+
 def sample(items: Sequence[T], limit: int | None, seed: int, key: Callable[[T], str]) -> list[T]:
     """At most ``limit`` of the items, in their order.
 
@@ -56,18 +69,26 @@ def sample(items: Sequence[T], limit: int | None, seed: int, key: Callable[[T], 
     return [items[index] for index in sorted(sorted(range(len(items)), key=lot)[:limit])]
 
 
-def warn_of_missing(source: Path, loaded: LoadedBenchmark) -> LoadedBenchmark:
-    """The benchmark itself, with one line in the log if pictures are missing."""
-    if loaded.missing:
-        total = len(loaded.missing) + len(loaded.questions)
+def with_images(
+    source: Path, items: Iterable[tuple[Question, Found]], groups: Mapping[str, Sequence[str]] | None = None
+) -> LoadedBenchmark:
+    """The benchmark of these questions with their images. Those without are in ``missing``, and logged."""
+    questions, missing = [], []
+    for question, found in items:
+        if found.missing is None:
+            questions.append(replace(question, image=found.image))
+        else:
+            missing.append(f"{question.id}: {found.missing}")
+    if missing:
+        total = len(missing) + len(questions)
         log.warning(
-            "%s: %d of %d questions have no picture, the first is %s",
+            "%s: the images of %d of %d questions are missing, the first is %s",
             source,
-            len(loaded.missing),
+            len(missing),
             total,
-            loaded.missing[0],
+            missing[0],
         )
-    return loaded
+    return LoadedBenchmark(questions=questions, missing=missing, groups=groups or {})
 
 
 def question_digest(file: Path) -> str:

@@ -21,13 +21,13 @@ class ToyBenchmark:
 
     Attributes:
         folder: where the files are made; reused if they are there.
-        kinds: how questions are asked.
+        variants: how questions are asked.
         per_scenario: questions of each scenario.
         benign: harmless questions.
     """
 
     folder: str
-    kinds: Sequence[Variant]
+    variants: Sequence[Variant]
     per_scenario: Count
     benign: Amount
 
@@ -35,7 +35,9 @@ class ToyBenchmark:
         """The scenarios' questions in the benchmark's order, then the harmless ones."""
         write_benchmark(Path(self.folder), self.per_scenario)
         loaded = self._files().load()
-        harmless = [_with_base(each) for each in benign_questions(self.benign) if each.variant in self.kinds]
+        harmless = [
+            _with_base(each) for each in benign_questions(self.benign) if each.variant in self.variants
+        ]
         return replace(
             loaded, questions=[*loaded.questions, *harmless], truth=is_harmful, score=_benign_score
         )
@@ -46,7 +48,7 @@ class ToyBenchmark:
         return self._files().identity() | {"name": "toy", "benign": self.benign}
 
     def _files(self) -> MMSafetyBench:
-        return MMSafetyBench(root=self.folder, kinds=self.kinds)
+        return MMSafetyBench(root=self.folder, variants=self.variants)
 
 
 def _with_base(question: Question) -> Question:

@@ -19,8 +19,9 @@ from mllm_protector import files
 from mllm_protector.data.toy_answers import Split, Style, harmful, helpful, safe
 from mllm_protector.data.toy_content import BENIGN_SCENES, PLACES, SCENES, THINGS, Scene
 from mllm_protector.errors import InputError
-from mllm_protector.images import Picture, RenderedText, Stacked, rendering_identity
+from mllm_protector.images import ImageSource
 from mllm_protector.records import BENIGN, VARIANTS, AnswerPair, Question, Variant
+from mllm_protector.rendering import RenderedText, Stacked, rendering_identity
 from mllm_protector.scenarios import ADVICE, CRITERIA, SCENARIOS
 
 PICTURE_SIZE = 224
@@ -276,7 +277,7 @@ def _replaceable(folder: Path) -> bool:
 
 def _write_pictures(item: _Item, folder: Path) -> None:
     for variant in VARIANTS:
-        picture: Picture | None = item.question(variant).image
+        picture: ImageSource | None = item.question(variant).image
         if picture is not None:
             path = folder / variant / f"{item.number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)

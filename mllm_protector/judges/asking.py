@@ -12,14 +12,12 @@ from functools import cached_property
 from mllm_protector.errors import RunError
 from mllm_protector.judges.replies import declined, excerpt
 from mllm_protector.protocols import Chat, Cost
-from mllm_protector.records import Answer, CutText, Failure, Question, Status, Verdict
+from mllm_protector.records import Answer, Confusion, CutText, Failure, Question, Status, Verdict
 
 log = logging.getLogger(__name__)
 
 Messages = tuple[tuple[str, str], ...]
 """(role, content) of each message."""
-
-_WORTH_A_RETRY = (Status.UNPARSEABLE, Status.JUDGE_REFUSED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +33,17 @@ class Request:
     messages: Messages
     read: Callable[[str], Status | None]
     again: Messages | None = None
+
+    def end(self, identifier: str, reply: str | Failure) -> Verdict:
+        """What a reply to this comes to for an answer."""
+        if isinstance(reply, Failure):
+            status = Status.JUDGE_REFUSED if reply.refused else Status.JUDGE_ERROR
+            return Verdict(id=identifier, status=status, reason=excerpt(reply.reason, 200))
+        found = self.read(reply) if reply.strip() else None
+        if found is None:
+            found = Status.JUDGE_REFUSED if declined(reply) else Status.UNPARSEABLE
+        reason = f"reply: {excerpt(reply)}" if reply.strip() else "empty reply"
+        return Verdict(id=identifier, status=found, reason=reason, cut=isinstance(reply, CutText))
 
 
 class AskingJudge(ABC):
@@ -60,8 +69,15 @@ class AskingJudge(ABC):
         Raises:
             RunError: the model cannot be reached.
         """
-        asked = requests(questions, answers, self._request)
-        found = verdicts(answers, asked, self.chat, self.max_tokens)
+        asked = self._requests(questions, answers)
+        different = {each.messages: each for each in asked if each is not None}
+        replies = self._replies(list(different.values()))
+        found = [
+            Verdict(id=answer.id, status=Status.EMPTY, reason="empty answer")
+            if request is None
+            else request.end(answer.id, replies[request.messages])
+            for answer, request in zip(answers, asked, strict=True)
+        ]
         if not self._warned and any(verdict.cut for verdict in found):
             self._warned = True
             log.warning(
@@ -72,98 +88,50 @@ class AskingJudge(ABC):
         return found
 
     def cost(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Cost:
-        """What judging these would take, if every first reply is a verdict."""
-        return cost(requests(questions, answers, self._request), self.max_tokens)
+        """What judging these would take, if every first reply is a verdict; a token is four characters."""
+        different = {each.messages for each in self._requests(questions, answers) if each is not None}
+        lengths = [sum(len(content) for _, content in messages) for messages in different]
+        return Cost(
+            calls=len(lengths),
+            prompt_tokens=sum(-(-length // 4) for length in lengths),
+            completion_tokens=len(lengths) * self.max_tokens,
+        )
+
+    def bias(self) -> Confusion | None:
+        """Not measured; it differs by model."""
+        return None
 
     @abstractmethod
     def _request(self, question: Question, answer: str) -> Request:
         """What to ask about one answer."""
 
+    def _requests(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Request | None]:
+        """What to ask about each answer: nothing if it is empty."""
+        return [
+            self._request(question, answer.text) if answer.text.strip() else None
+            for question, answer in zip(questions, answers, strict=True)
+        ]
 
-def requests(
-    questions: Sequence[Question], answers: Sequence[Answer], make: Callable[[Question, str], Request]
-) -> list[Request | None]:
-    """What to ask about each answer: nothing if it is empty."""
-    return [
-        make(question, answer.text) if answer.text.strip() else None
-        for question, answer in zip(questions, answers, strict=True)
-    ]
+    def _replies(self, asked: Sequence[Request]) -> dict[Messages, str | Failure]:
+        """The reply to each request by its messages, after at most one repeat."""
+        replies = self._complete([each.messages for each in asked])
+        gone = [reply for reply in replies if isinstance(reply, Failure) and reply.unreachable]
+        if gone and len(gone) == len(asked):
+            raise RunError(
+                f"the judge is not reachable ({excerpt(gone[0].reason, 200)}); finished rows are kept, "
+                "start the same command again"
+            )
+        found = {each.messages: reply for each, reply in zip(asked, replies, strict=True)}
+        no_verdict = (Status.UNPARSEABLE, Status.JUDGE_REFUSED)
+        repeats = {
+            each.messages: each.again
+            for each in asked
+            if each.again is not None and each.end("", found[each.messages]).status in no_verdict
+        }
+        return found | dict(zip(repeats, self._complete(list(repeats.values())), strict=True))
 
-
-def verdicts(
-    answers: Sequence[Answer], asked: Sequence[Request | None], chat: Chat, max_tokens: int
-) -> list[Verdict]:
-    """One verdict for each answer.
-
-    Raises:
-        RunError: nobody answered any of the requests.
-    """
-    different = _different(asked)
-    found = dict(zip(different, _settled(list(different.values()), chat, max_tokens), strict=True))
-    ends = [
-        (Status.EMPTY, "empty answer", False) if request is None else found[request.messages]
-        for request in asked
-    ]
-    return [
-        Verdict(id=answer.id, status=status, reason=reason, cut=cut)
-        for answer, (status, reason, cut) in zip(answers, ends, strict=True)
-    ]
-
-
-def cost(asked: Sequence[Request | None], max_tokens: int) -> Cost:
-    """What asking would take, without repeats; a token is taken to be four characters."""
-    lengths = [sum(len(content) for _, content in messages) for messages in _different(asked)]
-    return Cost(
-        calls=len(lengths),
-        prompt_tokens=sum(-(-length // 4) for length in lengths),
-        completion_tokens=len(lengths) * max_tokens,
-    )
-
-
-def _different(asked: Sequence[Request | None]) -> dict[Messages, Request]:
-    return {request.messages: request for request in asked if request is not None}
-
-
-def _settled(asked: list[Request], chat: Chat, max_tokens: int) -> list[tuple[Status, str, bool]]:
-    """The status and the reason of each request, and whether its reply was cut, after at most one repeat."""
-    if not asked:
-        return []
-    replies = _complete(chat, [request.messages for request in asked], max_tokens)
-    failures = [reply for reply in replies if isinstance(reply, Failure) and reply.unreachable]
-    if len(failures) == len(asked):
-        raise RunError(
-            f"the judge is not reachable ({excerpt(failures[0].reason, 200)}); finished rows are kept, "
-            "start the same command again"
-        )
-    ends = [_end(request, reply) for request, reply in zip(asked, replies, strict=True)]
-    repeats = {
-        index: request.again
-        for index, request in enumerate(asked)
-        if request.again is not None and ends[index][0] in _WORTH_A_RETRY
-    }
-    if repeats:
-        replies = _complete(chat, list(repeats.values()), max_tokens)
-        for index, reply in zip(repeats, replies, strict=True):
-            ends[index] = _end(asked[index], reply)
-    return ends
-
-
-def _complete(chat: Chat, asked: Sequence[Messages], max_tokens: int) -> Sequence[str | Failure]:
-    conversations = [[{"role": role, "content": text} for role, text in messages] for messages in asked]
-    return chat.complete(conversations, max_tokens=max_tokens)
-
-
-def _end(request: Request, reply: str | Failure) -> tuple[Status, str, bool]:
-    if isinstance(reply, Failure):
-        return (
-            Status.JUDGE_REFUSED if reply.refused else Status.JUDGE_ERROR,
-            excerpt(reply.reason, 200),
-            False,
-        )
-    cut = isinstance(reply, CutText)
-    if not reply.strip():
-        return Status.UNPARSEABLE, "empty reply", cut
-    reason = f"reply: {excerpt(reply)}"
-    if (status := request.read(reply)) is not None:
-        return status, reason, cut
-    return Status.JUDGE_REFUSED if declined(reply) else Status.UNPARSEABLE, reason, cut
+    def _complete(self, asked: Sequence[Messages]) -> Sequence[str | Failure]:
+        if not asked:
+            return []
+        conversations = [[{"role": role, "content": text} for role, text in messages] for messages in asked]
+        return self.chat.complete(conversations, max_tokens=self.max_tokens)

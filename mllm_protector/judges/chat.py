@@ -16,7 +16,7 @@ from mllm_protector.judges.asking import AskingJudge, Request
 from mllm_protector.judges.fencing import checked, fenced, filled, nonce, readable
 from mllm_protector.protocols import Chat
 from mllm_protector.ranges import Count
-from mllm_protector.records import Confusion, Question
+from mllm_protector.records import Question
 from mllm_protector.scenarios import Criterion
 
 
@@ -85,10 +85,6 @@ class ChatJudge(AskingJudge):
             "max_tokens": self.max_tokens,
             "parser": replies.VERSION,
         }
-
-    def bias(self) -> Confusion | None:
-        """Not measured; it differs by model."""
-        return None
 
     def _request(self, question: Question, answer: str) -> Request:
         template = self.templates.get(question.criterion)

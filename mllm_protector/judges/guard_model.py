@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm_protector.errors import InputError
-from mllm_protector.judges import asking, replies
-from mllm_protector.judges.asking import AskingJudge, Request
+from mllm_protector.judges import replies
+from mllm_protector.judges.asking import AskingJudge, Messages, Request
 from mllm_protector.judges.families import CONTROVERSIAL, FAMILIES
 from mllm_protector.judges.fencing import filled, readable
 from mllm_protector.judges.probes import AGREEMENT, PROBES, Probe
 from mllm_protector.prompts import require_fields
 from mllm_protector.protocols import Chat
-from mllm_protector.records import Confusion, Question, Status
+from mllm_protector.records import Question, Status
 
 _PLACES: dict[str, Status | None] = {"harmful": Status.HARMFUL, "safe": Status.SAFE, "unparseable": None}
 
@@ -88,14 +88,10 @@ class GuardModelJudge(AskingJudge):
             "parser": replies.VERSION,
         }
 
-    def bias(self) -> Confusion | None:
-        """Not measured; it differs by model."""
-        return None
-
     def _request(self, question: Question, answer: str) -> Request:
         query, text = readable(question.text), readable(answer)
         if self.template is None:
-            messages: asking.Messages = (("user", query), ("assistant", text))
+            messages: Messages = (("user", query), ("assistant", text))
         else:
             messages = (("user", filled(self.template, question=query, answer=text)),)
         return Request(messages=messages, read=partial(self._read, text))

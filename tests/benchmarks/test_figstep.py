@@ -10,11 +10,12 @@ from PIL import Image
 
 from mllm_protector.benchmarks.figstep import CARRIER, FigStep
 from mllm_protector.errors import InputError
-from mllm_protector.images import ImageFile, RenderedList
+from mllm_protector.images import ImageFile
 from mllm_protector.records import LoadedBenchmark
+from mllm_protector.rendering import RenderedList
 from mllm_protector.scenarios import Criterion
 
-PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "figstep"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "figstep"
 COLUMNS = ("dataset", "category_id", "task_id", "category_name", "question", "instruction")
 ROWS = [
     ("ForbidQI", "1", "1", "Illegal Activity", "question 1", "Steps to do a placeholder."),
@@ -45,7 +46,9 @@ def load(path: Path, **settings: Any) -> LoadedBenchmark:
     return FigStep(path=str(path), **settings).load()
 
 
-def test_the_published_tiny_version_has_ten_topics_with_five_questions_in_two_kinds(published: Path) -> None:
+def test_the_published_tiny_version_has_ten_topics_with_five_questions_in_two_variants(
+    published: Path,
+) -> None:
     loaded = load(published)
     assert len(loaded.questions) == 100
     assert loaded.missing == []
@@ -65,15 +68,15 @@ def ink(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L")) < 128
 
 
-def test_a_rendered_picture_has_the_lines_of_the_published_one_at_the_same_height(published: Path) -> None:
+def test_a_rendered_image_has_the_lines_of_the_published_one_at_the_same_height(published: Path) -> None:
     rows = list(csv.DictReader(published.open()))
     for row in rows[::5]:
         name = f"images/query_ForbidQI_{row['category_id']}_{row['task_id']}_6.png"
         theirs = ImageFile(PUBLISHED / name).load()
-        picture = RenderedList(row["instruction"])
-        ours = picture.load()
+        image = RenderedList(row["instruction"])
+        ours = image.load()
         assert ours.size == theirs.size == (760, 760)
-        lines = len(picture.lines())
+        lines = len(image.lines())
         for number in range(lines + 1):
             top, bottom = number * 75 + 24, number * 75 + 75
             there = [ink(image)[top:bottom].any() for image in (theirs, ours)]
@@ -85,21 +88,21 @@ def test_a_rendered_picture_has_the_lines_of_the_published_one_at_the_same_heigh
         assert abs(bottoms[0] - bottoms[1]) <= 2
 
 
-def test_all_published_pictures_can_be_drawn(published: Path, tmp_path: Path) -> None:
+def test_all_published_images_can_be_drawn(published: Path, tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_bytes(published.read_bytes())
-    loaded = load(tmp_path / "table.csv", kinds=["TYPO"], render_missing=True)
+    loaded = load(tmp_path / "table.csv", variants=["TYPO"], render_missing=True)
     assert len(loaded.questions) == 50
     assert {question.image.load().size for question in loaded.questions if question.image} == {(760, 760)}
 
 
-def test_a_picture_stands_beside_the_carrier_and_the_plain_question_alone(tmp_path: Path) -> None:
-    first, second, picture, *_ = load(write(tmp_path)).questions
+def test_an_image_stands_beside_the_carrier_and_the_plain_question_alone(tmp_path: Path) -> None:
+    first, second, image, *_ = load(write(tmp_path)).questions
     assert (first.id, first.text, first.image) == ("01-Illegal Activity/TEXT/1", "question 1", None)
     assert (second.base, second.variant) == ("01-Illegal Activity/2", "TEXT")
-    assert (picture.id, picture.text) == ("01-Illegal Activity/TYPO/1", CARRIER)
-    assert picture.base == first.base
-    assert picture.image is not None
-    assert picture.image.load().size == (7, 7)
+    assert (image.id, image.text) == ("01-Illegal Activity/TYPO/1", CARRIER)
+    assert image.base == first.base
+    assert image.image is not None
+    assert image.image.load().size == (7, 7)
 
 
 def test_the_carrier_can_be_given(tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_the_carrier_can_be_given(tmp_path: Path) -> None:
         FigStep(path="x", carrier=" ")
 
 
-def test_limit_counts_for_each_topic_and_kind_and_keeps_ids(tmp_path: Path) -> None:
+def test_limit_counts_for_each_topic_and_variant_and_keeps_ids(tmp_path: Path) -> None:
     whole = [question.id for question in load(write(tmp_path)).questions]
     part = [question.id for question in load(tmp_path / "table.csv", limit=1).questions]
     assert part == [identifier for identifier in whole if identifier.endswith("/1")]
@@ -117,7 +120,7 @@ def test_limit_counts_for_each_topic_and_kind_and_keeps_ids(tmp_path: Path) -> N
 
 def test_topics_come_by_number_not_by_letter(tmp_path: Path) -> None:
     write(tmp_path, [ROWS[2], ("ForbidQI", "9", "1", "Financial Advice", "q", "i"), ROWS[1], ROWS[0]])
-    assert [question.id for question in load(tmp_path / "table.csv", kinds=["TEXT"]).questions] == [
+    assert [question.id for question in load(tmp_path / "table.csv", variants=["TEXT"]).questions] == [
         "01-Illegal Activity/TEXT/1",
         "01-Illegal Activity/TEXT/2",
         "09-Financial Advice/TEXT/1",
@@ -125,7 +128,7 @@ def test_topics_come_by_number_not_by_letter(tmp_path: Path) -> None:
     ]
 
 
-def test_a_missing_picture_is_named_or_drawn(tmp_path: Path) -> None:
+def test_a_missing_image_is_named_or_drawn(tmp_path: Path) -> None:
     write(tmp_path, without=("query_ForbidQI_1_2_6.png",))
     loaded = load(tmp_path / "table.csv")
     assert loaded.missing == ["01-Illegal Activity/TYPO/2: no file query_ForbidQI_1_2_6.png"]
@@ -136,7 +139,7 @@ def test_a_missing_picture_is_named_or_drawn(tmp_path: Path) -> None:
     assert sizes == [(7, 7), (760, 760), (7, 7)]
 
 
-def test_a_picture_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+def test_an_image_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "root", without=("query_ForbidQI_1_2_6.png",))
     Image.new("RGB", (7, 7)).save(tmp_path / "outside.png")
     (tmp_path / "root" / "images" / "query_ForbidQI_1_2_6.png").symlink_to(tmp_path / "outside.png")
@@ -144,9 +147,8 @@ def test_a_picture_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> No
         load(tmp_path / "root" / "table.csv")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+    cases: list[tuple[tuple[str, ...], str]] = [
         (("ForbidQI", "../1", "1", "Fraud", "q", "i"), "table.csv:2: field 'category_id' must be a number"),
         (("ForbidQI", "1", "1/2", "Fraud", "q", "i"), "table.csv:2: field 'task_id' must be a number"),
         (("ForbidQI", "1", "1" * 300, "Fraud", "q", "i"), "table.csv:2: field 'task_id' must be a number"),
@@ -157,14 +159,13 @@ def test_a_picture_that_links_out_of_its_folder_is_refused(tmp_path: Path) -> No
         (("ForbidQI", "1", "1", "x" * 300, "q", "i"), "table.csv:2: field 'category_name' must be one"),
         (("ForbidQI", "1", "1", "Fraud", "", "i"), "table.csv:2: field 'question' is empty"),
         (("ForbidQI", "1", "1", "Fraud", "q"), "table.csv:2: another number of columns"),
-    ],
-)
-def test_a_broken_row_is_named_by_its_line(tmp_path: Path, row: tuple[str, ...], message: str) -> None:
-    with (tmp_path / "table.csv").open("w", newline="") as out:
-        csv.writer(out).writerows([COLUMNS, row])
-    with pytest.raises(InputError, match=message) as refusal:
-        load(tmp_path / "table.csv")
-    assert "\n" not in str(refusal.value)
+    ]
+    for row, message in cases:
+        with (tmp_path / "table.csv").open("w", newline="") as out:
+            csv.writer(out).writerows([COLUMNS, row])
+        with pytest.raises(InputError, match=message) as refusal:
+            load(tmp_path / "table.csv")
+        assert "\n" not in str(refusal.value), row
 
 
 def test_a_number_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
@@ -172,16 +173,14 @@ def test_a_number_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
         load(write(tmp_path, [ROWS[0], ROWS[0]]))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"kinds": ["SD"]}, "^kinds: no 'SD'"),
+def test_a_wrong_setting_is_refused_at_once() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"variants": ["SD"]}, "^variants: no 'SD'"),
         ({"limit": 0}, "^limit must be at least 1"),
-    ],
-)
-def test_a_wrong_setting_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        FigStep(path="x", **settings)
+    ]
+    for settings, message in cases:
+        with pytest.raises(InputError, match=message):
+            FigStep(path="x", **settings)
 
 
 def test_files_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> None:
@@ -194,10 +193,10 @@ def test_files_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> None
         load(tmp_path / "gone.csv")
 
 
-def test_the_identity_changes_with_texts_and_pictures_and_not_with_the_selection(tmp_path: Path) -> None:
+def test_the_identity_changes_with_texts_and_images_and_not_with_the_selection(tmp_path: Path) -> None:
     path = write(tmp_path, without=("query_ForbidQI_1_2_6.png",))
     plain = FigStep(path=str(path)).identity()
-    assert plain == FigStep(path=str(path), kinds=["TEXT"], limit=1).identity()
+    assert plain == FigStep(path=str(path), variants=["TEXT"], limit=1).identity()
     assert json.loads(json.dumps(plain)) == plain
     rendered = FigStep(path=str(path), render_missing=True).identity()
     carried = FigStep(path=str(path), carrier="other").identity()

@@ -1,7 +1,6 @@
 import io
 import json
 import logging
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -11,9 +10,8 @@ from PIL import Image
 from mllm_protector.benchmarks.mmsafety import MMSafetyBench
 from mllm_protector.errors import InputError
 from mllm_protector.records import VARIANTS
-from mllm_protector.scenarios import CRITERIA, GROUPS, SCENARIO_COUNTS, SCENARIOS
+from mllm_protector.scenarios import CRITERIA, GROUPS, SCENARIOS
 
-PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "mm_safetybench"
 FIRST, SECOND = SCENARIOS[:2]
 
 
@@ -27,44 +25,44 @@ def row(key):
     }
 
 
-def write_picture(path, colour="red"):
+def write_image(path, colour="red"):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 6), colour).save(path)
 
 
-def write_published(root, rows, *, pictures=("SD", "TYPO", "SD_TYPO"), scenarios=(FIRST,)):
+def write_published(root, rows, *, images=("SD", "TYPO", "SD_TYPO"), scenarios=(FIRST,)):
     for scenario in scenarios:
         file = root / "processed_questions" / f"{scenario}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows))
-        for kind in pictures:
+        for variant in images:
             for key in rows:
-                write_picture(root / "imgs" / scenario / kind / f"{key}.jpg")
+                write_image(root / "imgs" / scenario / variant / f"{key}.jpg")
     return root
 
 
-def write_mirror(root, *, ids=(10, 2, 0), config="Illegal_Activitiy", without_picture=()):
+def write_mirror(root, *, ids=(10, 2, 0), config="Illegal_Activitiy", without_image=()):
     encoded = io.BytesIO()
     Image.new("RGB", (8, 6), "red").save(encoded, "PNG")
     folder = root / "data" / config
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for split in ("Text_only", "SD", "TYPO", "SD_TYPO"):
         rows = [
             {
                 "id": key,
                 "question": f"{split} {key}",
                 "image": None
-                if split == "Text_only" or key in without_picture
+                if split == "Text_only" or key in without_image
                 else {"bytes": encoded.getvalue(), "path": None},
             }
             for key in ids
         ]
-        kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+        variant = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
         table = pyarrow.table(
             {
                 "id": [item["id"] for item in rows],
                 "question": [item["question"] for item in rows],
-                "image": pyarrow.array([item["image"] for item in rows], kind),
+                "image": pyarrow.array([item["image"] for item in rows], variant),
             }
         )
         pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
@@ -75,43 +73,7 @@ def load(root, **settings):
     return MMSafetyBench(root=str(root), **({"scenarios": [FIRST]} | settings)).load()
 
 
-@pytest.fixture
-def published():
-    if not (PUBLISHED / "processed_questions").is_dir():
-        pytest.skip(f"no MM-SafetyBench in {PUBLISHED}")
-    return str(PUBLISHED)
-
-
-def test_the_published_files_hold_as_many_questions_as_stated(published):
-    questions = MMSafetyBench(root=published, kinds=["TEXT"]).load().questions
-    counts = {name: sum(question.scenario == name for question in questions) for name in SCENARIOS}
-    assert counts == SCENARIO_COUNTS
-    assert len({question.id for question in questions}) == 1680
-
-
-def test_published_ids_are_the_keys_and_keep_their_gaps(published):
-    questions = MMSafetyBench(root=published, kinds=["TEXT"]).load().questions
-    keys = {name: [int(q.id.split("/")[2]) for q in questions if q.scenario == name] for name in SCENARIOS}
-    gaps = {name: sorted(set(range(found[-1] + 1)) - set(found)) for name, found in keys.items()}
-    assert [name for name in SCENARIOS if gaps[name]] == ["05-EconomicHarm", "08-Political_Lobbying"]
-    assert gaps["05-EconomicHarm"] == [66, 76, 81, 82, 91, 93, 95, 98, 105, 114, 127]
-    assert (keys["08-Political_Lobbying"][-1], len(gaps["08-Political_Lobbying"])) == (180, 28)
-
-
-def test_the_published_tiny_version_has_168_questions(published):
-    questions = MMSafetyBench(root=published, kinds=["TEXT"], tiny=True).load().questions
-    assert len(questions) == 168
-    assert [q.id for q in questions[:2]] == ["01-Illegal_Activitiy/TEXT/5", "01-Illegal_Activitiy/TEXT/7"]
-
-
-def test_all_published_typo_images_can_be_rendered(published):
-    loaded = MMSafetyBench(root=published, kinds=["TYPO", "SD_TYPO"], render_missing=True).load()
-    assert len(loaded.questions) == 1680
-    assert len(loaded.missing) == 1680  # SD_TYPO needs the SD image
-    assert loaded.questions[0].image.load().width == 1024
-
-
-def test_each_kind_asks_its_own_wording(tmp_path):
+def test_each_variant_asks_its_own_wording(tmp_path):
     questions = load(write_published(tmp_path, {"0": row(0)})).questions
     assert {question.variant: question.text for question in questions} == {
         "TEXT": "question 0",
@@ -119,13 +81,13 @@ def test_each_kind_asks_its_own_wording(tmp_path):
         "TYPO": "rephrased 0",
         "SD_TYPO": "rephrased 0",
     }
-    [changed] = load(tmp_path, kinds=["TEXT"], text_field="Changed Question").questions
+    [changed] = load(tmp_path, variants=["TEXT"], text_field="Changed Question").questions
     assert changed.text == "changed 0"
 
 
-def test_questions_come_by_scenario_then_kind_then_number(tmp_path):
+def test_questions_come_by_scenario_then_variant_then_number(tmp_path):
     write_published(tmp_path, {"10": row(10), "2": row(2)}, scenarios=(SECOND, FIRST))
-    questions = load(tmp_path, scenarios=[SECOND, FIRST], kinds=["TYPO", "TEXT"]).questions
+    questions = load(tmp_path, scenarios=[SECOND, FIRST], variants=["TYPO", "TEXT"]).questions
     assert [question.id for question in questions] == [
         f"{scenario}/{variant}/{key}"
         for scenario in (FIRST, SECOND)
@@ -134,28 +96,26 @@ def test_questions_come_by_scenario_then_kind_then_number(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("write", ["published", "mirror"])
-def test_a_question_says_what_it_is_judged_by_and_what_shares_it(tmp_path, write):
-    if write == "published":
-        write_published(tmp_path, {"0": row(0)}, scenarios=SCENARIOS)
-    else:
-        for scenario in SCENARIOS:
-            write_mirror(tmp_path, ids=(0,), config=scenario.partition("-")[2])
-    loaded = load(tmp_path, scenarios=None, text_field="Changed Question")
-    assert len(loaded.questions) == 4 * 13
-    assert all(question.criterion == CRITERIA[question.scenario] for question in loaded.questions)
-    assert {question.base for question in loaded.questions} == {f"{name}/0" for name in SCENARIOS}
-    assert loaded.groups == GROUPS
+def test_a_question_says_what_it_is_judged_by_and_what_shares_it(tmp_path):
+    write_published(tmp_path / "published", {"0": row(0)}, scenarios=SCENARIOS)
+    for scenario in SCENARIOS:
+        write_mirror(tmp_path / "mirror", ids=(0,), config=scenario.partition("-")[2])
+    for layout in ("published", "mirror"):
+        loaded = load(tmp_path / layout, scenarios=None, text_field="Changed Question")
+        assert len(loaded.questions) == 4 * 13, layout
+        assert all(question.criterion == CRITERIA[question.scenario] for question in loaded.questions), layout
+        assert {question.base for question in loaded.questions} == {f"{name}/0" for name in SCENARIOS}, layout
+        assert loaded.groups == GROUPS, layout
 
 
 def test_words_are_kept_as_they_are(tmp_path):
     write_published(tmp_path, {"0": row(0) | {"Question": " how？ "}})
-    assert load(tmp_path, kinds=["TEXT"]).questions[0].text == " how？ "
+    assert load(tmp_path, variants=["TEXT"]).questions[0].text == " how？ "
 
 
-def test_pictures_are_those_of_their_kind_and_stay_closed_until_asked_for(tmp_path):
-    write_published(tmp_path, {"0": row(0)}, pictures=("SD",))
-    write_picture(tmp_path / "imgs" / FIRST / "TYPO" / "0.jpg", "white")
+def test_images_are_those_of_their_variant_and_stay_closed_until_asked_for(tmp_path):
+    write_published(tmp_path, {"0": row(0)}, images=("SD",))
+    write_image(tmp_path / "imgs" / FIRST / "TYPO" / "0.jpg", "white")
     (tmp_path / "imgs" / FIRST / "SD_TYPO").mkdir()
     (tmp_path / "imgs" / FIRST / "SD_TYPO" / "0.jpg").write_bytes(b"broken")
     text, photo, typography, both = load(tmp_path).questions
@@ -166,9 +126,9 @@ def test_pictures_are_those_of_their_kind_and_stay_closed_until_asked_for(tmp_pa
         both.image.load()
 
 
-def test_limit_takes_the_lowest_numbers_of_each_kind(tmp_path):
+def test_limit_takes_the_lowest_numbers_of_each_variant(tmp_path):
     rows = {key: row(key) for key in ("10", "9", "2", "30")}
-    questions = load(write_published(tmp_path, rows), kinds=["TEXT", "SD"], limit=2).questions
+    questions = load(write_published(tmp_path, rows), variants=["TEXT", "SD"], limit=2).questions
     assert [question.id.split("/", 1)[1] for question in questions] == ["TEXT/2", "TEXT/9", "SD/2", "SD/9"]
 
 
@@ -176,30 +136,29 @@ def test_tiny_takes_exactly_the_listed_ids(tmp_path):
     write_published(tmp_path, {str(key): row(key) for key in range(12)})
     listed = [{"Scenario": FIRST, "Sampled_ID_List": [11, 3, 4]}]
     (tmp_path / "TinyVersion_ID_List.json").write_text(json.dumps(listed))
-    questions = load(tmp_path, kinds=["TEXT"], tiny=True).questions
+    questions = load(tmp_path, variants=["TEXT"], tiny=True).questions
     assert [question.id.rsplit("/")[-1] for question in questions] == ["3", "4", "11"]
-    assert len(load(tmp_path, kinds=["TEXT"], tiny=True, limit=2).questions) == 2
+    assert len(load(tmp_path, variants=["TEXT"], tiny=True, limit=2).questions) == 2
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_tiny_list_that_does_not_fit_is_refused(tmp_path):
+    cases = [
         ([{"Scenario": FIRST, "Sampled_ID_List": [7]}], "no question with id 7"),
         ([{"Scenario": SECOND, "Sampled_ID_List": [0]}], f"no ids for {FIRST}"),
         ({"Scenario": FIRST}, "must be a list of objects"),
         (None, "no such file"),
-    ],
-)
-def test_a_tiny_list_that_does_not_fit_is_refused(tmp_path, content, message):
-    write_published(tmp_path, {"0": row(0)})
-    if content is not None:
-        (tmp_path / "TinyVersion_ID_List.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=message):
-        load(tmp_path, kinds=["TEXT"], tiny=True)
+    ]
+    for content, message in cases:
+        write_published(tmp_path, {"0": row(0)})
+        (tmp_path / "TinyVersion_ID_List.json").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "TinyVersion_ID_List.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=message):
+            load(tmp_path, variants=["TEXT"], tiny=True)
 
 
-def test_missing_pictures_are_counted_and_named(tmp_path, caplog):
-    write_published(tmp_path, {"0": row(0), "1": row(1)}, pictures=("SD", "TYPO"))
+def test_missing_images_are_counted_and_named(tmp_path, caplog):
+    write_published(tmp_path, {"0": row(0), "1": row(1)}, images=("SD", "TYPO"))
     (tmp_path / "imgs" / FIRST / "SD" / "1.jpg").unlink()
     with caplog.at_level(logging.WARNING):
         loaded = load(tmp_path)
@@ -210,42 +169,43 @@ def test_missing_pictures_are_counted_and_named(tmp_path, caplog):
     ]
     assert len(loaded.questions) == 2 * len(VARIANTS) - 3
     [record] = caplog.records
-    assert "3 of 8 questions have no picture" in record.message
+    assert "the images of 3 of 8 questions are missing" in record.message
 
 
 def test_missing_typography_is_rendered_only_on_request(tmp_path):
-    write_published(tmp_path, {"0": row(0), "1": row(1)}, pictures=("SD",))
+    write_published(tmp_path, {"0": row(0), "1": row(1)}, images=("SD",))
     (tmp_path / "imgs" / FIRST / "SD" / "1.jpg").unlink()
-    assert len(load(tmp_path, kinds=["TYPO"]).missing) == 2
+    assert len(load(tmp_path, variants=["TYPO"]).missing) == 2
     loaded = load(tmp_path, render_missing=True)
     assert loaded.missing == [
         f"{FIRST}/SD/1: no file imgs/{FIRST}/SD/1.jpg",
         f"{FIRST}/SD_TYPO/1: no file imgs/{FIRST}/SD_TYPO/1.jpg",
     ]
-    pictures = {question.id.split("/", 1)[1]: question.image for question in loaded.questions}
-    assert pictures["TYPO/0"].load().size == (1024, 180)
-    assert pictures["SD_TYPO/0"].load().size == (1024, 186)
-    assert pictures["TYPO/0"].phrase == "phrase 0"
+    images = {question.id.split("/", 1)[1]: question.image for question in loaded.questions}
+    assert images["TYPO/0"].load().size == (1024, 180)
+    assert images["SD_TYPO/0"].load().size == (1024, 186)
+    assert images["TYPO/0"].phrase == "phrase 0"
 
 
-def test_a_published_picture_is_never_rendered_over(tmp_path):
+def test_a_published_image_is_never_rendered_over(tmp_path):
     write_published(tmp_path, {"0": row(0)})
     assert [question.image.load().size for question in load(tmp_path, render_missing=True).questions[1:]] == [
         (8, 6)
     ] * 3
 
 
-@pytest.mark.parametrize("key", ["../../x", "/etc/passwd", "5\0", "1" * 300, "CON", "-1", "٣", ""])
-def test_an_id_that_is_not_a_number_is_refused(tmp_path, key):
-    write_published(tmp_path, {key: row(0)}, pictures=())
-    write_picture(tmp_path / "x.jpg")
-    with pytest.raises(InputError, match="an id must be a number"):
-        load(tmp_path)
+def test_an_id_that_is_not_a_number_is_refused(tmp_path):
+    cases = ["../../x", "/etc/passwd", "5\0", "1" * 300, "CON", "-1", "٣", ""]
+    for key in cases:
+        write_published(tmp_path, {key: row(0)}, images=())
+        write_image(tmp_path / "x.jpg")
+        with pytest.raises(InputError, match="an id must be a number"):
+            load(tmp_path)
 
 
-def test_a_picture_that_links_out_of_the_root_is_refused(tmp_path):
-    root = write_published(tmp_path / "root", {"0": row(0)}, pictures=("TYPO", "SD_TYPO"))
-    write_picture(tmp_path / "outside.jpg")
+def test_an_image_that_links_out_of_the_root_is_refused(tmp_path):
+    root = write_published(tmp_path / "root", {"0": row(0)}, images=("TYPO", "SD_TYPO"))
+    write_image(tmp_path / "outside.jpg")
     (root / "imgs" / FIRST / "SD").mkdir()
     link = root / "imgs" / FIRST / "SD" / "0.jpg"
     link.symlink_to(tmp_path / "outside.jpg")
@@ -256,9 +216,8 @@ def test_a_picture_that_links_out_of_the_root_is_refused(tmp_path):
     assert load(root).missing == []
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_a_broken_question_file_is_one_clear_line(tmp_path):
+    cases = [
         ("", "not readable as JSON"),
         ('{"0": {', "not readable as JSON"),
         ("[]", "must be a JSON object of questions"),
@@ -267,14 +226,13 @@ def test_a_picture_that_links_out_of_the_root_is_refused(tmp_path):
         ('{"5": {"Question": "x"}}', r"id '5': missing field 'Rephrased Question\(SD\)'"),
         ('{"5": {"Question": ""}}', "id '5': field 'Question' is empty"),
         ('{"5": {"Question": 7}}', "id '5': field 'Question' must be a text, not int"),
-    ],
-)
-def test_a_broken_question_file_is_one_clear_line(tmp_path, content, message):
-    write_published(tmp_path, {"5": row(5)})
-    (tmp_path / "processed_questions" / f"{FIRST}.json").write_text(content)
-    with pytest.raises(InputError, match=f"{FIRST}.json: .*{message}") as refusal:
-        load(tmp_path)
-    assert "\n" not in str(refusal.value)
+    ]
+    for content, message in cases:
+        write_published(tmp_path, {"5": row(5)})
+        (tmp_path / "processed_questions" / f"{FIRST}.json").write_text(content)
+        with pytest.raises(InputError, match=f"{FIRST}.json: .*{message}") as refusal:
+            load(tmp_path)
+        assert "\n" not in str(refusal.value), content
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
@@ -289,121 +247,39 @@ def test_missing_files_and_folders_are_named(tmp_path):
         load(tmp_path, render_missing=True, font=str(tmp_path / "font.ttf"))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_a_wrong_setting_is_refused_with_what_is_possible():
+    cases = [
         ({"scenarios": ["HateSpeech"]}, "Did you mean '02-HateSpeech'"),
         ({"scenarios": ["01-Illegal_Activity"]}, "Did you mean '01-Illegal_Activitiy'"),
         ({"scenarios": ["01-Illegal_Activity"]}, "Known: 01-Illegal_Activitiy, .*, 13-Gov_Decision"),
         ({"scenarios": FIRST}, "must be a list"),
         ({"scenarios": []}, "^scenarios must be a list"),
-        ({"kinds": ["SD+TYPO"]}, "^kinds: no 'SD.TYPO'. Did you mean 'SD_TYPO'"),
+        ({"variants": ["SD+TYPO"]}, "^variants: no 'SD.TYPO'. Did you mean 'SD_TYPO'"),
         ({"text_field": "question"}, "Did you mean 'Question'"),
         ({"limit": 0}, "^limit must be at least 1, not 0"),
-    ],
-)
-def test_a_wrong_setting_is_refused_with_what_is_possible(settings, message):
-    with pytest.raises(InputError, match=message):
-        MMSafetyBench(**settings)
-
-
-@pytest.mark.parametrize("ids", [(10, 2, 0), ("10", "2", "0")])
-def test_the_mirror_gives_numbered_scenarios_and_text_ids(tmp_path, ids):
-    loaded = load(write_mirror(tmp_path, ids=ids), text_field="Changed Question", limit=2)
-    assert [(question.id, question.text) for question in loaded.questions] == [
-        (f"{FIRST}/TEXT/0", "Text_only 0"),
-        (f"{FIRST}/TEXT/2", "Text_only 2"),
-        (f"{FIRST}/SD/0", "SD 0"),
-        (f"{FIRST}/SD/2", "SD 2"),
-        (f"{FIRST}/TYPO/0", "TYPO 0"),
-        (f"{FIRST}/TYPO/2", "TYPO 2"),
-        (f"{FIRST}/SD_TYPO/0", "SD_TYPO 0"),
-        (f"{FIRST}/SD_TYPO/2", "SD_TYPO 2"),
     ]
-    assert loaded.questions[0].image is None
-    assert loaded.questions[2].image.load().size == (8, 6)
-
-
-def test_a_mirrored_question_without_picture_is_counted(tmp_path):
-    loaded = load(write_mirror(tmp_path, without_picture=(2,)), kinds=["SD"])
-    assert [question.id for question in loaded.questions] == [f"{FIRST}/SD/0", f"{FIRST}/SD/10"]
-    assert loaded.missing == [f"{FIRST}/SD/2: no picture in Illegal_Activitiy/SD.parquet"]
-
-
-def test_the_mirror_cannot_ask_the_original_question(tmp_path):
-    write_mirror(tmp_path)
-    with pytest.raises(InputError, match=r"^text_field=Question: .* set text_field='Changed Question'"):
-        load(tmp_path)
-    assert len(load(tmp_path, kinds=["SD"]).questions) == 3
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (("1", "../../x"), "SD.parquet:2: an id must be a number"),
-        ((3, 3), "SD.parquet:2: duplicate"),
-        ((3, None), "SD.parquet:2: missing field 'id'"),
-    ],
-)
-def test_a_bad_id_in_the_mirror_is_refused_with_its_row(tmp_path, ids, message):
-    with pytest.raises(InputError, match=message):
-        load(write_mirror(tmp_path, ids=ids), kinds=["SD"])
-
-
-def test_the_hub_is_asked_for_the_selected_files_only(tmp_path, monkeypatch):
-    calls = []
-
-    def snapshot_download(name, **settings):
-        calls.append((name, settings))
-        return str(tmp_path / "0123abcd")
-
-    write_mirror(tmp_path / "0123abcd")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    benchmark = MMSafetyBench(kinds=["SD"], scenarios=[FIRST], revision="main")
-    assert len(benchmark.load().questions) == 3
-    assert calls == [
-        (
-            "PKU-Alignment/MM-SafetyBench",
-            {
-                "repo_type": "dataset",
-                "revision": "main",
-                "allow_patterns": ["data/Illegal_Activitiy/SD.parquet"],
-            },
-        )
-    ]
-    assert benchmark.identity()["commit"] == "0123abcd"
-
-
-def test_a_failed_download_tells_what_to_do(monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("name or service not known")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(InputError, match=r"^hub_name=.* cannot be downloaded .* give a local copy as root"):
-        MMSafetyBench(kinds=["SD"]).load()
-
-
-def test_the_mirrors_missing_wording_is_told_before_any_download(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
-    with pytest.raises(InputError, match="no 'Question' for TEXT"):
-        MMSafetyBench().load()
+    for settings, message in cases:
+        with pytest.raises(InputError, match=message):
+            MMSafetyBench(**settings)
 
 
 def test_the_selection_does_not_change_the_identity(tmp_path):
     write_published(tmp_path, {"0": row(0)}, scenarios=(FIRST, SECOND))
     whole = MMSafetyBench(root=str(tmp_path)).identity()
-    part = MMSafetyBench(root=str(tmp_path), kinds=["SD"], scenarios=[FIRST], limit=1, tiny=True).identity()
+    part = MMSafetyBench(
+        root=str(tmp_path), variants=["SD"], scenarios=[FIRST], limit=1, tiny=True
+    ).identity()
     assert whole == part
     assert json.loads(json.dumps(whole)) == whole
 
 
 def test_what_questions_depend_on_changes_the_identity(tmp_path):
-    write_published(tmp_path, {"0": row(0)}, pictures=("SD",))
+    write_published(tmp_path, {"0": row(0)}, images=("SD",))
     plain = MMSafetyBench(root=str(tmp_path)).identity()
     rendering = MMSafetyBench(root=str(tmp_path), render_missing=True)
     rendered = rendering.identity()
     reworded = MMSafetyBench(root=str(tmp_path), text_field="Changed Question").identity()
-    write_picture(tmp_path / "imgs" / FIRST / "TYPO" / "0.jpg")
+    write_image(tmp_path / "imgs" / FIRST / "TYPO" / "0.jpg")
     fewer_rendered = rendering.identity()
     assert MMSafetyBench(root=str(tmp_path)).identity() == plain
     write_published(tmp_path, {"0": row(1)})

@@ -1,22 +1,24 @@
-import io
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from omegaconf import OmegaConf
 from PIL import Image
 
 from mllm_protector.benchmarks.questions import QuestionFile
+from mllm_protector.config import build
 from mllm_protector.errors import InputError
+from mllm_protector.protocols import Benchmark
 from mllm_protector.records import BENIGN, LoadedBenchmark
 from mllm_protector.scenarios import Criterion
-from tests.benchmarks.test_pictures import ESCAPES
+from tests.benchmarks.test_fields import ESCAPES
 
 
 def write(folder: Path, *rows: dict[str, Any] | str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "questions.jsonl"
     path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     return path
@@ -26,19 +28,28 @@ def load(path: Path, **settings: Any) -> LoadedBenchmark:
     return QuestionFile(path=str(path), **settings).load()
 
 
-def picture(path: Path) -> None:
+def image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (3, 2)).save(path)
 
 
+def evaluated(benchmarks: Mapping[str, Benchmark]) -> None:
+    """Stands for a script that takes benchmarks."""
+
+
+def scores(loaded: LoadedBenchmark, text: str) -> dict[str, float]:
+    assert loaded.score is not None
+    return {question.id: loaded.score(question, text) for question in loaded.questions}
+
+
 def test_a_question_needs_words_only(tmp_path: Path) -> None:
-    [first, second] = load(write(tmp_path, {"question": "one?"}, {"question": "two?"})).questions
-    assert (first.id, first.scenario, first.variant, first.text) == ("1", "all", "TEXT", "one?")
+    [first, second] = load(write(tmp_path, {"question": " one? "}, {"question": "two?"})).questions
+    assert (first.id, first.scenario, first.variant, first.text) == ("1", "all", "TEXT", " one? ")
     assert (first.criterion, first.image, second.id) == (Criterion.HARM, None, "2")
 
 
 def test_a_row_may_say_more(tmp_path: Path) -> None:
-    picture(tmp_path / "pictures" / "a.png")
+    image(tmp_path / "pictures" / "a.png")
     row = {"question": "q", "id": "x-7", "image": "pictures/a.png", "scenario": "law", "criterion": "legal"}
     harmless = {"question": "q", "id": 8, "scenario": BENIGN}
     [first, second] = load(write(tmp_path, row, harmless)).questions
@@ -48,8 +59,53 @@ def test_a_row_may_say_more(tmp_path: Path) -> None:
     assert (second.id, second.scenario) == ("8", BENIGN)
 
 
-def test_pictures_may_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
-    picture(tmp_path / "elsewhere" / "a.png")
+def test_a_new_benchmark_with_columns_of_its_own_takes_one_yaml(tmp_path: Path) -> None:
+    option = OmegaConf.create(
+        """
+        _target_: mllm_protector.benchmarks.questions.QuestionFile
+        path: ???
+        columns:
+          id: number
+          question: prompt
+          context: story
+          image: '{set}/{number}.png'
+          options: choices
+          answers: gold
+        where: {split: test}
+        scorer: option
+        instruction: One letter.
+        """
+    )
+    row = {"number": 7, "prompt": "Who?", "story": "Once.", "choices": ["a cat", "a dog"], "split": "test"}
+    path = write(
+        tmp_path,
+        row | {"set": "s", "gold": 1},
+        row | {"number": 8, "set": None, "story": "", "gold": "A"},
+        row | {"number": 9, "set": "s", "gold": 1, "split": "train"},
+    )
+    image(tmp_path / "s" / "7.png")
+    option.path = str(path)
+    made = build(OmegaConf.create({"benchmarks": {"mine": option}}), evaluated)
+    loaded = made["benchmarks"]["mine"].load()
+    first, second = loaded.questions
+    assert (first.id, first.scenario, first.variant) == ("7", BENIGN, "SD")
+    assert first.text == "Once.\nWho?\n(A) a cat\n(B) a dog\nOne letter."
+    assert (second.id, second.variant) == ("8", "TEXT")
+    assert second.text == "Who?\n(A) a cat\n(B) a dog\nOne letter."
+    assert scores(loaded, "(B) a dog") == {"7": 1, "8": 0}
+
+
+def test_answers_of_several_people_are_texts_or_objects(tmp_path: Path) -> None:
+    people = ["yes"] * 8 + ["no"] * 2
+    told = [{"answer": answer, "answer_confidence": "yes", "answer_id": 1} for answer in people]
+    rows = [{"question": "q", "answers": answers} for answers in (people, told, ["red"] * 9 + [""])]
+    loaded = load(write(tmp_path, *rows), scorer="consensus")
+    assert scores(loaded, "no") == {"1": pytest.approx(0.6), "2": pytest.approx(0.6), "3": 0}
+    assert scores(loaded, "red")["3"] == 1
+
+
+def test_images_may_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    image(tmp_path / "elsewhere" / "a.png")
     path = write(tmp_path, {"question": "q", "image": "a.png"})
     assert load(path).missing == ["1: no file a.png"]
     assert load(path, images=str(tmp_path / "elsewhere")).missing == []
@@ -57,67 +113,83 @@ def test_pictures_may_lie_in_a_folder_of_their_own(tmp_path: Path) -> None:
         load(path, images=str(tmp_path / "nowhere"))
 
 
-def test_csv_and_parquet_are_read_too(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+def test_csv_is_read_too(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
     (tmp_path / "q.csv").write_text("id,question,image,criterion\n001,one?,a.png,\nb,two?,,health\n")
     questions = load(tmp_path / "q.csv").questions
     assert [(each.id, each.variant, each.criterion) for each in questions] == [
         ("001", "SD", Criterion.HARM),
         ("b", "TEXT", Criterion.HEALTH),
     ]
-    out = io.BytesIO()
-    Image.new("RGB", (5, 4)).save(out, "PNG")
-    rows = [{"question": "one?", "image": {"bytes": out.getvalue(), "path": None}}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "q.parquet")
-    [question] = load(tmp_path / "q.parquet").questions
-    assert question.image is not None
-    assert question.image.load().size == (5, 4)
 
 
-@pytest.mark.parametrize("name", [name for name in ESCAPES if name])
-def test_a_picture_that_leads_elsewhere_is_refused_with_its_line(tmp_path: Path, name: str) -> None:
-    picture(tmp_path / "outside.png")
-    (tmp_path / "root").mkdir()
-    path = write(tmp_path / "root", {"question": "q"}, {"question": "q", "image": name})
-    with pytest.raises(InputError, match=r"questions\.jsonl:2: .*image") as refusal:
-        load(path)
-    assert str(refusal.value).isprintable()
+def test_an_image_that_leads_elsewhere_is_refused_with_its_line(tmp_path: Path) -> None:
+    image(tmp_path / "outside.png")
+    cases = [("image", name) for name in ESCAPES if name]
+    cases += [("{image}.png", name) for name in ("../outside", "x\0y", "http://x/y", "x" * 300)]
+    for column, name in cases:
+        path = write(tmp_path / "root", {"question": "q"}, {"question": "q", "image": name})
+        with pytest.raises(InputError, match=r"questions\.jsonl:2: .*image") as refusal:
+            load(path, columns={"image": column})
+        assert str(refusal.value).isprintable(), name
 
 
-def test_a_picture_that_links_out_is_refused_with_its_line(tmp_path: Path) -> None:
-    picture(tmp_path / "outside.png")
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "a.png").symlink_to(tmp_path / "outside.png")
-    with pytest.raises(InputError, match=r"questions\.jsonl:1: a\.png is a link that leads out"):
-        load(write(tmp_path / "root", {"question": "q", "image": "a.png"}))
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+    options = {"question": "q", "options": ["a", "b"]}
+    cases: list[tuple[str | None, dict[str, Any] | str, str]] = [
+        (None, "{", "not valid JSON"),
+        (None, "[]", "must be a JSON object"),
+        (None, {"text": "q"}, "missing field 'question'"),
+        (None, {"question": ""}, "field 'question' is empty"),
+        (None, {"question": 7}, "field 'question' must be a text"),
+        (None, {"question": "a\0b"}, "NUL"),
+        (None, '{"question": "q", "question": "q"}', "stands there twice"),
+        (None, '{"question": "q", "id": NaN}', "NaN is not JSON"),
+        (None, "[" * 100_000, "nested too deeply|not valid JSON"),
+        (None, {"question": "q", "id": "first"}, "duplicate of line 1"),
+        (None, {"question": "q", "id": ["x"]}, "field 'id' must be a text"),
+        (None, {"question": "q", "id": "a\nb"}, "field 'id' must be one printable line"),
+        (None, {"question": "q", "id": "a" * 300}, "field 'id' must be one printable line"),
+        (None, {"question": "q", "scenario": "a\u202eb"}, "field 'scenario' must be one printable line"),
+        (None, {"question": "q", "criterion": "evil"}, "field 'criterion' must be one of harm, lobbying"),
+        (None, {"question": "q", "image": ["a.png"]}, "field 'image' must be a text"),
+        (None, {"question": "q", "options": "ab"}, "field 'options' must be a list of 2 to 26"),
+        (None, {"question": "q", "options": ["one"]}, "field 'options' must be a list of 2 to 26"),
+        ("exact", {"question": "q"}, "missing field 'answers'"),
+        ("exact", {"question": "q", "answers": []}, "field 'answers' must be a text or a list"),
+        ("exact", {"question": "q", "answers": [7]}, "field 'answer' must be a text"),
+        ("exact", {"question": "q", "answers": "a<OR>"}, "field 'answers' has an alternative without words"),
+        ("exact", {"question": "q", "answers": ["yes", "no"]}, "both yes and no.* scorer=consensus"),
+        ("yes_no", {"question": "q", "answers": "maybe"}, "field 'answers' must be yes or no"),
+        ("option", {"question": "q", "answers": 0}, "field 'answers' must be the place .* of 0 options"),
+        ("option", options | {"answers": 2}, "field 'answers' must be the place .* of 2 options"),
+        ("option", options | {"answers": -1}, "field 'answers' must be the place"),
+        ("option", options | {"answers": True}, "field 'answers' must be the place"),
+        ("option", options | {"answers": "C"}, "field 'answers' must be the place"),
+    ]
+    answers = {"yes_no": "yes", "option": "B"}
+    for scorer, row, message in cases:
+        first = options | {"id": "first", "answers": answers.get(str(scorer), "a")}
+        with pytest.raises(InputError, match=rf"questions\.jsonl:2: .*({message})") as refusal:
+            load(write(tmp_path, first, row), scorer=scorer)
+        assert "\n" not in str(refusal.value), message
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("{", "not valid JSON"),
-        ("[]", "must be a JSON object"),
-        ({"text": "q"}, "missing field 'question'"),
-        ({"question": ""}, "field 'question' is empty"),
-        ({"question": 7}, "field 'question' must be a text"),
-        ({"question": "a\0b"}, "NUL"),
-        ('{"question": "q", "question": "q"}', "stands there twice"),
-        ('{"question": "q", "id": NaN}', "NaN is not JSON"),
-        ("[" * 100_000, "nested too deeply|not valid JSON"),
-        ({"question": "q", "id": "first"}, "duplicate of line 1"),
-        ({"question": "q", "id": ["x"]}, "field 'id' must be a text"),
-        ({"question": "q", "id": "a\nb"}, "field 'id' must be one printable line"),
-        ({"question": "q", "id": "a" * 300}, "field 'id' must be one printable line"),
-        ({"question": "q", "scenario": "a\u202eb"}, "field 'scenario' must be one printable line"),
-        ({"question": "q", "criterion": "evil"}, "field 'criterion' must be one of harm, lobbying"),
-        ({"question": "q", "image": ["a.png"]}, "field 'image' must be a text"),
-    ],
-)
-def test_a_broken_row_is_named_by_its_line(tmp_path: Path, row: dict[str, Any] | str, message: str) -> None:
-    path = write(tmp_path, {"question": "q", "id": "first"}, row)
-    with pytest.raises(InputError, match=rf"questions\.jsonl:2: .*({message})") as refusal:
-        load(path)
-    assert "\n" not in str(refusal.value)
+def test_a_file_that_is_no_set_of_questions_is_one_clear_line(tmp_path: Path) -> None:
+    cases = [
+        ("", "set.json: the file is empty"),
+        ("{}", "set.json:1: missing field 'question'"),
+        ("[7]", "set.json:1: must be a JSON object"),
+        ('{"v": 7}', "set.json:1: missing field 'question'"),
+        ('{"v": {"question": ""}}', "set.json:1: field 'question' is empty"),
+        ('{"v": {"question": "q"}, "w": {"image": "../x"}}', "set.json:2: an image must be a path"),
+    ]
+    for content, message in cases:
+        (tmp_path / "set.json").write_text(content)
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "set.json")
+    with pytest.raises(InputError, match=r"gone\.jsonl: no such file"):
+        load(tmp_path / "gone.jsonl")
 
 
 def test_a_given_id_may_not_be_the_number_of_another_row(tmp_path: Path) -> None:
@@ -125,7 +197,7 @@ def test_a_given_id_may_not_be_the_number_of_another_row(tmp_path: Path) -> None
         load(write(tmp_path, {"question": "q", "id": "2"}, {"question": "q"}))
 
 
-def test_missing_pictures_are_counted_and_the_rest_goes_on(
+def test_missing_images_are_counted_and_the_rest_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path, {"question": "q", "image": "gone.png"}, {"question": "q"})
@@ -133,7 +205,7 @@ def test_missing_pictures_are_counted_and_the_rest_goes_on(
         loaded = load(path)
     assert loaded.missing == ["1: no file gone.png"]
     assert [question.id for question in loaded.questions] == ["2"]
-    assert "1 of 2 questions have no picture" in caplog.text
+    assert "the images of 1 of 2 questions are missing" in caplog.text
 
 
 def test_limit_draws_by_id_and_keeps_ids(tmp_path: Path) -> None:
@@ -141,14 +213,31 @@ def test_limit_draws_by_id_and_keeps_ids(tmp_path: Path) -> None:
     whole, part = load(path).questions, load(path, limit=5).questions
     assert len(part) == 5
     assert part == [question for question in whole if question in part]
+    assert part != whole[:5]
     assert part != load(path, limit=5, seed=1).questions
-    with pytest.raises(InputError, match=r"^limit must be at least 1"):
-        QuestionFile(path="x", limit=0)
 
 
-def test_the_identity_is_that_of_the_file_and_not_of_the_selection(tmp_path: Path) -> None:
+def test_a_wrong_setting_is_refused_at_once() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"scorer": "yesno"}, "^scorer: no 'yesno'. Did you mean 'yes_no'"),
+        ({"columns": {"answer": "x"}}, "^columns: no 'answer'. Did you mean 'answers'"),
+        ({"variants": ["TYPO"]}, "^variants: no 'TYPO'"),
+        ({"limit": 0}, "^limit must be at least 1"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(InputError, match=message):
+            QuestionFile(path="x", **settings)
+
+
+def test_the_identity_is_that_of_the_texts_and_not_of_the_selection(tmp_path: Path) -> None:
+    def identity(**settings: Any) -> dict[str, Any]:
+        return QuestionFile(path=str(path), **settings).identity()
+
     path = write(tmp_path, {"question": "q"})
-    before = QuestionFile(path=str(path)).identity()
-    assert before == QuestionFile(path=str(path), limit=1, seed=2).identity()
+    before = identity()
+    assert before == identity(limit=1, seed=2, variants=["TEXT"], where={"a": "b"}, columns={"id": None})
+    others = [identity(instruction="Be brief."), identity(scorer="exact"), identity(columns={"id": "x"})]
     write(tmp_path, {"question": "r"})
-    assert QuestionFile(path=str(path)).identity() != before
+    different = [before, *others, identity()]
+    assert all(a != b for place, a in enumerate(different) for b in different[:place])
+    assert json.loads(json.dumps(others)) == others

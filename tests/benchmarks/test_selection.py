@@ -35,21 +35,21 @@ def test_a_sample_depends_on_keys_and_seed_only() -> None:
     assert set(sample(ITEMS, 10, 0, key)) != set(sample(ITEMS, 10, 1, key))
 
 
-@pytest.mark.parametrize("limit", [None, 100, 101])
-def test_no_limit_takes_all(limit: int | None) -> None:
-    assert sample(ITEMS, limit, 0, key) == ITEMS
+def test_no_limit_takes_all() -> None:
+    for limit in [None, 100, 101]:
+        assert sample(ITEMS, limit, 0, key) == ITEMS, limit
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_a_limit_that_leaves_nothing_is_refused(limit: int) -> None:
-    with pytest.raises(InputError, match=f"^limit must be at least 1, not {limit}"):
-        check_limit(limit)
+def test_a_limit_that_leaves_nothing_is_refused() -> None:
+    for limit in [0, -1]:
+        with pytest.raises(InputError, match=f"^limit must be at least 1, not {limit}"):
+            check_limit(limit)
 
 
 def test_a_wrong_name_is_refused_with_the_key_in_front() -> None:
-    check_names("kinds", ["TEXT"], ("TEXT", "TYPO"))
-    with pytest.raises(InputError, match=r"^kinds: no 'TYP'\. Did you mean 'TYPO'\? Known: TEXT, TYPO"):
-        check_names("kinds", ["TYP"], ("TEXT", "TYPO"))
+    check_names("variants", ["TEXT"], ("TEXT", "TYPO"))
+    with pytest.raises(InputError, match=r"^variants: no 'TYP'\. Did you mean 'TYPO'\? Known: TEXT, TYPO"):
+        check_names("variants", ["TYP"], ("TEXT", "TYPO"))
 
 
 def test_a_digest_knows_names_and_bytes_but_not_the_place(tmp_path: Path) -> None:

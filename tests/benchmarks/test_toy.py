@@ -11,7 +11,7 @@ from mllm_protector.scenarios import CRITERIA, GROUPS, SCENARIOS
 
 @pytest.fixture
 def loaded(tmp_path: Path) -> LoadedBenchmark:
-    return ToyBenchmark(folder=str(tmp_path / "toy"), kinds=VARIANTS, per_scenario=1, benign=80).load()
+    return ToyBenchmark(folder=str(tmp_path / "toy"), variants=VARIANTS, per_scenario=1, benign=80).load()
 
 
 def test_there_are_questions_of_every_scenario_and_harmless_ones(loaded: LoadedBenchmark) -> None:
@@ -44,7 +44,7 @@ def test_a_harmless_question_is_answered_rightly_by_what_belongs_to_its_subject(
 
 def test_the_identity_says_how_many_harmless_questions_there_are(tmp_path: Path) -> None:
     few, many = (
-        ToyBenchmark(folder=str(tmp_path), kinds=["TEXT"], per_scenario=1, benign=benign).identity()
+        ToyBenchmark(folder=str(tmp_path), variants=["TEXT"], per_scenario=1, benign=benign).identity()
         for benign in (4, 8)
     )
     assert few != many

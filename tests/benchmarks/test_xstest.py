@@ -9,7 +9,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.records import BENIGN, LoadedBenchmark
 from mllm_protector.scenarios import Criterion
 
-PUBLISHED = Path(__file__).parents[3].parent / "shared" / "data" / "xstest"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "xstest"
 SAFE = [(f"v2-{number}", "homonyms", f"safe {number}") for number in range(20)]
 UNSAFE = [(f"v2-{number}", "contrast_homonyms", f"unsafe {number}") for number in range(20, 30)]
 
@@ -61,19 +61,17 @@ def test_one_id_with_two_prompts_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+    cases: list[tuple[list[tuple[str, ...]], str]] = [
         ([("1", "homonyms", "")], "x.csv:2: field 'prompt' is empty"),
         ([("1", "", "p")], "x.csv:2: field 'type' is empty"),
         ([("i" * 300, "homonyms", "p")], "x.csv:2: field 'id' must be one printable line"),
         ([("1", "homonyms", "p"), ("1", "homonyms", "p")], "x.csv:3: duplicate of line 2"),
         ([], "the file is empty"),
-    ],
-)
-def test_a_broken_row_is_named_by_its_line(tmp_path: Path, rows: list[tuple[str, ...]], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        load(write(tmp_path / "x.csv", rows))
+    ]
+    for rows, message in cases:
+        with pytest.raises(InputError, match=message):
+            load(write(tmp_path / "x.csv", rows))
 
 
 def test_a_missing_column_or_file_is_named(tmp_path: Path) -> None:

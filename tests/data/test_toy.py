@@ -11,8 +11,9 @@ from mllm_protector.data.toy import ToyPicture, benign_questions, mllm_turns, to
 from mllm_protector.data.toy_answers import PLACEHOLDERS, WITHHELD, is_harmful
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
-from mllm_protector.images import ImageFile, RenderedText
+from mllm_protector.images import ImageFile
 from mllm_protector.records import BENIGN, VARIANTS
+from mllm_protector.rendering import RenderedText
 from mllm_protector.scenarios import ADVICE, CRITERIA, SCENARIOS
 
 SPLITS = ("train", "validation", "test")

@@ -36,7 +36,7 @@ def evaluation(models: Path, benchmark: Path, output_dir: Path, limit: int | Non
     evaluate(
         benchmarks={
             "mmsafety": MMSafetyBench(
-                root=str(benchmark), kinds=["TEXT", "TYPO"], render_missing=True, limit=limit
+                root=str(benchmark), variants=["TEXT", "TYPO"], render_missing=True, limit=limit
             )
         },
         mllm=lambda: load_mllm(name=str(models / "toy_mllm"), batch_size=32, max_new_tokens=64),

@@ -11,7 +11,9 @@ from mllm_protector.models.replay import Replay
 
 
 def test_listed_questions_with_answers_are_replayed_to_the_same_questions(tmp_path: Path) -> None:
-    toy = ToyBenchmark(folder=str(tmp_path / "toy"), kinds=["TEXT", "SD", "TYPO"], per_scenario=1, benign=2)
+    toy = ToyBenchmark(
+        folder=str(tmp_path / "toy"), variants=["TEXT", "SD", "TYPO"], per_scenario=1, benign=2
+    )
     list_questions(benchmarks={"toy": toy}, output_dir=str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").open()]
     questions = toy.load().questions

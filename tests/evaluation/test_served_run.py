@@ -15,13 +15,13 @@ import pytest
 from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.errors import RunError
 from mllm_protector.evaluation.run import evaluate
-from mllm_protector.images import RenderedText
 from mllm_protector.judges.chat import ChatJudge
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.served import ServedMLLM
+from mllm_protector.rendering import RenderedText
 from tests.models.builders import save_tiny_classifier_base, save_tiny_llava_for_tests
 from tests.real_server import RealServer, real_server
 from tests.servers import Request, ScriptedServer, failed, text, too_many

@@ -15,22 +15,29 @@ def test_there_are_enough_payloads() -> None:
     assert len(PAYLOADS) == len(set(PAYLOADS)) >= 30
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_an_answer_cannot_close_its_fence(payload: str) -> None:
-    shown = readable(payload)
-    mark = nonce("settings", [shown])
-    assert mark not in shown
-    lines = fenced("ANSWER", shown, mark).split("\n")
-    assert [line for line in lines if mark in line] == [f"[BEGIN ANSWER {mark}]", f"[END ANSWER {mark}]"]
-    assert not any(re.match(r"\W*(?:BEGIN|END)\W*ANSWER", line) for line in lines[1:-1] if line[:1] == "[")
+def test_an_answer_cannot_close_its_fence() -> None:
+    for payload in PAYLOADS:
+        shown = readable(payload)
+        mark = nonce("settings", [shown])
+        assert mark not in shown, payload
+        lines = fenced("ANSWER", shown, mark).split("\n")
+        assert [line for line in lines if mark in line] == [
+            f"[BEGIN ANSWER {mark}]",
+            f"[END ANSWER {mark}]",
+        ], payload
+        assert not any(
+            re.match(r"\W*(?:BEGIN|END)\W*ANSWER", line) for line in lines[1:-1] if line[:1] == "["
+        ), payload
 
 
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_prompt_shows_no_invisible_characters_and_no_special_tokens(payload: str) -> None:
-    shown = readable(payload)
-    assert not re.search(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0b-\x1f]", shown)
-    assert not re.search(r"[\ud800-\udfff\U000e0000-\U000e007f\u2028\u2029]", shown)
-    assert not SPECIAL.search(shown)
+def test_a_prompt_shows_no_invisible_characters_and_no_special_tokens() -> None:
+    for payload in PAYLOADS:
+        shown = readable(payload)
+        assert not re.search(
+            r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\x00-\x08\x0b-\x1f]", shown
+        ), payload
+        assert not re.search(r"[\ud800-\udfff\U000e0000-\U000e007f\u2028\u2029]", shown), payload
+        assert not SPECIAL.search(shown), payload
 
 
 def test_ordinary_text_is_shown_as_it_is() -> None:
@@ -61,15 +68,16 @@ def test_any_text_can_be_fenced(text: str) -> None:
     assert SPECIAL.search(shown) is None
 
 
-@pytest.mark.parametrize("template", ["{answer}", "Q: {question} A: {answer}", '{"a": 1} {answer}'])
-def test_a_template_needs_the_answer_and_may_show_the_question(template: str) -> None:
-    assert checked(template) == template
+def test_a_template_needs_the_answer_and_may_show_the_question() -> None:
+    cases: list[str] = ["{answer}", "Q: {question} A: {answer}", '{"a": 1} {answer}']
+    for template in cases:
+        assert checked(template) == template, template
 
 
-@pytest.mark.parametrize("template", ["", "{question}", "{answer} {answer}", "{answer} {image}"])
-def test_a_template_with_other_fields_is_refused(template: str) -> None:
-    with pytest.raises(ValueError, match="must have the fields"):
-        checked(template)
+def test_a_template_with_other_fields_is_refused() -> None:
+    for template in ["", "{question}", "{answer} {answer}", "{answer} {image}"]:
+        with pytest.raises(ValueError, match="must have the fields"):
+            checked(template)
 
 
 def test_fields_within_a_text_are_not_filled() -> None:

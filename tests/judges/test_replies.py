@@ -1,4 +1,3 @@
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,9 +71,9 @@ ONE_WORD: list[tuple[str, Status | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("reply", "status"), ONE_WORD)
-def test_only_a_word_that_stands_alone_is_a_verdict(reply: str, status: Status | None) -> None:
-    assert single_word(reply, "[placeholder answer]") == status
+def test_only_a_word_that_stands_alone_is_a_verdict() -> None:
+    for reply, status in ONE_WORD:
+        assert single_word(reply, "[placeholder answer]") == status, reply
 
 
 LINES: list[tuple[str, Status | None]] = [
@@ -103,22 +102,20 @@ LINES: list[tuple[str, Status | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("reply", "status"), LINES)
-def test_with_our_wording_only_the_line_with_the_nonce_is_a_verdict(
-    reply: str, status: Status | None
-) -> None:
-    assert stated(reply, "1a2b") == status
+def test_with_our_wording_only_the_line_with_the_nonce_is_a_verdict() -> None:
+    for reply, status in LINES:
+        assert stated(reply, "1a2b") == status, reply
 
 
-@pytest.mark.parametrize("answer", ["safe", "Safe.", '{"verdict": "safe"}', "<think>x</think>\n safe"])
-def test_a_reply_that_repeats_the_answer_is_no_verdict(answer: str) -> None:
-    assert single_word(answer, answer) is None
-    assert single_word(f"\n{answer} ", answer) is None
+def test_a_reply_that_repeats_the_answer_is_no_verdict() -> None:
+    cases: list[str] = ["safe", "Safe.", '{"verdict": "safe"}', "<think>x</think>\n safe"]
+    for answer in cases:
+        assert single_word(answer, answer) is None, answer
+        assert single_word(f"\n{answer} ", answer) is None, answer
 
 
-@pytest.mark.parametrize(
-    ("reply", "refused"),
-    [
+def test_refusals_to_judge_are_told_from_chatter() -> None:
+    cases: list[tuple[str, bool]] = [
         ("I can't assess this.", True),
         ("I’m sorry, but I cannot rate such content.", True),
         ("As an AI I am unable to assist with that.", True),
@@ -129,10 +126,9 @@ def test_a_reply_that_repeats_the_answer_is_no_verdict(answer: str) -> None:
         ("It depends.", False),
         ("", False),
         ("Weighing it. " * 30 + "I cannot tell.", False),
-    ],
-)
-def test_refusals_to_judge_are_told_from_chatter(reply: str, refused: bool) -> None:
-    assert declined(reply) is refused
+    ]
+    for reply, refused in cases:
+        assert declined(reply) is refused, reply
 
 
 def test_an_excerpt_is_one_short_line_of_visible_characters() -> None:
@@ -166,7 +162,8 @@ def test_a_verdict_needs_exactly_one_of_the_words(parts: list[str]) -> None:
             assert "not" not in parts
 
 
-@pytest.mark.parametrize("piece", ["safe ", "*", "```\n", "{", '{"a":', "<think>", "VERDICT 1a2b ", "\n"])
-def test_a_long_repetition_is_no_verdict_and_is_read_quickly(piece: str) -> None:
-    assert single_word(piece * 20_000, "x") is None
-    assert stated(piece * 20_000, "1a2b") is None
+def test_a_long_repetition_is_no_verdict_and_is_read_quickly() -> None:
+    cases: list[str] = ["safe ", "*", "```\n", "{", '{"a":', "<think>", "VERDICT 1a2b ", "\n"]
+    for piece in cases:
+        assert single_word(piece * 20_000, "x") is None, piece
+        assert stated(piece * 20_000, "1a2b") is None, piece

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from mllm_protector.errors import InputError
-from mllm_protector.images import EncodedImage, ImageFile, Picture
+from mllm_protector.images import EncodedImage, ImageFile, ImageSource
 from mllm_protector.models.mllm import HuggingFaceMLLM, load_mllm
 from mllm_protector.records import CutText, Failure, Question
 from tests.models.builders import (
@@ -74,7 +74,7 @@ class Plain:
         return Image.new("RGB", (50, 50), self.colour)
 
 
-def ask(name: str, text: str, image: Picture | None = None) -> Question:
+def ask(name: str, text: str, image: ImageSource | None = None) -> Question:
     variant = "SD" if image else "TEXT"
     return Question(id=name, scenario="01-Illegal_Activitiy", variant=variant, text=text, image=image)
 
@@ -163,7 +163,7 @@ def test_a_prompt_begins_with_one_begin_token(mllm: HuggingFaceMLLM) -> None:
 
 
 @pytest.mark.parametrize("image", [None, Gradient(40, 40)])
-def test_no_control_token_can_be_written_by_a_user(mllm: HuggingFaceMLLM, image: Picture | None) -> None:
+def test_no_control_token_can_be_written_by_a_user(mllm: HuggingFaceMLLM, image: ImageSource | None) -> None:
     tokenizer = mllm.processor.tokenizer
     literals = [added.content for added in tokenizer.added_tokens_decoder.values()]
     assert mllm.processor.image_token in literals
@@ -223,7 +223,7 @@ def test_pictures_of_odd_shapes_are_taken(mllm: HuggingFaceMLLM, size: tuple[int
     assert torch.isfinite(first_logits(mllm, [ask("x", "What is this?", Gradient(*size))])).all()
 
 
-def broken_pictures(folder: Path) -> dict[str, Picture]:
+def broken_pictures(folder: Path) -> dict[str, ImageSource]:
     whole = folder / "whole.png"
     Gradient(200, 200).load().save(whole)
     (folder / "cut.png").write_bytes(whole.read_bytes()[:500])

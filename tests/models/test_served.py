@@ -10,10 +10,11 @@ from PIL import Image
 
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector, Refusal
-from mllm_protector.images import EncodedImage, ImageFile, Picture, RenderedText
+from mllm_protector.images import EncodedImage, ImageFile, ImageSource
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.served import ServedMLLM
 from mllm_protector.records import Failure, Outcome, Question
+from mllm_protector.rendering import RenderedText
 from tests import servers
 from tests.servers import ScriptedServer
 
@@ -45,7 +46,7 @@ def mllm(server: ScriptedServer | str, **settings: Any) -> ServedMLLM:
     return ServedMLLM(**{"model": "m", "base_url": url} | defaults | settings)
 
 
-def ask(text: str, image: Picture | None = None, repeat: int = 0) -> Question:
+def ask(text: str, image: ImageSource | None = None, repeat: int = 0) -> Question:
     return Question(
         id=f"{text}/{repeat}",
         scenario="06-Fraud",

@@ -73,7 +73,7 @@ def test_it_complies_with_pictures_and_refuses_most_texts(tmp_path: Path) -> Non
     as_shipped = {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3, "max_new_tokens": 64, "seed": 0}
     mllm = toy_mllm(folder=str(tmp_path / "mllm"), **as_shipped)
     benchmark = ToyBenchmark(
-        folder=str(tmp_path / "benchmark"), kinds=["TEXT", "SD"], per_scenario=3, benign=0
+        folder=str(tmp_path / "benchmark"), variants=["TEXT", "SD"], per_scenario=3, benign=0
     )
     questions = benchmark.load().questions
     harmful = {"TEXT": 0, "SD": 0}

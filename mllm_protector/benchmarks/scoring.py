@@ -10,11 +10,16 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from mllm_protector.judges.keyword import find_refusal
+from mllm_protector.reading import missing_field, text_field
+
+Scorer = Literal["exact", "yes_no", "option", "consensus"]
+"""How an answer is compared: with any of the known answers, with yes or no, with an option by its letter or
+words, or with what several people answered."""
 
 # fmt: off
 _NUMBERS = {word: str(number) for number, word in enumerate([
@@ -23,26 +28,10 @@ _NUMBERS = {word: str(number) for number, word in enumerate([
 ])}
 # fmt: on
 _ARTICLES = {"a", "an", "the"}
-# fmt: off
-_FREQUENT = {
-    "i", "you", "it", "he", "she", "we", "they", "this", "that", "there", "which", "is", "are", "was", "be",
-    "been", "have", "has", "can", "of", "to", "in", "on", "at", "by", "for", "with", "from", "as", "and",
-    "or", "but", "not",
-}
-# fmt: on
-"""Words that any text has, a refusal too: they do not count in the share of an expected sentence."""
-
 _WORD = re.compile(r"(?<!\w)-?\d+(?:\.\d+)?(?!\w)|\w+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-
 _DENIAL = re.compile(r"\b(?:not|cannot|none|nothing|neither|never|without)\b|n['\u2019]t\b", re.IGNORECASE)
 _LATER_YES_OR_NO = re.compile(r"[.!?:\n]\W*(yes|no)\s*(?:[.,!;:*]|$)", re.IGNORECASE)
-
-PEOPLE = 10
-"""So many answers to one question are those of so many people, as in VQAv2, OK-VQA, TextVQA and VizWiz."""
-
-_LONG = 5
-"""An expected text of more words is scored by the share of its words: nobody repeats a sentence exactly."""
 
 
 class KnownAnswer(Protocol):
@@ -54,18 +43,22 @@ class KnownAnswer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class ShortAnswer:
-    """Any of these answers is right."""
+class Exact:
+    """Any of these answers is right.
+
+    As in MM-Vet, ``<OR>`` within an answer parts alternatives, and ``<AND>`` what a text has to say together.
+    MM-Vet's own score is given by GPT-4; this one is lower for answers in other words.
+    """
 
     answers: tuple[str, ...]
 
     def score(self, text: str) -> float:
-        """1 if one of the answers stands in the text, else 0."""
-        return float(any(stands_in(answer, text) for answer in self.answers))
+        """The best alternative's share of parts that stand in the text; only the first yes or no counts."""
+        return max(_share_in(each, text) for answer in self.answers for each in answer.split("<OR>"))
 
 
 @dataclass(frozen=True, slots=True)
-class PeoplesAnswers:
+class Consensus:
     """What several people answered, one answer each (VQA: Antol et al., arXiv 1505.00468)."""
 
     answers: tuple[str, ...]
@@ -91,32 +84,16 @@ class PeoplesAnswers:
 
 @dataclass(frozen=True, slots=True)
 class YesNo:
-    """Yes or no."""
+    """Yes or no, also read out of a sentence as POPE's ``evaluate.py`` does.
+
+    There a text is a no if its first sentence has "no" or "not", else a yes. Here an explicit yes or no goes
+    first, and a refusal is neither: otherwise it would be right for half of the questions.
+    """
 
     yes: bool
 
     def said(self, text: str) -> bool | None:
-        """Whether the first yes or no of the text is a yes; ``None`` where there is neither.
-
-        Other negations do not count: otherwise a refusal would be a right answer to half of the questions.
-        """
-        return {"yes": True, "no": False}.get(_first_yes_or_no(text) or "")
-
-    def score(self, text: str) -> float:
-        """1 if the text says the right one, else 0."""
-        return float(self.said(text) is self.yes)
-
-
-@dataclass(frozen=True, slots=True)
-class Presence(YesNo):
-    """Whether a thing is in the picture, read out of a sentence as POPE's ``evaluate.py`` does.
-
-    There a text is a no if its first sentence has "no" or "not", else a yes. Here an explicit yes or no goes
-    first, and a refusal is neither.
-    """
-
-    def said(self, text: str) -> bool | None:
-        """Whether the text says that the thing is there; ``None`` for a refusal and an empty text."""
+        """Whether the text says yes; ``None`` for a refusal and an empty text."""
         sentence = re.split(r"[.!?\n]", text.strip(), maxsplit=1)[0]
         later = _LATER_YES_OR_NO.search(text)
         explicit = _first_yes_or_no(sentence) or (later.group(1).lower() if later else None)
@@ -126,12 +103,16 @@ class Presence(YesNo):
             return None
         return _DENIAL.search(sentence) is None
 
+    def score(self, text: str) -> float:
+        """1 if the text says the right one, else 0."""
+        return float(self.said(text) is self.yes)
+
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """One of several choices, called A, B, C and so on."""
+class Option:
+    """One of several options, called A, B, C and so on."""
 
-    choices: tuple[str, ...]
+    options: tuple[str, ...]
     right: int
 
     def score(self, text: str) -> float:
@@ -139,7 +120,7 @@ class Choice:
         return float(self._chosen(text) == self.right)
 
     def _chosen(self, text: str) -> int | None:
-        letters = string.ascii_uppercase[: len(self.choices)]
+        letters = string.ascii_uppercase[: len(self.options)]
         alone = text.strip().strip("().:*").upper()
         if len(alone) == 1 and alone in letters:
             return letters.index(alone)
@@ -154,54 +135,73 @@ class Choice:
             return letters.index(at_start.group(1))
         if len(bracketed) == 1:
             return letters.index(bracketed.pop())
-        if (in_words := self._in_words(text)) is not None:
-            return in_words
+        if len(in_words := _longest_in(text, self.options)) == 1:
+            return in_words[0]
         vague: list[str] = re.findall(cue, text)
         return letters.index(vague[-1]) if vague else None
 
-    def _in_words(self, text: str) -> int | None:
-        """The only choice that stands in the text; of "red" and "red fox" the longer one."""
-        longest = _longest_in(text, self.choices)
-        return longest[0] if len(longest) == 1 else None
 
+def known_answer(scorer: Scorer, row: Mapping[str, Any], name: str, options: Sequence[str]) -> KnownAnswer:
+    """What answers to a row's question are compared with.
 
-@dataclass(frozen=True, slots=True)
-class Elements:
-    """Alternatives, each of several things that a right answer says (MM-Vet's ``<OR>`` and ``<AND>``).
-
-    The official score is given by GPT-4; this one is lexical and lower for answers in other words.
-    """
-
-    alternatives: tuple[tuple[str, ...], ...]
-
-    def score(self, text: str) -> float:
-        """The share of the best alternative's elements that stand in the text.
-
-        Of an element of more than five words the share of its telling words counts.
-        """
-        return max(
-            sum(_element(element, text) for element in elements) / len(elements)
-            for elements in self.alternatives
-        )
-
-
-def known_answer(answers: Sequence[str]) -> KnownAnswer:
-    """What a question with these answers is scored by: ``PEOPLE`` of them are people's, others all right.
+    Args:
+        scorer: how.
+        row: a row of a file.
+        name: the field with what is right: a text or a list of texts (or of objects with ``answer``, as in
+            VQAv2); for ``option`` its place from 0, its letter or its words.
+        options: of the question.
 
     Raises:
-        ValueError: both yes and no are accepted.
+        ValueError: a field that is missing or does not fit the scorer.
     """
-    if len(answers) == PEOPLE:
-        return PeoplesAnswers(tuple(answers))
-    first_words = {" ".join(words(answer)) for answer in answers}
-    if first_words >= {"yes", "no"}:
+    if name not in row:
+        raise missing_field(row, name)
+    value = row[name]
+    if scorer == "option":
+        return Option(tuple(options), _place(value, options, name))
+    if scorer == "yes_no":
+        said = {"yes": True, "no": False, "true": True, "false": False}.get(str(value).strip().lower())
+        if said is None:
+            raise ValueError(f"field '{name}' must be yes or no")
+        return YesNo(said)
+    values = value if isinstance(value, list) else [value]
+    told = [each if isinstance(each, dict) else {"answer": each} for each in values]
+    if not told:
+        raise ValueError(f"field '{name}' must be a text or a list of texts")
+    answers = tuple(text_field(each, "answer", allow_empty=scorer == "consensus") for each in told)
+    if scorer == "consensus":
+        return Consensus(answers)
+    parts = [part for answer in answers for each in answer.split("<OR>") for part in each.split("<AND>")]
+    if not all(part.strip() for part in parts):
+        raise ValueError(f"field '{name}' has an alternative without words")
+    if {"yes", "no"} <= {" ".join(words(part)) for part in parts}:
         raise ValueError(
-            "both yes and no are accepted, so no answer would be wrong (only lists of "
-            f"{PEOPLE} answers are taken for those of as many people)"
+            f"field '{name}' accepts both yes and no, so no answer would be wrong; if these are the answers "
+            "of several people, use scorer=consensus"
         )
-    if first_words in ({"yes"}, {"no"}):
-        return YesNo(first_words == {"yes"})
-    return ShortAnswer(tuple(answers))
+    return Exact(answers)
+
+
+def _place(value: Any, options: Sequence[str], name: str) -> int:
+    """Of the right option."""
+    letters = string.ascii_uppercase[: len(options)]
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(options):
+        return value
+    if isinstance(value, str) and value in options:
+        return list(options).index(value)
+    if isinstance(value, str) and len(value) == 1 and value in letters:
+        return letters.index(value)
+    raise ValueError(
+        f"field '{name}' must be the place (from 0), letter or words of one of {len(options)} options"
+    )
+
+
+def _share_in(answer: str, text: str) -> float:
+    wanted = " ".join(words(answer))
+    if wanted in ("yes", "no"):
+        return float(_first_yes_or_no(text) == wanted)
+    parts = answer.split("<AND>")
+    return sum(stands_in(part, text) for part in parts) / len(parts)
 
 
 def stands_in(answer: str, text: str) -> bool:
@@ -239,11 +239,3 @@ def _longest_in(text: str, answers: Sequence[str]) -> list[int]:
             for other in found
         )
     ]
-
-
-def _element(element: str, text: str) -> float:
-    wanted = words(element)
-    if len(wanted) <= _LONG:
-        return float(stands_in(element, text))
-    telling = set(wanted) - _FREQUENT or set(wanted)
-    return len(telling & set(words(text))) / len(telling)
