@@ -1,4 +1,4 @@
-"""What is made from data once and used again: folders that are known by all they were made of.
+"""What is made from data once and used again: folders known by all they were made of.
 
 They lie in ``$MLLM_PROTECTOR_CACHE``, else in ``mllm_protector`` beneath the user's cache folder, and may be
 removed at any time when nothing runs.
@@ -19,7 +19,7 @@ from mllm_protector.files import content_key, file_digest, system_error
 VARIABLE = "MLLM_PROTECTOR_CACHE"
 
 ABANDONED = 86_400
-"""Seconds after which a half-made folder that nothing was written to belongs to a killed run."""
+"""Seconds without a write after which a half-made folder belongs to a killed run."""
 
 
 def cache_folder() -> Path:

@@ -11,8 +11,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mllm_protector.data.selection import Selection, T
-from mllm_protector.data.splits import Origin
+from mllm_protector.data.selection import Selection
+from mllm_protector.data.splits import Origin, T
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.files import expand, file_digest
 from mllm_protector.reading import READABLE, Account, Row, read_rows, stream_rows

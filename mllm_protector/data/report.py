@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.data.queries import query_key
+from mllm_protector.data.queries import digest, query_key
 from mllm_protector.data.report_markdown import render as render
-from mllm_protector.data.splits import digest
 from mllm_protector.files import write_text
 from mllm_protector.records import AnswerPair, LabelledAnswer
 

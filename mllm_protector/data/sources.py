@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mllm_protector.data import toy
-from mllm_protector.data.selection import Selection, T
-from mllm_protector.data.splits import Origin, SourceAccount, Splits, make_splits
+from mllm_protector.data.selection import Selection
+from mllm_protector.data.splits import Origin, SourceAccount, Splits, T, make_splits
 from mllm_protector.files import expand, file_digest
 from mllm_protector.reading import Account, flag_field, stream_records, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer

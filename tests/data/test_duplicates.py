@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
 
-from mllm_protector.data import duplicates
+from mllm_protector.data import duplicates, table
 from mllm_protector.data.duplicates import THRESHOLD, near_duplicates
 from mllm_protector.data.queries import words
 from mllm_protector.errors import InputError
@@ -174,7 +174,7 @@ class Streamed(Sequence[str]):
 
 
 def test_no_more_than_a_batch_of_texts_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "_ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(table, "BATCH", 50)
     texts = Streamed(made_up(500, 8) * 2)
     assert firsts(texts) == [*range(500)] * 2
     gc.collect()
