@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.files import write_jsonl
-from mllm_protector.reading import Unwanted, flag_field, parse_json_line, read_records, read_rows, text_field
+from mllm_protector.reading import Unwanted, flag_field, read_records, text_field
+from mllm_protector.rows import parse_json_line, read_rows
 
 GOOD = b'{"query": "q", "answer": "a"}'
 UNWANTED = b'{"query": "not wanted", "answer": "a"}'

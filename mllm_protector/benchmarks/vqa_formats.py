@@ -23,7 +23,8 @@ from mllm_protector.benchmarks.vqa_scoring import (
 )
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
-from mllm_protector.reading import Row, collect, parse_json_line, read_records, text_field
+from mllm_protector.reading import collect, read_records, text_field
+from mllm_protector.rows import Row, parse_json_line
 
 Format = Literal["generic", "pope", "scienceqa", "mmvet", "mme", "gqa"]
 

@@ -2,8 +2,8 @@
 
 Near duplicates are compared word by word, without regard to case, punctuation, Unicode form and spacing
 (``queries.words``). Their share is the longest common subsequence of words, divided by the length of the
-longer text. One changed word in a text of n leaves (n - 1) / n, so with the threshold of 0.85 it is found from
-7 words on, and shorter texts are duplicates only where all words are equal. Meaning plays no part.
+longer text. One changed word in a text of n leaves (n - 1) / n, so with the threshold of 0.85 it is found
+from 7 words on, and shorter texts are duplicates only where all words are equal. Meaning plays no part.
 
 MinHash (``rensa``) proposes candidates and the share decides. Chance can hide a duplicate, though rarely one
 clearly above the threshold; it never makes one.

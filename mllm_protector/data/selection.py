@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_protector import reading
+from mllm_protector import reading, rows
 from mllm_protector.data import duplicates, queries, table
 from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.duplicates import distinct, label_of, text_of
@@ -27,7 +27,8 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import content_key, expand, write_jsonl
 from mllm_protector.outputs import probe
 from mllm_protector.ranges import Seed
-from mllm_protector.reading import Account, parse_json_line
+from mllm_protector.reading import Account
+from mllm_protector.rows import parse_json_line
 
 Duplicates = Literal["keep", "exact", "near"]
 """Which rows go: none, later ones that equal an earlier one, or also those that nearly do."""
@@ -99,32 +100,32 @@ class Selection(ABC, Generic[T]):
         dropped = Counter(facts["dropped"])
         if self.quarantine is not None:
             _write_bad_rows(self.quarantine, facts["bad_rows"])
-        rows: Table[Any] = Table(stored, record)
+        kept: Table[Any] = Table(stored, record)
         if self.duplicates != "keep":
-            rows = rows.take(distinct(np.load(folder / TEXTS), np.load(folder / LABELS), dropped))
+            kept = kept.take(distinct(np.load(folder / TEXTS), np.load(folder / LABELS), dropped))
         if self.duplicates == "near":
-            itself = near_copies(rows, [folder.name, len(rows)]) == np.arange(len(rows))
+            itself = near_copies(kept, [folder.name, len(kept)]) == np.arange(len(kept))
             dropped["near duplicate"] += int((~itself).sum())
-            rows = rows.take(np.flatnonzero(itself))
-        if self.limit is not None and len(rows) > self.limit:
-            dropped["over the limit"] += len(rows) - self.limit
-            ranks = np.fromiter((digest(self.seed, as_json(each)) for each in rows), np.uint64)
-            rows = rows.take(np.sort(np.argsort(ranks, kind="stable")[: self.limit]))
+            kept = kept.take(np.flatnonzero(itself))
+        if self.limit is not None and len(kept) > self.limit:
+            dropped["over the limit"] += len(kept) - self.limit
+            ranks = np.fromiter((digest(self.seed, as_json(each)) for each in kept), np.uint64)
+            kept = kept.take(np.sort(np.argsort(ranks, kind="stable")[: self.limit]))
         quarantined = len(facts["bad_rows"])
-        account = reading.tally(facts["read"], len(rows), quarantined, +dropped)
+        account = reading.tally(facts["read"], len(kept), quarantined, +dropped)
         line = f"{self.path or f'{origin.name}@{str(origin.revision)[:7]}'}: {account}"
-        if not len(rows):
+        if not len(kept):
             raise InputError(f"{line}; there is nothing to learn from")
         try:
-            validates = held_out(rows, self.validation_fraction, self.seed)
+            validates = held_out(kept, self.validation_fraction, self.seed)
         except InputError as error:
             raise InputError(f"{line}; {error}") from None
-        train, validation = rows.take(np.flatnonzero(~validates)), rows.take(np.flatnonzero(validates))
+        train, validation = kept.take(np.flatnonzero(~validates)), kept.take(np.flatnonzero(validates))
         counted = SourceAccount(
             name=origin.name,
             origin=origin,
             read=facts["read"],
-            kept=len(rows),
+            kept=len(kept),
             quarantined=quarantined,
             dropped=dict(+dropped),
             train=len(train),
@@ -141,7 +142,7 @@ class Selection(ABC, Generic[T]):
         classes = {
             kind.__module__ for kind in type(self).__mro__ if kind.__module__.startswith("mllm_protector")
         }
-        code = code_digest(*(sys.modules[name] for name in sorted(classes)), reading, table)
+        code = code_digest(*(sys.modules[name] for name in sorted(classes)), reading, rows, table)
         key = content_key(type(self).__qualname__, options, asdict(origin), self.strict, code)
         return cached("records", key, self._store)
 

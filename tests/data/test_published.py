@@ -402,7 +402,7 @@ def test_a_file_without_a_readable_row_names_the_first_line(tmp_path: Path) -> N
         with pytest.raises(RecordError, match=r"rows\.jsonl:1: must be a JSON object, not list"):
             configured("beavertails", path=str(path), **options).load()
     path.write_bytes(b"")
-    with pytest.raises(InputError, match="there is no row"):
+    with pytest.raises(InputError, match="the file is empty"):
         configured("beavertails", path=str(path)).load()
 
 
