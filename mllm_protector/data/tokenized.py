@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import prompts
 from mllm_protector import records as record_types
-from mllm_protector.data import encoding, layout, prefixes, table, tokens
+from mllm_protector.data import detoxifier_encoding, encoding, layout, prefixes, table, tokens
 from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.encoding import EncodedAnswer
 from mllm_protector.data.table import BATCH, Table, in_batches, open_table, write_facts, write_table
@@ -37,7 +37,7 @@ Balance = Literal["none", "undersample", "oversample"]
 MADE_BY = [
     tokenizers.__version__,
     transformers.__version__,
-    code_digest(record_types, prompts, encoding, layout, prefixes, tokens, table),
+    code_digest(record_types, prompts, encoding, detoxifier_encoding, layout, prefixes, tokens, table),
     file_digest(Path(__file__)),
 ]
 """The code that makes records and ids; taken when it is loaded, as it may be edited while it runs."""

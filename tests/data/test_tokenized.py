@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mllm_protector.data import encoding
+from mllm_protector.data import detoxifier_encoding
 from mllm_protector.data import tokenized as module
 from mllm_protector.data.cache import VARIABLE
-from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder, EncodedAnswer
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer
 from mllm_protector.data.table import BATCH
 from mllm_protector.data.tokenized import (
     Balance,
@@ -175,7 +176,9 @@ def test_another_encoder_or_content_or_code_makes_its_own(monkeypatch: pytest.Mo
 
 def test_a_chat_template_that_writes_another_date_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for day, new in (("1 May", True), ("2 May", True), ("2 May", False)):
-        monkeypatch.setattr(encoding, "chat_layout", lambda tokenizer, prompt, day=day: f"{day}. {prompt}")
+        monkeypatch.setattr(
+            detoxifier_encoding, "chat_layout", lambda tokenizer, prompt, day=day: f"{day}. {prompt}"
+        )
         assert is_new(detoxifier(chat=True)) == new
 
 
