@@ -15,7 +15,8 @@ from mllm_protector.data.selection import Selection
 from mllm_protector.data.splits import Origin, T
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.files import expand, file_digest
-from mllm_protector.reading import Account, stream_rows
+from mllm_protector.reading import Account, Unwanted, flag_field, stream_rows, text_field
+from mllm_protector.records import AnswerPair, LabelledAnswer
 from mllm_protector.rows import READABLE, Row, read_rows
 
 Values = Mapping[str, Any]
@@ -141,3 +142,39 @@ class Published(Selection[T]):
 def columns_of(head: Sequence[Values]) -> list[str]:
     """All columns of some rows."""
     return list(dict.fromkeys(str(name) for row in head for name in row))
+
+
+def texts(row: Values, *names: str) -> list[str]:
+    """Texts of a row, which may be empty: such a row is not wanted, but it is not bad either."""
+    return [text_field(row, name, allow_empty=True) for name in names]
+
+
+def first_true(row: Values, name: str) -> str | None:
+    """The first name in an object of yes/no that is true; a row need not have the object."""
+    flags = row.get(name)
+    if flags is None:
+        return None
+    if not isinstance(flags, Mapping):
+        raise ValueError(f"field '{name}' must be an object of true and false, not {type(flags).__name__}")
+    return next((str(flag) for flag in flags if flags[flag] is not None and flag_field(flags, flag)), None)
+
+
+def pair(query: str, accepted: str, rejected: str, **known: Any) -> AnswerPair:
+    """A pair of stripped texts; ``Unwanted`` if one is empty or both answers are the same."""
+    query, accepted, rejected = _filled(query, accepted, rejected)
+    if accepted == rejected:
+        raise Unwanted("twice the same answer")
+    return AnswerPair(query=query, accepted=accepted, rejected=rejected, **known)
+
+
+def labelled(query: str, answer: str, *, harmful: bool, scenario: str | None = None) -> LabelledAnswer:
+    """A labelled answer of stripped texts; ``Unwanted`` if one is empty."""
+    query, answer = _filled(query, answer)
+    return LabelledAnswer(query=query, answer=answer, harmful=harmful, scenario=scenario)
+
+
+def _filled(query: str, *answers: str) -> list[str]:
+    stripped = [text.strip() for text in (query, *answers)]
+    if not all(stripped):
+        raise Unwanted("empty answer" if stripped[0] else "empty query")
+    return stripped

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 
 from mllm_protector.data import contamination as checks
 from mllm_protector.data import duplicates, queries
-from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.contamination import check_contamination
 from mllm_protector.data.report import data_report, write_data_report
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits, T, make_splits
-from mllm_protector.data.table import records_table
+from mllm_protector.data.table import cached, code_digest, records_table
 from mllm_protector.errors import InputError
 from mllm_protector.files import as_row, content_key, read_json, write_json, write_jsonl
 from mllm_protector.processes import first_process_first, is_first_process

@@ -4,11 +4,11 @@ Labels are trusted. Empty texts, and twice the same answer, cannot be learnt fro
 counted.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mllm_protector.data.hub import Parser, Published, Values, columns_of
+from mllm_protector.data.hub import Parser, Published, Values, columns_of, first_true, labelled, pair, texts
 from mllm_protector.errors import InputError
 from mllm_protector.reading import Unwanted, flag_field, missing_field, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer
@@ -53,13 +53,13 @@ class PKUSafeRLHF(Published[AnswerPair | LabelledAnswer]):
         safer = row["safer_response_id"]
         if not isinstance(safer, int) or safer not in (0, 1):
             raise ValueError(f"field 'safer_response_id' must be 0 or 1, not {safer!r}")
-        query, *texts = _texts(row, "prompt", "response_0", "response_1")
+        query, *answers = texts(row, "prompt", "response_0", "response_1")
         harmful = [not flag_field(row, f"is_response_{index}_safe") for index in (0, 1)]
-        harms = [_first_true(row, f"response_{index}_harm_category") for index in (0, 1)]
-        return _pair(
+        harms = [first_true(row, f"response_{index}_harm_category") for index in (0, 1)]
+        return pair(
             query,
-            texts[safer],
-            texts[1 - safer],
+            answers[safer],
+            answers[1 - safer],
             accepted_harmful=harmful[safer],
             rejected_harmful=harmful[1 - safer],
             scenario=next((harms[index] for index in (1 - safer, safer) if harmful[index]), None),
@@ -111,7 +111,7 @@ class HarmfulVsUnharmful(PKUSafeRLHF):
                 kind = "empty" if given == "" else type(given).__name__
                 raise ValueError(f"field '{label_name}' must be a label, not {kind}")
             label = _plain(given)
-            texts = _texts(row, query_name, answer_name)
+            said = texts(row, query_name, answer_name)
             if label != harmful:
                 harmless.add(label)
             if len(harmless) > 1:
@@ -120,7 +120,7 @@ class HarmfulVsUnharmful(PKUSafeRLHF):
                     f"harmful_label={self.harmful_label}: besides it column '{label_name}' holds both "
                     f"{one!r:.20} and {other!r:.20}, and only one value can mean harmless"
                 )
-            return _labelled(*texts, harmful=label == harmful)
+            return labelled(*said, harmful=label == harmful)
 
         return parse
 
@@ -139,9 +139,9 @@ class BeaverTails(Published[LabelledAnswer]):
     def parse(self, row: Values) -> LabelledAnswer:
         """A row of the only layout."""
         harmful = not flag_field(row, "is_safe")
-        category = _first_true(row, "category")
-        texts = _texts(row, "prompt", "response")
-        return _labelled(*texts, harmful=harmful, scenario=category if harmful else None)
+        category = first_true(row, "category")
+        said = texts(row, "prompt", "response")
+        return labelled(*said, harmful=harmful, scenario=category if harmful else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +179,7 @@ class HHRLHF(Published[AnswerPair]):
         if self.context == "last":
             # A few dialogues have two turns of the assistant in a row: the human's ends at the first.
             query = before.rpartition(_HUMAN)[2].partition(_ASSISTANT)[0]
-        return _pair(query, accepted, rejected)
+        return pair(query, accepted, rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,8 +206,8 @@ class Aligner(Published[AnswerPair]):
 
     def parse(self, row: Values) -> AnswerPair:
         """A row of the only layout."""
-        texts = _texts(row, "question", "correction", "answer")
-        return _pair(*texts, rejected_harmful=self.answer_harmful)
+        said = texts(row, "question", "correction", "answer")
+        return pair(*said, rejected_harmful=self.answer_harmful)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +238,7 @@ class SPAVL(Published[AnswerPair]):
     def parse(self, row: Values) -> AnswerPair:
         """A training or validation row; the test rows have no answers."""
         classes = [text_field(row, name) for name in ("class1", "class2", "class3") if row.get(name)]
-        return _pair(*_texts(row, *self.columns), scenario=" / ".join(classes) or None)
+        return pair(*texts(row, *self.columns), scenario=" / ".join(classes) or None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,42 +280,6 @@ def _last_answer(row: Values, name: str) -> tuple[str, str]:
     if not turn or _HUMAN not in before:
         raise ValueError(f"field '{name}' is not a dialogue of 'Human:' and 'Assistant:'")
     return before, answer
-
-
-def _texts(row: Values, *names: str) -> list[str]:
-    """Texts of a row, which may be empty: such a row is not wanted, but it is not bad either."""
-    return [text_field(row, name, allow_empty=True) for name in names]
-
-
-def _first_true(row: Values, name: str) -> str | None:
-    """The first name in an object of yes/no that is true; a row need not have the object."""
-    flags = row.get(name)
-    if flags is None:
-        return None
-    if not isinstance(flags, Mapping):
-        raise ValueError(f"field '{name}' must be an object of true and false, not {type(flags).__name__}")
-    return next((str(flag) for flag in flags if flags[flag] is not None and flag_field(flags, flag)), None)
-
-
-def _pair(query: str, accepted: str, rejected: str, **known: Any) -> AnswerPair:
-    query, accepted, rejected = _filled(query, accepted, rejected)
-    if accepted == rejected:
-        raise Unwanted("twice the same answer")
-    return AnswerPair(query=query, accepted=accepted, rejected=rejected, **known)
-
-
-def _labelled(query: str, answer: str, *, harmful: bool, scenario: str | None = None) -> LabelledAnswer:
-    query, answer = _filled(query, answer)
-    return LabelledAnswer(query=query, answer=answer, harmful=harmful, scenario=scenario)
-
-
-def _filled(query: str, *answers: str) -> list[str]:
-    texts = [text.strip() for text in (query, *answers)]
-    if not texts[0]:
-        raise Unwanted("empty query")
-    if not all(texts):
-        raise Unwanted("empty answer")
-    return texts
 
 
 def _plain(label: str | float) -> str:

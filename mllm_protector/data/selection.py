@@ -18,11 +18,10 @@ from numpy.typing import NDArray
 
 from mllm_protector import reading, rows
 from mllm_protector.data import duplicates, queries, table
-from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.duplicates import distinct, label_of, text_of
 from mllm_protector.data.queries import digest
 from mllm_protector.data.splits import Origin, SourceAccount, Splits, T, as_json, held_out, make_splits
-from mllm_protector.data.table import Table, open_table, record, write_facts, write_table
+from mllm_protector.data.table import Table, cached, code_digest, open_table, record, write_facts, write_table
 from mllm_protector.errors import InputError
 from mllm_protector.files import content_key, expand, write_jsonl
 from mllm_protector.outputs import probe

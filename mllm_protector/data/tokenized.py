@@ -1,10 +1,13 @@
-"""Training examples as token ids on the disk: made once, found again by what they were made of."""
+"""Training examples: prefixes of answers, token ids on the disk, and a balance of the labels."""
 
 import hashlib
 import logging
+import random
+import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -19,12 +22,21 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import prompts
 from mllm_protector import records as record_types
-from mllm_protector.data import detoxifier_encoding, encoding, layout, prefixes, table, tokens
-from mllm_protector.data.cache import cached, code_digest
+from mllm_protector.data import detoxifier_encoding, encoding, layout, table, tokens
 from mllm_protector.data.encoding import EncodedAnswer
-from mllm_protector.data.table import BATCH, Table, in_batches, open_table, write_facts, write_table
+from mllm_protector.data.table import (
+    BATCH,
+    Table,
+    cached,
+    code_digest,
+    in_batches,
+    open_table,
+    write_facts,
+    write_table,
+)
 from mllm_protector.errors import InputError
 from mllm_protector.files import content_key, file_digest
+from mllm_protector.records import LabelledAnswer
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +49,17 @@ Balance = Literal["none", "undersample", "oversample"]
 MADE_BY = [
     tokenizers.__version__,
     transformers.__version__,
-    code_digest(record_types, prompts, encoding, detoxifier_encoding, layout, prefixes, tokens, table),
+    code_digest(record_types, prompts, encoding, detoxifier_encoding, layout, tokens, table),
     file_digest(Path(__file__)),
 ]
 """The code that makes records and ids; taken when it is loaded, as it may be edited while it runs."""
+
+
+LONGEST = 0.9
+SHORTEST = 0.1
+SHORTEST_HARMFUL = 0.5
+
+_WORD_END = re.compile(r"(?<=\w)(?![\w'’-])")
 
 
 class Encoder(Protocol[R_contra, E]):
@@ -134,6 +153,49 @@ def balanced(examples: Tokenized[EncodedAnswer], how: Balance, *, seed: int) -> 
         times, more = divmod(len(frequent), len(rare))
         rare = np.concatenate([np.tile(rare, times), rng.permutation(rare)[:more]])
     return examples.take(np.sort(np.concatenate([rare, frequent])))
+
+
+def with_prefixes(records: Iterable[LabelledAnswer], *, share: float, seed: int) -> Iterator[LabelledAnswer]:
+    """The records, and prefixes of a share of their answers, each behind its record.
+
+    A prefix ends with a word and has 10 to 90 % of the answer's characters; no two are of one answer. A
+    prefix has the label of its whole answer. That is always true of a harmless answer, for what is left out
+    cannot make the rest harmful; but the first words of a harmful answer are often harmless themselves, the
+    same ones with which harmless answers begin, and a detector that learnt to flag them would flag those
+    too. So a prefix of a harmful answer has at least half of it. (Some of these are labelled wrongly all the
+    same, where the harm stands in the second half.)
+
+    Answers too short to be cut so, such as single words, give none. Which answers are cut, and where, depends
+    on the seed and the record alone, not on the records around it.
+
+    Args:
+        records: training records; they come back in their order.
+        share: of the answers that get a prefix, in [0, 1]: each one with this probability.
+        seed: gives another choice.
+
+    Raises:
+        InputError: ``share`` is no share.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"prefixes={share}: must lie between 0 and 1")
+    return _with_prefixes(records, share, seed)
+
+
+def _with_prefixes(records: Iterable[LabelledAnswer], share: float, seed: int) -> Iterator[LabelledAnswer]:
+    for record in records:
+        yield record
+        rng = random.Random(f"{seed}\n{record.query}\n{record.answer}")
+        if rng.random() < share and (cuts := _cuts(record)):
+            answer = record.answer[: rng.choice(cuts)]
+            yield replace(record, answer=answer)
+
+
+def _cuts(record: LabelledAnswer) -> list[int]:
+    """The ends of words within the bounds, without the last word's: what is left out has words too."""
+    shortest = SHORTEST_HARMFUL if record.harmful else SHORTEST
+    length = len(record.answer)
+    ends = [match.start() for match in _WORD_END.finditer(record.answer)][:-1]
+    return [end for end in ends if shortest * length <= end <= LONGEST * length]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.data.prefixes import with_prefixes
+from mllm_protector.data.tokenized import with_prefixes
 from mllm_protector.data.toy import toy_pairs
 from mllm_protector.errors import InputError
 from mllm_protector.records import LabelledAnswer, labelled_answers

@@ -17,9 +17,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from mllm_protector.config import CONFIGS, build
-from mllm_protector.data.cache import VARIABLE
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import opening_key
+from mllm_protector.data.table import VARIABLE
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.reading import Account
 from mllm_protector.records import AnswerPair

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_protector.data import duplicates, selection
-from mllm_protector.data.cache import cache_folder
 from mllm_protector.data.duplicates import distinct, label_of, text_of
 from mllm_protector.data.queries import digest
 from mllm_protector.data.sources import Labelled, Pairs
 from mllm_protector.data.splits import Splits, held_out
+from mllm_protector.data.table import cache_folder
 from mllm_protector.errors import InputError
 from mllm_protector.reading import Account
 from mllm_protector.records import AnswerPair, LabelledAnswer

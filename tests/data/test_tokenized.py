@@ -19,10 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mllm_protector.data import detoxifier_encoding
 from mllm_protector.data import tokenized as module
-from mllm_protector.data.cache import VARIABLE
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer
-from mllm_protector.data.table import BATCH
+from mllm_protector.data.table import BATCH, VARIABLE
 from mllm_protector.data.tokenized import (
     Balance,
     Tokenized,
