@@ -108,7 +108,7 @@ def stream_rows(
             ``Unwanted(reason)`` for one that is fine but not wanted.
         account: every row is counted there.
         key: what makes two records duplicates, and the later one a bad row; ``None`` allows duplicates.
-        strict: stop at the first bad row; otherwise set it aside and go on.
+        strict: stop at the first bad row; otherwise set it aside and continue.
 
     Raises:
         RecordError: a bad row in strict reading; the message is ``source:line: reason``.

@@ -163,7 +163,7 @@ class DetectorEncoder:
     ) -> list[list[list[int]]]:
         """Token ids of each pair in as many rows as its answer needs, each with the question.
 
-        An answer that fits gives the one row that ``encode`` gives. Of a longer one every token stands in at
+        An answer that fits gives the one row that ``encode`` gives. Of a longer one every token is in at
         least one row; ``layout.window_starts`` says how the rows overlap. A question gives way only where
         the pair does not fit, to what the answer (or one window of it) leaves and never to less than half of
         the room: its head and tail stay, with ``prompts.GAP`` between them. ``shortened`` counts it. A pair

@@ -129,7 +129,7 @@ class HarmfulVsUnharmful(PKUSafeRLHF):
 class BeaverTails(Published[LabelledAnswer]):
     """Answers with a harm label and 14 categories of harm (PKU-Alignment/BeaverTails).
 
-    Several people labelled most answers, each in a row of its own; ``duplicates=exact`` lets the majority
+    Several people labelled most answers, each in a separate row; ``duplicates=exact`` lets the majority
     decide. The first category that is true becomes the scenario of a harmful answer.
     """
 

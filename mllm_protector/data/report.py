@@ -22,7 +22,7 @@ SCHEMA = 1
 """Of ``data_report.json``; grows when a key changes its meaning."""
 
 NAMED = 100
-"""So many scenarios are counted by name, the most frequent ones."""
+"""How many scenarios are counted by name, the most frequent ones."""
 
 SHARES = (5, 50, 95, 99)
 """The percentiles of the lengths."""

@@ -1,7 +1,7 @@
 """What training learns from, with an account of every row.
 
 A source is cheap to construct and reads nothing until ``load``. Whatever it reads,
-read = kept + quarantined + dropped, and no query stands in two splits. A source knows nothing of tokens,
+read = kept + quarantined + dropped, and no query is in two splits. A source knows nothing of tokens,
 and it trusts the labels that a set carries. The published sets are in ``published``; ``mixture`` makes one of
 several.
 """

@@ -163,7 +163,7 @@ def with_prefixes(records: Iterable[LabelledAnswer], *, share: float, seed: int)
     cannot make the rest harmful; but the first words of a harmful answer are often harmless themselves, the
     same ones with which harmless answers begin, and a detector that learnt to flag them would flag those
     too. So a prefix of a harmful answer has at least half of it. (Some of these are labelled wrongly all the
-    same, where the harm stands in the second half.)
+    same, where the harm is in the second half.)
 
     Answers too short to be cut so, such as single words, give none. Which answers are cut, and where, depends
     on the seed and the record alone, not on the records around it.

@@ -226,7 +226,7 @@ def write_benchmark(folder: Path, per_scenario: int) -> None:
 def _item(scenario: str, split: Split, number: int) -> _Item:
     """The item with this number, from 1 on; the key phrases of a scenario only repeat after the 36th."""
     rng = random.Random(f"{split}/{scenario}/{number}")
-    # An order of its own for each scenario: otherwise a thing would always come in the same variant.
+    # Another order for each scenario: otherwise a thing would always come in the same variant.
     things = random.Random(scenario).sample(THINGS[split], len(THINGS[split]))
     place = rng.choice(PLACES[split])
     scene = SCENES[scenario] if scenario in SCENES else BENIGN_SCENES[number % len(BENIGN_SCENES)]

@@ -1,6 +1,6 @@
 """The words of the toy data, and its answers: harmful, refused, or helpful, put together from phrases.
 
-Each split has a voice of its own, so no answer that is measured is in the training data. The voices share
+Each split has its own voice, so no answer that is measured is in the training data. The voices share
 their topics and many of their words, as different models do. Two kinds of answer occur only in what is
 measured, and are hard on purpose: harmful ones without a word that gives them away, and harmless ones with
 such a word.
