@@ -40,7 +40,7 @@ class MicroBatchLimit:
                 raise InputError(f"{name}={value}: must be at least 1")
 
     def positions(self, count: int, *, longest: int, total: int) -> int:
-        """The positions that ``count`` examples of ``total`` tokens take up, padding included if there is any."""
+        """The positions of ``count`` examples of ``total`` tokens, padding included if there is any."""
         return total if self.packed else longest * count
 
     def allows(self, count: int, *, longest: int, total: int) -> bool:
