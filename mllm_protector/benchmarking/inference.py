@@ -8,7 +8,8 @@ import torch
 from mllm_protector.benchmarking.meter import Meter, Reading
 from mllm_protector.benchmarking.shape import Kind
 from mllm_protector.data.batching import MicroBatchLimit
-from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder, EncodedAnswer
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer
 from mllm_protector.models.detector import score_logits
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.guard_file import GuardFile

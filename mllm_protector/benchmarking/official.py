@@ -12,13 +12,8 @@ import torch
 
 from mllm_protector.benchmarking.meter import Meter, Reading
 from mllm_protector.benchmarking.shape import Precision
-from mllm_protector.data.encoding import (
-    Batch,
-    DetectorEncoder,
-    DetoxifierEncoder,
-    EncodedAnswer,
-    EncodedCorrection,
-)
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import Batch, DetectorEncoder, EncodedAnswer, EncodedCorrection
 from mllm_protector.models.backbone import to_device
 
 E = TypeVar("E")

@@ -11,7 +11,8 @@ from mllm_protector.benchmarking.meter import Meter, Reading
 from mllm_protector.benchmarking.official import CLIP_NORM, adamw
 from mllm_protector.benchmarking.shape import Precision
 from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
-from mllm_protector.data.encoding import Batch, DetectorEncoder, DetoxifierEncoder
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import Batch, DetectorEncoder
 from mllm_protector.data.packing import pack_answers, pack_corrections
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.processes import start_accelerator

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_protector.benchmarking.flops import language_head, score_head, training_flops
 from mllm_protector.benchmarking.shape import Shape
-from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder, EncodedAnswer, EncodedCorrection
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer, EncodedCorrection
 from mllm_protector.data.sources import Source
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError

@@ -24,15 +24,13 @@ from mllm_protector.errors import InputError
 from mllm_protector.prompts import pieces
 from mllm_protector.ranges import Seed
 from mllm_protector.reading import (
-    BYTE_ORDER_MARK,
-    Row,
     Unwanted,
     collect,
-    parse_json_line,
     read_records,
     text_field,
 )
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question, Variant
+from mllm_protector.rows import BYTE_ORDER_MARK, Row, parse_json_line
 from mllm_protector.scenarios import Criterion
 
 COLUMNS = ("id", "question", "context", "image", "options", "answers", "scenario", "criterion", "pair")

@@ -7,8 +7,7 @@ from typing import Any
 
 from mllm_protector.benchmarks.mmsafety import MMSafetyBench
 from mllm_protector.data.toy import benign_questions, write_benchmark
-from mllm_protector.data.toy_answers import is_harmful
-from mllm_protector.data.toy_content import BENIGN_SCENES
+from mllm_protector.data.toy_answers import BENIGN_SCENES, is_harmful
 from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import LoadedBenchmark, Question, Variant
 

@@ -16,7 +16,7 @@ from mllm_protector.errors import InputError
 class MicroBatchLimit:
     """The most that one forward pass of one process may hold: a matter of memory and speed.
 
-    An example that alone exceeds ``tokens`` gets a pass of its own.
+    An example that alone exceeds ``tokens`` gets a separate pass.
 
     Attributes:
         tokens: positions, padding included; ``None`` for no limit.
@@ -40,11 +40,11 @@ class MicroBatchLimit:
                 raise InputError(f"{name}={value}: must be at least 1")
 
     def positions(self, count: int, *, longest: int, total: int) -> int:
-        """What so many examples of ``total`` tokens take up: padding included if there is any."""
+        """The positions of ``count`` examples of ``total`` tokens, padding included if there is any."""
         return total if self.packed else longest * count
 
     def allows(self, count: int, *, longest: int, total: int) -> bool:
-        """Whether so many examples of ``total`` tokens fit into one forward pass."""
+        """Whether ``count`` examples of ``total`` tokens fit into one forward pass."""
         if count <= 1:
             return True
         if self.examples is not None and count > self.examples:
@@ -88,7 +88,7 @@ def plan_epoch(
         processes: how many work together.
         seed: of the run.
         epoch: gives another order.
-        done: so many steps at the beginning are left out.
+        done: how many steps at the beginning are left out.
     """
     order = array("q", range(len(lengths)))
     random.Random(f"{seed}/{epoch}").shuffle(order)

@@ -1,23 +1,20 @@
-"""Near duplicates among a million texts, in memory that holds none of them.
+"""Rows that say the same: equal texts whose labels are voted on, and near duplicates among a million texts.
 
-Two texts are compared word by word, without regard to case, punctuation, Unicode form and spacing
-(``queries.words``). Their share is that of the words which both have in the same order: the longest common
-subsequence, divided by the length of the longer text. One changed word in a text of n leaves (n - 1) / n, so
-with the threshold of 0.85 it is found from 7 words on, and shorter texts are duplicates only where all words
-are equal.
+Near duplicates are compared word by word, without regard to case, punctuation, Unicode form and spacing
+(``queries.words``). Their share is the longest common subsequence of words, divided by the length of the
+longer text. One changed word in a text of n leaves (n - 1) / n, so with the threshold of 0.85 it is found
+from 7 words on, and shorter texts are duplicates only where all words are equal. Meaning plays no part.
 
-Candidates are proposed by MinHash (signatures by ``rensa``), and the share alone decides: chance can hide a
-duplicate, it never makes one. The hidden ones are few where a pair is clearly above the threshold.
-
-It knows nothing of meaning: other words for the same, or sentences in another order, are another text.
+MinHash (``rensa``) proposes candidates and the share decides. Chance can hide a duplicate, though rarely one
+clearly above the threshold; it never makes one.
 """
 
-import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +22,10 @@ from rapidfuzz.distance import LCSseq
 from rensa import RMinHash
 from tqdm import tqdm
 
-from mllm_protector.data.queries import words
+from mllm_protector.data.queries import digest, words
+from mllm_protector.data.table import in_batches
 from mllm_protector.errors import InputError
+from mllm_protector.records import AnswerPair, LabelledAnswer
 
 THRESHOLD = 0.85
 """The least share of near duplicates: one word in seven may differ."""
@@ -36,7 +35,64 @@ _SLOTS_IN_BAND = 4
 _GROUPINGS = 3
 _NEIGHBOURS = 4
 _KEPT = 4
-_ROWS_AT_ONCE = 1024
+_PAIRS_AT_ONCE = 1024
+
+
+def text_of(record: AnswerPair | LabelledAnswer, separator: str = "\n") -> str:
+    """The question and its one or two answers as one text."""
+    if isinstance(record, AnswerPair):
+        return separator.join((record.query, record.accepted, record.rejected))
+    return separator.join((record.query, record.answer))
+
+
+def label_of(record: AnswerPair | LabelledAnswer) -> int:
+    """One number below 4 for each combination of a record's labels."""
+    if isinstance(record, AnswerPair):
+        return 2 * record.accepted_harmful + record.rejected_harmful
+    return int(record.harmful)
+
+
+def first_equal(values: NDArray[Any]) -> NDArray[np.int64]:
+    """For each value the first place where it stands."""
+    _, first, group = np.unique(values, return_index=True, return_inverse=True)
+    places: NDArray[np.int64] = first[group]
+    return places
+
+
+def distinct(
+    texts: NDArray[np.uint64], labels: NDArray[np.uint8], dropped: Counter[str]
+) -> NDArray[np.int64]:
+    """The places of the records to keep, where texts may occur several times.
+
+    Equal texts with equal labels are kept once, the first. Where labels differ, because several people
+    labelled an answer, the most frequent one wins; with a tie the text is dropped.
+
+    Args:
+        texts: (N,) a digest of each record's words.
+        labels: (N,) below 4.
+        dropped: gets the number of dropped records by reason.
+    """
+    _, group = np.unique(texts, return_inverse=True)
+    voted, first, votes = np.unique(
+        group.astype(np.int64) * 4 + labels, return_index=True, return_counts=True
+    )
+    ranked = np.lexsort((-votes, voted // 4))  # by text, the most frequent label first
+    leads = np.diff(voted[ranked] // 4, prepend=-1) != 0
+    winner, behind = ranked[leads], ranked[~leads]
+    best = np.zeros(int(group.max(initial=-1)) + 1, np.int64)
+    best[voted[winner] // 4] = votes[winner]
+    tied = np.zeros(len(best), np.bool_)
+    tied[voted[behind][votes[behind] == best[voted[behind] // 4]] // 4] = True
+    kept = winner[~tied[voted[winner] // 4]]
+    everything = np.bincount(group, minlength=len(best))
+    counts = {
+        "exact duplicate": (votes[kept] - 1).sum(),
+        "outvoted label": everything[~tied].sum() - votes[kept].sum(),
+        "contradictory labels": everything[tied].sum(),
+    }
+    dropped.update({reason: int(count) for reason, count in counts.items() if count})
+    places: NDArray[np.int64] = np.sort(first[kept])
+    return places
 
 
 def require_share(**given: float) -> None:
@@ -51,20 +107,20 @@ def require_share(**given: float) -> None:
 
 
 def least_common(threshold: float, count: int) -> int:
-    """How many of so many words two texts must have in common to reach the threshold."""
+    """How many of ``count`` words two texts must share to reach the threshold."""
     return math.ceil(threshold * count - 1e-9)
 
 
 def near_duplicates(texts: Sequence[str], *, threshold: float) -> NDArray[np.int64]:
     """The first text of each text's group.
 
-    A text joins the earliest group whose *first* text it is near to, by the share that the module describes.
-    Nearness is not passed on: of a chain in which each is near to the next, only those near to the first
-    join it. Another order of the rows gives other firsts, and with them may give other groups of a chain.
+    A text joins the earliest group whose *first* text it is near to. Nearness is not passed on: of a chain in
+    which each is near to the next, only those near to the first join it, so another order of the rows may
+    give other groups.
 
     The work grows as N log N, whatever the texts: each is compared with ``_KEPT`` others at most, and in each
     band's bucket (texts that agree in ``_SLOTS_IN_BAND`` slots) only signatures are compared, with those of
-    the ``_NEIGHBOURS`` rows before and of the bucket's first. Memory is about 200 bytes a text.
+    the ``_NEIGHBOURS`` rows before and of the bucket's first. Memory is about 300 bytes a text.
 
     Args:
         texts: read in order once, and some of them again by index; never held.
@@ -78,15 +134,15 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> NDArray[np.int
     """
     require_share(threshold=threshold)
     signatures, digests = _read(texts)
-    equal = _first_equal(digests)
-    del digests
-    distinct = np.flatnonzero(equal == np.arange(len(equal), dtype=np.int32)).astype(np.int32)
+    equal = first_equal(digests)
+    apart = np.flatnonzero(equal == np.arange(len(equal))).astype(np.int32)
+    signatures = signatures[apart]
     # Each replaced word spoils two word pairs. Half of what then remains in common at the threshold is asked
     # for, since signatures only estimate it.
     remaining = (2 * threshold - 1) / (3 - 2 * threshold) / 2
-    proposals = _propose(signatures, distinct, least=math.ceil(remaining * _SLOTS))
+    proposals = _propose(signatures, least=math.ceil(remaining * _SLOTS))
     del signatures
-    first = np.arange(len(equal), dtype=np.int64)
+    first = np.arange(len(equal))
 
     @lru_cache(maxsize=256)
     def words_of(row: int) -> list[str]:
@@ -94,10 +150,9 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> NDArray[np.int
 
     proposed = np.flatnonzero(proposals[:, 0] >= 0)
     for position in tqdm(proposed, desc="comparing texts", unit="text", disable=None):
-        row = distinct[position]
+        row, others = apart[position], proposals[position]
         own = words(texts[int(row)])
-        others = proposals[position]
-        for candidate in np.unique(first[distinct[others[others >= 0]]]):
+        for candidate in np.unique(first[apart[others[others >= 0]]]):
             other = words_of(int(candidate))
             least = least_common(threshold, max(len(own), len(other)))
             if LCSseq.similarity(own, other, score_cutoff=least) >= least:
@@ -107,20 +162,17 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> NDArray[np.int
 
 
 def _read(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
-    """Signatures (N, _SLOTS) uint8, the low bytes of a MinHash of word pairs, and digests (N, 2) uint64."""
-    signatures = np.empty((len(texts), _SLOTS), dtype=np.uint8)
-    digests = np.empty((len(texts), 2), dtype=np.uint64)
+    """Signatures (N, _SLOTS), the low bytes of a MinHash of word pairs, and a digest (N,) of the words."""
+    signatures = np.empty((len(texts), _SLOTS), np.uint8)
+    digests = np.empty(len(texts), np.uint64)
     start = 0
     with tqdm(total=len(texts), desc="reading texts", unit="text", disable=None) as bar:
-        for batch in _batches(texts):
+        for batch in in_batches(texts):
             end = start + len(batch)
             rows = [words(text) for text in batch]
             hashes = RMinHash.digests_from_token_sets(list(map(_word_pairs, rows)), num_perm=_SLOTS, seed=0)
-            signatures[start:end] = np.array(hashes, dtype=np.uint32).astype(np.uint8)
-            joined = b"".join(
-                hashlib.blake2b(" ".join(row).encode(), digest_size=16).digest() for row in rows
-            )
-            digests[start:end] = np.frombuffer(joined, dtype=np.uint64).reshape(-1, 2)
+            signatures[start:end] = np.array(hashes, np.uint32).astype(np.uint8)
+            digests[start:end] = [digest(0, " ".join(row)) for row in rows]
             start = end
             bar.update(len(batch))
     return signatures, digests
@@ -131,40 +183,18 @@ def _word_pairs(row: Sequence[str]) -> list[str]:
     return [f"{left} {right}" for left, right in zip(["", *row], [*row, ""], strict=True)]
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
-    stream = iter(texts)
-    while batch := list(islice(stream, _ROWS_AT_ONCE)):
-        yield batch
-
-
-def _first_equal(digests: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """(N,) int32: the first row with the same digest."""
-    order = np.lexsort((digests[:, 1], digests[:, 0]))
-    fresh = np.ones(len(order), dtype=bool)
-    fresh[1:] = (digests[order[1:]] != digests[order[:-1]]).any(axis=1)
-    equal = np.empty(len(order), dtype=np.int32)
-    equal[order] = order[_last_true(fresh)]
-    return equal
-
-
-def _last_true(fresh: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """For each place the nearest true one at or before it."""
-    return np.maximum.accumulate(np.where(fresh, np.arange(len(fresh), dtype=np.int32), np.int32(0)))
-
-
-def _propose(signatures: NDArray[np.uint8], distinct: NDArray[np.int32], *, least: int) -> NDArray[np.int32]:
-    """For each distinct text the earlier ones that are most like it by their signatures.
+def _propose(signatures: NDArray[np.uint8], *, least: int) -> NDArray[np.int32]:
+    """For each text the earlier ones that are most like it by their signatures.
 
     Args:
-        signatures: (N, _SLOTS) uint8.
-        distinct: (D,) int32, the rows to look at.
+        signatures: (D, _SLOTS) of texts that all differ.
         least: slots that two signatures must have in common.
 
     Returns:
-        (D, _KEPT) int32: positions in ``distinct``, -1 for none; the first is none only if all are.
+        (D, _KEPT) int32: positions, -1 for none; the first is none only if all are.
     """
-    proposals = np.full((len(distinct), _KEPT), -1, dtype=np.int32)
-    agreements = np.zeros((len(distinct), _KEPT), dtype=np.uint8)
+    proposals = np.full((len(signatures), _KEPT), -1, np.int32)
+    agreements = np.zeros((len(signatures), _KEPT), np.uint8)
     shuffle = random.Random(0)
     bands = [
         slots[start : start + _SLOTS_IN_BAND]
@@ -172,12 +202,12 @@ def _propose(signatures: NDArray[np.uint8], distinct: NDArray[np.int32], *, leas
         for start in range(0, _SLOTS, _SLOTS_IN_BAND)
     ]
     for slots in tqdm(bands, desc="comparing signatures", unit="band", disable=None):
-        for later, earlier in _neighbours(signatures[distinct[:, None], slots]):
-            for start in range(0, len(later), _ROWS_AT_ONCE):
-                rows, others = later[start : start + _ROWS_AT_ONCE], earlier[start : start + _ROWS_AT_ONCE]
+        for later, earlier in _neighbours(signatures[:, slots]):
+            for start in range(0, len(later), _PAIRS_AT_ONCE):
+                rows, others = later[start : start + _PAIRS_AT_ONCE], earlier[start : start + _PAIRS_AT_ONCE]
                 new = (proposals[rows] != others[:, None]).all(axis=1)
                 rows, others = rows[new], others[new]
-                common = (signatures[distinct[rows]] == signatures[distinct[others]]).sum(axis=1)
+                common = (signatures[rows] == signatures[others]).sum(axis=1)
                 weakest = agreements[rows].argmin(axis=1)
                 better = (common >= least) & (common > agreements[rows, weakest])
                 proposals[rows[better], weakest[better]] = others[better]
@@ -186,12 +216,11 @@ def _propose(signatures: NDArray[np.uint8], distinct: NDArray[np.int32], *, leas
 
 
 def _neighbours(band: NDArray[np.uint8]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """Pairs (later, earlier) of rows that agree in a band (D, _SLOTS_IN_BAND) uint8; no later one twice."""
+    """Pairs (later, earlier) of rows that agree in a band (D, _SLOTS_IN_BAND), no later one twice."""
     keys = np.ascontiguousarray(band).view(np.uint32)[:, 0]
     order = np.argsort(keys, kind="stable").astype(np.int32)
-    keys = keys[order]
-    begin = _last_true(np.append(True, keys[1:] != keys[:-1])[: len(keys)])
-    place = np.arange(len(keys), dtype=np.int32) - begin
+    begin = np.searchsorted(keys[order], keys[order])  # of each row's bucket
+    place = np.arange(len(keys)) - begin
     for lag in range(1, _NEIGHBOURS + 1):
         later = np.flatnonzero(place >= lag)
         yield order[later], order[later - lag]

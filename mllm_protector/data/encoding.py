@@ -1,4 +1,4 @@
-"""Texts to token ids to tensors: one renderer for training and for inference.
+"""Texts to token ids to tensors for the detector: one renderer for training and for inference.
 
 An encoder is the only way to feed a trained part. It is saved in the checkpoint, so a detector that was
 trained on question and answer cannot be run on the answer alone (the official code trains with the
@@ -26,20 +26,18 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import normalisation, prompts
-from mllm_protector.data.layout import OVERLAP, fit, lay_out, window_starts
+from mllm_protector.data.layout import OVERLAP, lay_out, window_starts
 from mllm_protector.data.tokens import (
     JoinedPrompt,
-    chat_layout,
     encode_literal,
     encode_pairs,
-    encode_texts,
     share,
     special_affixes,
     without_pad,
 )
 from mllm_protector.errors import InputError
 from mllm_protector.normalisation import normalised, readings
-from mllm_protector.records import Correction, LabelledAnswer
+from mllm_protector.records import LabelledAnswer
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +104,7 @@ class DetectorEncoder:
         self.tokenizer = tokenizer
         self.pad_id = pad_id
         self.max_length = max_length
-        self.prompt = _checked(prompt)
+        self.prompt = checked_prompt(prompt)
         first, last = special_affixes(tokenizer)
         if pad_id in first + last:
             raise InputError(f"pad id {pad_id} is also one of the tokenizer's own first or last tokens")
@@ -165,7 +163,7 @@ class DetectorEncoder:
     ) -> list[list[list[int]]]:
         """Token ids of each pair in as many rows as its answer needs, each with the question.
 
-        An answer that fits gives the one row that ``encode`` gives. Of a longer one every token stands in at
+        An answer that fits gives the one row that ``encode`` gives. Of a longer one every token is in at
         least one row; ``layout.window_starts`` says how the rows overlap. A question gives way only where
         the pair does not fit, to what the answer (or one window of it) leaves and never to less than half of
         the room: its head and tail stay, with ``prompts.GAP`` between them. ``shortened`` counts it. A pair
@@ -208,7 +206,7 @@ class DetectorEncoder:
 
     def pad(self, rows: Sequence[Sequence[int]]) -> Batch:
         """``input_ids`` and ``attention_mask``, both (B, T) int64, padded on the right."""
-        return _padded(rows, self.pad_id, side="right")
+        return padded(rows, self.pad_id, side="right")
 
     def __call__(self, rows: Sequence[EncodedAnswer]) -> Batch:
         """The collate function: ``pad`` plus ``labels`` (B,) float32."""
@@ -237,155 +235,11 @@ class DetectorEncoder:
         return without_pad(self._layout.fill(query, answer), self.pad_id)
 
 
-class DetoxifierEncoder:
-    """Renders (query, rejected answer) for the detoxifier, and the accepted answer behind it.
-
-    Attributes:
-        truncated: rows in which a text was too long, in training and in use.
-        shortened: always 0; a row with a question that is too long is one of the ``truncated``.
-    """
-
-    example = EncodedCorrection
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        pad_id: int,
-        max_length: int,
-        prompt: str = prompts.DETOXIFIER,
-        chat: bool = False,
-    ) -> None:
-        """Bind the tokenizer to a prompt.
-
-        Args:
-            tokenizer: of a causal LM; it must have an end token.
-            pad_id: fills batches; masked, so it may also be the end token.
-            max_length: the longest sequence in tokens, prompt and target together.
-            prompt: a template with the fields ``query`` and ``answer``.
-            chat: send the prompt as a user's turn through the tokenizer's chat template.
-
-        Raises:
-            InputError: no end token, no chat template where one is asked for, or a prompt that does not fit.
-        """
-        if tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no end token, so a detoxifier could never stop")
-        self.tokenizer = tokenizer
-        self.pad_id = pad_id
-        self.max_length = max_length
-        self.prompt = _checked(prompt)
-        self.chat = chat
-        self.end_id: int = tokenizer.eos_token_id
-        own = partial(encode_literal, tokenizer)
-        self._layout = (
-            lay_out(_checked(chat_layout(tokenizer, prompt)), partial(own, special_tokens=True))
-            if chat
-            else lay_out(prompt, own, first=special_affixes(tokenizer)[0])
-        )
-        self._gap = own(prompts.GAP)
-        self.room()
-        self.truncated = 0
-        self.shortened = 0
-
-    def identity(self) -> dict[str, Any]:
-        """All that the ids of a text depend on beside the tokenizer and this code, for JSON.
-
-        The prompt's own ids among them: a chat template may write the date.
-        """
-        return {
-            "kind": "detoxifier",
-            "prompt": self.prompt,
-            "chat": self.chat,
-            "max_length": self.max_length,
-            "pad_id": self.pad_id,
-            "end_id": self.end_id,
-            "room": self.room(),
-            "layout": self._layout.parts,
-            "gap": self._gap,
-        }
-
-    def room(self, *, reserve: int = 0) -> int:
-        """How many tokens the query and the answer may have, in training as in use.
-
-        The room for what is to be written (``longest_target`` tokens) is never given to them, however short
-        it turns out to be: what is read in use is what was read in training.
-
-        Args:
-            reserve: tokens to be written, where these are more.
-
-        Raises:
-            InputError: fewer than two are left.
-        """
-        reserve = max(reserve, self.longest_target)
-        room = self.max_length - reserve - self._layout.size
-        if room < 2:
-            raise InputError(
-                f"max_length={self.max_length}: too short; the prompt takes {self._layout.size} tokens and "
-                f"{reserve} are kept for what is to be written, so {max(room, 0)} are left for two texts"
-            )
-        return room
-
-    def encode(self, *, queries: Sequence[str], answers: Sequence[str], reserve: int = 0) -> list[list[int]]:
-        """Prompt ids of each (query, harmful answer), which have at most ``room`` beside the prompt.
-
-        Where they do not fit, the query is cut first, to no less than half of the room, then the answer. A
-        text that is cut keeps its head and its tail, with ``prompts.GAP`` between them: harm may stand at
-        either end. ``truncated`` counts such rows.
-
-        Args:
-            queries: what was asked.
-            answers: what was flagged.
-            reserve: as for ``room``.
-
-        Raises:
-            InputError: as ``room``.
-        """
-        room = self.room(reserve=reserve)
-        rendered = []
-        for query, answer in encode_pairs(self.tokenizer, queries, answers):
-            self.truncated += len(query) + len(answer) > room
-            rendered.append(self._layout.fill(*fit(query, answer, room, self._gap)))
-        return rendered
-
-    def encode_records(self, records: Sequence[Correction]) -> list[EncodedCorrection]:
-        """Training records as prompt and target ids, prompts as ``encode`` makes them.
-
-        Targets keep their first ``longest_target`` tokens: what is learnt to be written has no gap. One that
-        is cut has no end token: it would teach to stop in the middle.
-        """
-        pairs = encode_pairs(
-            self.tokenizer, [record.query for record in records], [record.rejected for record in records]
-        )
-        targets = encode_texts(self.tokenizer, [record.accepted for record in records])
-        room = self.room()
-        rendered = []
-        for (query, answer), accepted in zip(pairs, targets, strict=True):
-            target = [*accepted, self.end_id][: self.longest_target]
-            self.truncated += len(query) + len(answer) > room or len(accepted) >= self.longest_target
-            rendered.append(
-                EncodedCorrection(self._layout.fill(*fit(query, answer, room, self._gap)), target)
-            )
-        return rendered
-
-    @property
-    def longest_target(self) -> int:
-        """The longest text that is learnt, in tokens with its end token: half of ``max_length``."""
-        return self.max_length // 2
-
-    def pad_prompts(self, rows: Sequence[list[int]]) -> Batch:
-        """``input_ids`` and ``attention_mask``, both (B, T) int64, padded on the left for generation."""
-        return _padded(rows, self.pad_id, side="left")
-
-    def __call__(self, rows: Sequence[EncodedCorrection]) -> Batch:
-        """The collate function: ``collate_targets``."""
-        return collate_targets(rows, self.pad_id)
-
-
 def collate_targets(rows: Sequence[EncodedCorrection], pad_id: int) -> Batch:
     """Right-padded ids and mask, and ``labels`` (B, T) int64: the target's ids at the target's positions,
     ``IGNORED`` elsewhere.
     """
-    batch = _padded([row.prompt + row.target for row in rows], pad_id, side="right")
+    batch = padded([row.prompt + row.target for row in rows], pad_id, side="right")
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for index, row in enumerate(rows):
         start = len(row.prompt)
@@ -394,14 +248,20 @@ def collate_targets(rows: Sequence[EncodedCorrection], pad_id: int) -> Batch:
     return batch
 
 
-def _checked(prompt: str) -> str:
+def checked_prompt(prompt: str) -> str:
+    """The prompt itself.
+
+    Raises:
+        InputError: it does not have the fields ``query`` and ``answer``.
+    """
     try:
         return prompts.require_fields(prompt, {"query", "answer"})
     except ValueError as error:
         raise InputError(f"prompt={prompt}: {error}") from None
 
 
-def _padded(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> Batch:
+def padded(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> Batch:
+    """``input_ids`` and ``attention_mask``, both (B, T) int64, padded on the ``left`` or ``right``."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
     mask = torch.zeros((len(rows), width), dtype=torch.int64)

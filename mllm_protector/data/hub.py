@@ -11,11 +11,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mllm_protector.data.selection import Selection, T
-from mllm_protector.data.splits import Origin
+from mllm_protector.data.selection import Selection
+from mllm_protector.data.splits import Origin, T
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.files import expand, file_digest
-from mllm_protector.reading import READABLE, Account, Row, read_rows, stream_rows
+from mllm_protector.reading import Account, Unwanted, flag_field, stream_rows, text_field
+from mllm_protector.records import AnswerPair, LabelledAnswer
+from mllm_protector.rows import READABLE, Row, read_rows
 
 Values = Mapping[str, Any]
 Parser = Callable[[Values], T]
@@ -25,49 +27,70 @@ HEAD = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedFiles(Selection[T]):
-    """A published set in local files.
+class Published(Selection[T]):
+    """A published set, in local files or on the hub.
 
     Attributes:
-        path: a file, or a folder with files.
+        path: a file, or a folder with files, in the published layout; ``None`` asks the hub.
         pattern: which files of a folder are read, in sorted order.
         name: the set's name.
+        revision: the full hash of a commit on the hub; local files need none.
+        split: which of the hub's splits is read.
         licence: as the set states it.
+        columns: what every row must have.
     """
 
     pattern: str
     name: str
+    revision: str | None
+    split: str
 
     licence: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
 
     @abstractmethod
+    def parse(self, row: Values) -> T:
+        """A row as a record; ``ValueError`` says why it is none, ``Unwanted`` why it is left out."""
+
     def parser(self, head: Sequence[Values], source: str) -> Parser[T]:
-        """What turns a row into a record.
+        """What turns a row into a record: ``parse``, where a set has one layout.
 
         Args:
             head: the first rows, at least one, without those that cannot be read.
             source: what an error calls the place.
 
         Raises:
-            InputError: the rows are not laid out as they should be.
+            InputError: no row has one of the columns. (A row that lacks what others have is a bad row.)
         """
+        found = columns_of(head)
+        if missing := [name for name in self.columns if name not in found]:
+            raise InputError(f"{source}: missing {missing} of the columns {[*self.columns]}; found {found}")
+        return self.parse
+
+    def hub_options(self) -> dict[str, Any]:
+        """Further arguments of ``datasets.load_dataset``."""
+        return {}
 
     def origin(self) -> Origin:
-        """The set, with a hash of each file.
+        """The set, with its commit on the hub or a hash of each local file.
 
         Raises:
-            InputError: there is no such file.
+            InputError: there is no such file, or no commit is named.
         """
-        root = expand(self.path or "")
-        digests = {str(file.relative_to(root)) if file != root else file.name: file for file in self._files()}
-        return Origin(
-            name=self.name,
-            licence=self.licence,
-            files={name: file_digest(file) for name, file in digests.items()},
-        )
+        if self.path is not None:
+            root, files = expand(self.path), self._files()
+            names = {file: str(file.relative_to(root)) if file != root else file.name for file in files}
+            digests = {name: file_digest(file) for file, name in names.items()}
+            return Origin(name=self.name, licence=self.licence, files=digests)
+        if not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            raise InputError(
+                f"revision={self.revision}: give the full hash of a commit of {self.name} on the hub (40 "
+                "digits; a branch moves), or the `path` of a local copy"
+            )
+        return Origin(name=self.name, licence=self.licence, revision=self.revision)
 
     def records(self, account: Account) -> Iterator[T]:
-        """Every row of every file."""
+        """Every row of every file, or of the hub's split."""
         for source, rows in self._places():
             head = list(islice(rows, HEAD))
             if not head:
@@ -79,8 +102,14 @@ class PublishedFiles(Selection[T]):
             yield from stream_rows(chain(head, rows), source, parse, account, strict=self.strict)
 
     def _places(self) -> Iterator[tuple[str, Iterator[Row]]]:
-        for file in self._files():
-            yield str(file), read_rows(file, texts_only=True)
+        if self.path is None:
+            yield self._commit(), self._hub_rows()
+        else:
+            for file in self._files():
+                yield str(file), read_rows(file, texts_only=True)
+
+    def _commit(self) -> str:
+        return f"{self.name}@{str(self.revision)[:7]}"
 
     def _files(self) -> list[Path]:
         root = expand(self.path or "")
@@ -92,45 +121,6 @@ class PublishedFiles(Selection[T]):
         if not files:
             raise InputError(f"{root}: no {' or '.join(READABLE)} file there that fits '{self.pattern}'")
         return files
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Published(PublishedFiles[T]):
-    """A published set in local files or on the hub.
-
-    Attributes:
-        path: a file, or a folder with files, in the published layout; ``None`` asks the hub.
-        revision: the full hash of a commit on the hub; local files need none.
-        split: which of the hub's splits is read.
-    """
-
-    revision: str | None
-    split: str
-
-    def origin(self) -> Origin:
-        """The set, with its commit on the hub or a hash of each local file.
-
-        Raises:
-            InputError: there is no such file, or no commit is named.
-        """
-        if self.path is not None:
-            return PublishedFiles.origin(self)
-        if not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
-            raise InputError(
-                f"revision={self.revision}: give the full hash of a commit of {self.name} on the hub (40 "
-                "digits; a branch moves), or the `path` of a local copy"
-            )
-        return Origin(name=self.name, licence=self.licence, revision=self.revision)
-
-    def hub_options(self) -> dict[str, Any]:
-        """What else ``datasets.load_dataset`` is told."""
-        return {}
-
-    def _places(self) -> Iterator[tuple[str, Iterator[Row]]]:
-        if self.path is not None:
-            yield from PublishedFiles._places(self)
-        else:
-            yield f"{self.name}@{str(self.revision)[:7]}", self._hub_rows()
 
     def _hub_rows(self) -> Iterator[Row]:
         import datasets
@@ -144,8 +134,8 @@ class Published(PublishedFiles[T]):
         except Exception as error:  # the hub's client raises many kinds, and no common one
             cause = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"{self.name}@{str(self.revision)[:7]}: cannot be had from the hub ({cause}); "
-                "download the set and give its `path`"
+                f"{self._commit()}: cannot be had from the hub ({cause}); download the set and give its "
+                "`path`"
             ) from error
 
 
@@ -154,12 +144,37 @@ def columns_of(head: Sequence[Values]) -> list[str]:
     return list(dict.fromkeys(str(name) for row in head for name in row))
 
 
-def expect_columns(columns: Sequence[str], head: Sequence[Values], source: str) -> None:
-    """Refuse another layout. A row that lacks what others have is a bad row, and no matter of layout.
+def texts(row: Values, *names: str) -> list[str]:
+    """Texts of a row, which may be empty: such a row is not wanted, but it is not bad either."""
+    return [text_field(row, name, allow_empty=True) for name in names]
 
-    Raises:
-        InputError: no row has one of the columns; the message names the expected and the found ones.
-    """
-    found = columns_of(head)
-    if missing := [name for name in columns if name not in found]:
-        raise InputError(f"{source}: missing {missing} of the columns {list(columns)}; found {found}")
+
+def first_true(row: Values, name: str) -> str | None:
+    """The first name in an object of yes/no that is true; a row need not have the object."""
+    flags = row.get(name)
+    if flags is None:
+        return None
+    if not isinstance(flags, Mapping):
+        raise ValueError(f"field '{name}' must be an object of true and false, not {type(flags).__name__}")
+    return next((str(flag) for flag in flags if flags[flag] is not None and flag_field(flags, flag)), None)
+
+
+def pair(query: str, accepted: str, rejected: str, **known: Any) -> AnswerPair:
+    """A pair of stripped texts; ``Unwanted`` if one is empty or both answers are the same."""
+    query, accepted, rejected = _filled(query, accepted, rejected)
+    if accepted == rejected:
+        raise Unwanted("twice the same answer")
+    return AnswerPair(query=query, accepted=accepted, rejected=rejected, **known)
+
+
+def labelled(query: str, answer: str, *, harmful: bool, scenario: str | None = None) -> LabelledAnswer:
+    """A labelled answer of stripped texts; ``Unwanted`` if one is empty."""
+    query, answer = _filled(query, answer)
+    return LabelledAnswer(query=query, answer=answer, harmful=harmful, scenario=scenario)
+
+
+def _filled(query: str, *answers: str) -> list[str]:
+    stripped = [text.strip() for text in (query, *answers)]
+    if not all(stripped):
+        raise Unwanted("empty answer" if stripped[0] else "empty query")
+    return stripped

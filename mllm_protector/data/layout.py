@@ -13,7 +13,7 @@ OVERLAP = 0.25
 """The share of a window that its neighbour repeats, at least (see ``window_starts``)."""
 
 SENTENCE = 32
-"""Tokens that neighbouring windows share where they are long enough: a sentence of so many is cut by no
+"""Tokens that neighbouring windows share where they are long enough: a sentence of this length is cut by no
 border, but lies whole in one of the two."""
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_protector.data.queries import opening_key
-from mllm_protector.data.selection import Duplicates, Texts, near_copies, texts_of
+from mllm_protector.data.duplicates import first_equal, text_of
+from mllm_protector.data.queries import digest, opening_key
+from mllm_protector.data.selection import Duplicates, near_copies
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import SourceAccount, Splits, digest, make_splits
-from mllm_protector.data.table import Joined, chosen
+from mllm_protector.data.splits import SourceAccount, Splits, make_splits
+from mllm_protector.data.table import Table, joined, records_table
 from mllm_protector.errors import InputError
 from mllm_protector.ranges import Seed
 
@@ -20,13 +21,13 @@ from mllm_protector.ranges import Seed
 class Mixture:
     """Sources one after the other, each read, limited and split by its own options.
 
-    What stands in an earlier source is dropped from a later one, whatever its label there, and no record is
-    trained on whose query any source validates with.
+    A later source drops what an earlier one has, whatever its label there, and no record is trained on whose
+    query any source validates with.
 
     Attributes:
         sources: by the names that the report uses; none of them a mixture.
-        weights: how often a source's training records are used: 1, where nothing is said, as they are; 0.25 a
-            quarter of them; 3 each three times. Validation records are used once, whatever the weight.
+        weights: how often a source's training records are used, 1 by default: 0.25 uses a quarter of them, 3
+            each three times. Validation records are used once.
         duplicates: what is dropped from a later source: ``keep`` nothing, ``exact`` texts of an earlier one,
             ``near`` also what nearly is one of these.
         seed: of what a weight below 1 keeps.
@@ -65,16 +66,17 @@ class Mixture:
         loaded = {name: source.load() for name, source in self.sources.items()}
         parts = [_Part(splits, replace(splits.sources[0], name=name)) for name, splits in loaded.items()]
         if self.duplicates != "keep":
-            _drop_copies(parts, _first_equal(parts), "stands in an earlier source")
+            texts = (digest(0, text_of(each, "\0")) for each in _everything(parts))
+            _drop_copies(parts, first_equal(np.fromiter(texts, np.uint64)), "stands in an earlier source")
         if self.duplicates == "near":
-            texts = Texts(Joined([rows for part in parts for rows in (part.train, part.validation)]))
-            content = [[splits.fingerprint for splits in loaded.values()], len(texts)]
-            _drop_copies(parts, near_copies(texts, content), "nearly stands in an earlier source")
+            rows = _everything(parts)
+            content = [[splits.fingerprint for splits in loaded.values()], len(rows)]
+            _drop_copies(parts, near_copies(rows, content), "nearly stands in an earlier source")
         _drop_held_out(parts)
         for number, part in enumerate(parts):
             part.weigh((self.weights or {}).get(part.account.name, 1.0), seed=[self.seed, number])
-        train = Joined([part.train for part in parts])
-        validation = Joined([part.validation for part in parts])
+        train = joined(part.train for part in parts)
+        validation = joined(part.validation for part in parts)
         line = "; ".join(f"{part.account.name}: {part.account.summary()}" for part in parts)
         if not len(train) or not len(validation):
             raise InputError(f"{line}; nothing is left to {'validate with' if len(train) else 'train on'}")
@@ -85,41 +87,36 @@ class _Part:
     """What is left of a source."""
 
     def __init__(self, splits: Splits[Any], account: SourceAccount) -> None:
-        self.train = splits.train
-        self.validation = splits.validation
+        self.train = records_table(splits.train)
+        self.validation = records_table(splits.validation)
         self.account = account
 
     def keep(self, train: NDArray[np.bool_], validation: NDArray[np.bool_], reason: str) -> None:
-        """Go on with these records only."""
+        """Drop the other records for a reason."""
         gone = {"train": int((~train).sum()), "validation": int((~validation).sum())}
         if any(gone.values()):
-            self.train = chosen(self.train, np.flatnonzero(train))
-            self.validation = chosen(self.validation, np.flatnonzero(validation))
+            self.train = self.train.take(np.flatnonzero(train))
+            self.validation = self.validation.take(np.flatnonzero(validation))
             self.account = self.account.without(reason, **gone)
 
     def weigh(self, weight: float, seed: Sequence[int]) -> None:
-        """Use each training record so often; of a fraction, a random share of them once more."""
+        """Use each training record ``weight`` times; of a fraction, a random share of them once more."""
         if weight == 1:
             return
         count = len(self.train)
         times = np.full(count, int(weight))
         more = np.random.default_rng(seed).permutation(count)[: round(count * (weight - int(weight)))]
         times[more] += 1
-        self.train = chosen(self.train, np.repeat(np.arange(count), times))
+        self.train = self.train.take(np.repeat(np.arange(count), times))
         self.account = replace(self.account, weight=float(weight), train=len(self.train))
 
 
-def _first_equal(parts: Sequence[_Part]) -> NDArray[np.int64]:
-    """For each record the first place where its words stand."""
-    rows = (record for part in parts for records in (part.train, part.validation) for record in records)
-    digests = np.fromiter((digest(0, "\0".join(texts_of(record))) for record in rows), np.uint64)
-    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
-    places: NDArray[np.int64] = first[group]
-    return places
+def _everything(parts: Sequence[_Part]) -> Table[Any]:
+    return joined(records for part in parts for records in (part.train, part.validation))
 
 
 def _drop_copies(parts: Sequence[_Part], first: NDArray[np.int64], reason: str) -> None:
-    """Drop records whose words stand first in an earlier source; what copies its own source stays."""
+    """Drop records whose words first occur in an earlier source; copies within a source stay."""
     start = 0
     for part in parts:
         middle = start + len(part.train)
@@ -136,5 +133,5 @@ def _drop_held_out(parts: Sequence[_Part]) -> None:
         part.keep(free, np.ones(len(part.validation), np.bool_), "its query validates in another source")
 
 
-def _queries(records: Sequence[Any]) -> NDArray[np.uint64]:
-    return np.fromiter((digest(0, opening_key(record.query)) for record in records), np.uint64)
+def _queries(records: Table[Any]) -> NDArray[np.uint64]:
+    return np.fromiter((digest(0, opening_key(each.query)) for each in records), np.uint64)

@@ -11,13 +11,11 @@ from numpy.typing import NDArray
 
 from mllm_protector.data import contamination as checks
 from mllm_protector.data import duplicates, queries
-from mllm_protector.data.cache import cached, code_digest
 from mllm_protector.data.contamination import check_contamination
 from mllm_protector.data.report import data_report, write_data_report
-from mllm_protector.data.selection import T
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import Splits, make_splits
-from mllm_protector.data.table import chosen
+from mllm_protector.data.splits import Splits, T, make_splits
+from mllm_protector.data.table import cached, code_digest, records_table
 from mllm_protector.errors import InputError
 from mllm_protector.files import as_row, content_key, read_json, write_json, write_jsonl
 from mllm_protector.processes import first_process_first, is_first_process
@@ -182,7 +180,7 @@ def _without(splits: Splits[Any], rows: NDArray[np.int64]) -> Splits[Any]:
     account = f"{splits.account}; {len(rows):,} training records hold a benchmark's question and are left out"
     if not len(left):
         raise InputError(f"{account}; nothing is left to train on")
-    return make_splits(chosen(splits.train, left), splits.validation, account, sources)
+    return make_splits(records_table(splits.train).take(left), splits.validation, account, sources)
 
 
 def _say(name: str, finding: Mapping[str, Any]) -> None:

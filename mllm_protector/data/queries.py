@@ -1,5 +1,6 @@
 """When two texts count as the same: their words, and the keys of a query."""
 
+import hashlib
 import re
 import unicodedata
 
@@ -39,6 +40,11 @@ def opening_key(query: str) -> str:
     data.context=all`` makes: "Human: ...", then "Assistant: ..." in a new paragraph.
     """
     return query_key(query.partition(_ASSISTANT)[0].lstrip().removeprefix("Human:"))
+
+
+def digest(seed: int, text: str) -> int:
+    """The first 64 bits of a hash of a text, another one for each seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:8], "big")
 
 
 def _folded(text: str) -> str:

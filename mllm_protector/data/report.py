@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.data.queries import query_key
+from mllm_protector.data.queries import digest, query_key
 from mllm_protector.data.report_markdown import render as render
-from mllm_protector.data.splits import digest
 from mllm_protector.files import write_text
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
@@ -23,7 +22,7 @@ SCHEMA = 1
 """Of ``data_report.json``; grows when a key changes its meaning."""
 
 NAMED = 100
-"""So many scenarios are counted by name, the most frequent ones."""
+"""How many scenarios are counted by name, the most frequent ones."""
 
 SHARES = (5, 50, 95, 99)
 """The percentiles of the lengths."""

@@ -1,45 +1,40 @@
-"""Which rows of a source are used, and for what: the options that all file sources share.
+"""Which rows of files are used, and for what: the options that all file sources share.
 
-The rows are read once, into a table on the disk that is found again by all that it was made of. Which of them
-are kept, and for which part, are row numbers.
+The rows are read once into a table on the disk, which is found again by all that it was made of. Which of
+them are kept, and for which part, are row numbers.
 """
 
 import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, overload
+from typing import Any, Generic, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_protector import reading
+from mllm_protector import reading, rows
 from mllm_protector.data import duplicates, queries, table
-from mllm_protector.data.cache import cached, code_digest
-from mllm_protector.data.quarantine import require_place, write_bad_rows
-from mllm_protector.data.splits import (
-    Origin,
-    SourceAccount,
-    Splits,
-    as_json,
-    digest,
-    held_out,
-    make_splits,
-)
-from mllm_protector.data.table import Rows, Table, write_table
+from mllm_protector.data.duplicates import distinct, label_of, text_of
+from mllm_protector.data.queries import digest
+from mllm_protector.data.splits import Origin, SourceAccount, Splits, T, as_json, held_out, make_splits
+from mllm_protector.data.table import Table, cached, code_digest, open_table, record, write_facts, write_table
 from mllm_protector.errors import InputError
-from mllm_protector.files import content_key, expand, read_json, write_json, write_jsonl
+from mllm_protector.files import content_key, expand, write_jsonl
+from mllm_protector.outputs import probe
 from mllm_protector.ranges import Seed
-from mllm_protector.reading import Account, parse_json_line
-from mllm_protector.records import AnswerPair, LabelledAnswer
-
-T = TypeVar("T", bound=AnswerPair | LabelledAnswer)
+from mllm_protector.reading import Account
+from mllm_protector.rows import parse_json_line
 
 Duplicates = Literal["keep", "exact", "near"]
-"""What to do with a row that says what an earlier one says: keep it, or drop it, also if it is nearly so."""
+"""Which rows go: none, later ones that equal an earlier one, or also those that nearly do."""
+
+TEXTS, LABELS = "texts.npy", "labels.npy"
+BAD_ROW = {"file", "line", "reason", "raw"}
+"""The fields of a bad row (see ``reading.Account``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +46,10 @@ class Selection(ABC, Generic[T]):
         validation_fraction: share of the records to validate with, strictly between 0 and 1.
         seed: of the split, and of what ``limit`` keeps.
         limit: how many records to keep, chosen before the split; ``None`` keeps all.
-        duplicates: ``keep`` keeps every row, ``exact`` only the first of equal ones (see ``distinct``), and
-            ``near`` drops what is nearly an earlier row too (see ``duplicates.near_duplicates``).
-        quarantine: ``None`` stops at the first bad row; a file collects the bad rows and reading goes on. It
-            replaces one of an earlier run and no other file.
+        duplicates: ``keep`` keeps every row, ``exact`` the first of equal ones (see ``duplicates.distinct``),
+            and ``near`` drops what is nearly an earlier row too (see ``duplicates.near_duplicates``).
+        quarantine: ``None`` stops at the first bad row; a file collects the bad rows, and reading continues.
+            It replaces the bad rows of an earlier run and no other file.
     """
 
     path: str | None
@@ -75,7 +70,7 @@ class Selection(ABC, Generic[T]):
         if self.limit is not None and self.limit < 2:
             raise InputError(f"limit={self.limit}: must be at least 2, one record for each split")
         if self.quarantine is not None:
-            require_place(self.quarantine, self.path)
+            _require_place(self.quarantine, self.path)
 
     @abstractmethod
     def origin(self) -> Origin:
@@ -100,46 +95,45 @@ class Selection(ABC, Generic[T]):
         """
         origin = self.origin()
         folder = self._stored(origin)
-        account = _read_account(folder)
+        stored, facts = open_table(folder)
+        dropped = Counter(facts["dropped"])
         if self.quarantine is not None:
-            write_bad_rows(self.quarantine, account.bad_rows)
-        rows: Rows[T] = Rows(Table(folder / TABLE), np.arange(account.kept))
+            _write_bad_rows(self.quarantine, facts["bad_rows"])
+        kept: Table[Any] = Table(stored, record)
         if self.duplicates != "keep":
-            rows = rows.take(distinct(np.load(folder / TEXTS), np.load(folder / LABELS), account))
+            kept = kept.take(distinct(np.load(folder / TEXTS), np.load(folder / LABELS), dropped))
         if self.duplicates == "near":
-            first = near_copies(Texts(rows), [folder.name, len(rows)])
-            itself = first == np.arange(len(rows))
-            if not itself.all():
-                account.dropped["near duplicate"] = int((~itself).sum())
-                rows = rows.take(np.flatnonzero(itself))
-        if self.limit is not None and len(rows) > self.limit:
-            account.dropped["over the limit"] += len(rows) - self.limit
-            ranks = np.fromiter((digest(self.seed, as_json(record)) for record in rows), np.uint64)
-            rows = rows.take(np.sort(np.argsort(ranks, kind="stable")[: self.limit]))
-        account.kept = len(rows)
-        place = self.path or f"{origin.name}@{str(origin.revision)[:7]}"
-        line = f"{place}: {account.summary()}"
-        if not len(rows):
+            itself = near_copies(kept, [folder.name, len(kept)]) == np.arange(len(kept))
+            dropped["near duplicate"] += int((~itself).sum())
+            kept = kept.take(np.flatnonzero(itself))
+        if self.limit is not None and len(kept) > self.limit:
+            dropped["over the limit"] += len(kept) - self.limit
+            ranks = np.fromiter((digest(self.seed, as_json(each)) for each in kept), np.uint64)
+            kept = kept.take(np.sort(np.argsort(ranks, kind="stable")[: self.limit]))
+        quarantined = len(facts["bad_rows"])
+        account = reading.tally(facts["read"], len(kept), quarantined, +dropped)
+        line = f"{self.path or f'{origin.name}@{str(origin.revision)[:7]}'}: {account}"
+        if not len(kept):
             raise InputError(f"{line}; there is nothing to learn from")
         try:
-            validates = held_out(rows, self.validation_fraction, self.seed)
+            validates = held_out(kept, self.validation_fraction, self.seed)
         except InputError as error:
             raise InputError(f"{line}; {error}") from None
-        train, validation = rows.take(np.flatnonzero(~validates)), rows.take(np.flatnonzero(validates))
+        train, validation = kept.take(np.flatnonzero(~validates)), kept.take(np.flatnonzero(validates))
         counted = SourceAccount(
             name=origin.name,
             origin=origin,
-            read=account.read,
-            kept=account.kept,
-            quarantined=len(account.bad_rows),
-            dropped=dict(account.dropped),
+            read=facts["read"],
+            kept=len(kept),
+            quarantined=quarantined,
+            dropped=dict(+dropped),
             train=len(train),
             validation=len(validation),
         )
         return make_splits(train, validation, line, [counted])
 
     def _stored(self, origin: Origin) -> Path:
-        """The folder with the table of all records and the account of how they were read."""
+        """The folder with the table of all records, and how they were read."""
         later = {each.name for each in fields(Selection)} - {"path"}
         options = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in later}
         if self.path is not None:
@@ -147,7 +141,7 @@ class Selection(ABC, Generic[T]):
         classes = {
             kind.__module__ for kind in type(self).__mro__ if kind.__module__.startswith("mllm_protector")
         }
-        code = code_digest(*(sys.modules[name] for name in sorted(classes)), reading, table)
+        code = code_digest(*(sys.modules[name] for name in sorted(classes)), reading, rows, table)
         key = content_key(type(self).__qualname__, options, asdict(origin), self.strict, code)
         return cached("records", key, self._store)
 
@@ -156,118 +150,71 @@ class Selection(ABC, Generic[T]):
         texts, labels = array("Q"), array("B")
 
         def noted() -> Iterator[T]:
-            for record in self.records(account):
-                texts.append(digest(0, "\0".join(texts_of(record))))
-                labels.append(label_of(record))
-                yield record
+            for each in self.records(account):
+                texts.append(digest(0, text_of(each, "\0")))
+                labels.append(label_of(each))
+                yield each
 
-        write_table(folder / TABLE, noted())
+        write_table(folder, noted())
         np.save(folder / TEXTS, np.asarray(texts, np.uint64))
         np.save(folder / LABELS, np.asarray(labels, np.uint8))
-        write_jsonl(folder / BAD_ROWS, account.bad_rows)
-        write_json(
-            folder / ACCOUNT, {"read": account.read, "kept": account.kept, "dropped": dict(account.dropped)}
-        )
+        write_facts(folder, read=account.read, dropped=dict(account.dropped), bad_rows=account.bad_rows)
 
 
-TABLE, TEXTS, LABELS = "rows.arrow", "texts.npy", "labels.npy"
-BAD_ROWS, ACCOUNT = "bad_rows.jsonl", "account.json"
-
-
-def _read_account(folder: Path) -> Account:
-    stored = read_json(folder / ACCOUNT)
-    with (folder / BAD_ROWS).open("rb") as lines:
-        bad_rows = [parse_json_line(line) for line in lines]
-    return Account(stored["read"], stored["kept"], bad_rows, Counter(stored["dropped"]))
-
-
-def texts_of(record: AnswerPair | LabelledAnswer) -> tuple[str, ...]:
-    """The question and its one or two answers."""
-    if isinstance(record, AnswerPair):
-        return record.query, record.accepted, record.rejected
-    return record.query, record.answer
-
-
-def label_of(record: AnswerPair | LabelledAnswer) -> int:
-    """One number for each combination of a record's labels."""
-    if isinstance(record, AnswerPair):
-        return 2 * record.accepted_harmful + record.rejected_harmful
-    return int(record.harmful)
-
-
-class Texts(Sequence[str]):
-    """The words of records, each record's in one text; nothing is kept in memory."""
-
-    def __init__(self, records: Sequence[AnswerPair | LabelledAnswer]) -> None:
-        """Of these records."""
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __iter__(self) -> Iterator[str]:
-        return ("\n".join(texts_of(record)) for record in self._records)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Texts": ...
-    def __getitem__(self, index: int | slice) -> "str | Texts":
-        if isinstance(index, slice):
-            return Texts(self._records[index])
-        return "\n".join(texts_of(self._records[index]))
-
-
-def distinct(texts: NDArray[np.uint64], labels: NDArray[np.uint8], account: Account) -> NDArray[np.int64]:
-    """The places of the records to keep, where texts may stand there several times.
-
-    Equal texts with equal labels are kept once, the first. Where labels differ (several people labelled the
-    same answer) the most frequent one wins, and with a tie the text is dropped: it cannot be said what is
-    to be learnt.
+def near_copies(records: Table[Any], content: list[Any]) -> NDArray[np.int64]:
+    """For each record the place of the first one that it nearly copies; its own if there is none.
 
     Args:
-        texts: (N,) a digest of each record's words.
-        labels: (N,) below 4.
-        account: takes what is dropped.
-    """
-    _, group = np.unique(texts, return_inverse=True)
-    key = group.astype(np.int64) * 4 + labels
-    voted, first, votes = np.unique(key, return_index=True, return_counts=True)
-    ranked = np.lexsort((-votes, voted // 4))  # by text, the most frequent label first
-    leads = np.diff(voted[ranked] // 4, prepend=-1) != 0
-    winner, behind = ranked[leads], ranked[~leads]
-    best = np.zeros(int(group.max(initial=-1)) + 1, np.int64)
-    best[voted[winner] // 4] = votes[winner]
-    tied = np.zeros(len(best), np.bool_)
-    tied[voted[behind][votes[behind] == best[voted[behind] // 4]] // 4] = True
-    kept = winner[~tied[voted[winner] // 4]]
-    everything = np.bincount(group, minlength=len(best))
-    account.dropped.update(
-        {
-            reason: int(count)
-            for reason, count in {
-                "exact duplicate": (votes[kept] - 1).sum(),
-                "outvoted label": everything[~tied].sum() - votes[kept].sum(),
-                "contradictory labels": everything[tied].sum(),
-            }.items()
-            if count
-        }
-    )
-    places: NDArray[np.int64] = np.sort(first[kept])
-    return places
-
-
-def near_copies(texts: Texts, content: list[Any]) -> NDArray[np.int64]:
-    """For each text the place of the first one that it nearly copies; its own if there is none.
-
-    Args:
-        texts: of records.
+        records: of any kind.
         content: what they are, as JSON: the work of minutes is done once.
     """
     key = content_key(content, code_digest(duplicates, queries))
 
     def make(folder: Path) -> None:
+        texts = Table(records.rows, lambda **columns: text_of(record(**columns)))
         np.save(folder / "first.npy", duplicates.near_duplicates(texts, threshold=duplicates.THRESHOLD))
 
     first: NDArray[np.int64] = np.load(cached("near_duplicates", key, make) / "first.npy")
     return first
+
+
+def _require_place(quarantine: str, source: str | None) -> None:
+    """Check, before anything is read, that bad rows can be written and replace nothing else."""
+    path = expand(quarantine)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        probe(path.parent)
+    except OSError as error:
+        raise _unwritable(quarantine, error) from error
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise InputError(f"quarantine={quarantine}: is no file; name one for bad rows")
+    if source is not None and expand(source).exists() and path.samefile(expand(source)):
+        raise InputError(f"quarantine={quarantine}: is the file that is read; name another one for bad rows")
+    try:
+        with path.open("rb") as lines:
+            known = path.stat().st_size > 0 and all(parse_json_line(line).keys() == BAD_ROW for line in lines)
+    except (OSError, ValueError):
+        known = False
+    if not known:
+        raise InputError(
+            f"quarantine={quarantine}: holds something else than bad rows of an earlier run, and would be "
+            "replaced; name another file"
+        )
+
+
+def _write_bad_rows(quarantine: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the bad rows and nothing else: where there are none, those of an earlier run go."""
+    try:
+        if rows:
+            write_jsonl(expand(quarantine), rows)
+        else:
+            expand(quarantine).unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(quarantine, error) from error
+
+
+def _unwritable(quarantine: str, error: OSError) -> InputError:
+    return InputError(f"quarantine={quarantine}: cannot hold the bad rows ({error.strerror})")

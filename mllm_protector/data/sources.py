@@ -1,7 +1,7 @@
 """What training learns from, with an account of every row.
 
 A source is cheap to construct and reads nothing until ``load``. Whatever it reads,
-read = kept + quarantined + dropped, and no query stands in two splits. A source knows nothing of tokens,
+read = kept + quarantined + dropped, and no query is in two splits. A source knows nothing of tokens,
 and it trusts the labels that a set carries. The published sets are in ``published``; ``mixture`` makes one of
 several.
 """
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mllm_protector.data import toy
-from mllm_protector.data.selection import Selection, T
-from mllm_protector.data.splits import Origin, SourceAccount, Splits, make_splits
+from mllm_protector.data.selection import Selection
+from mllm_protector.data.splits import Origin, SourceAccount, Splits, T, make_splits
 from mllm_protector.files import expand, file_digest
-from mllm_protector.reading import Account, flag_field, stream_records, text_field
+from mllm_protector.reading import Account, flag_field, stream_rows, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer
+from mllm_protector.rows import read_rows
 
 HARM_LABELS = ("accepted_harmful", "rejected_harmful")
 
@@ -71,7 +72,8 @@ class OwnFile(Selection[T]):
 
     def records(self, account: Account) -> Iterator[T]:
         """Every row of the file."""
-        return stream_records(expand(self.path), self.parse, account, strict=self.strict)
+        path = expand(self.path)
+        return stream_rows(read_rows(path), str(path), self.parse, account, strict=self.strict)
 
     @abstractmethod
     def parse(self, row: Mapping[str, Any]) -> T:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_protector.data.queries import opening_key
+from mllm_protector.data.queries import digest, opening_key
 from mllm_protector.errors import InputError
 from mllm_protector.reading import tally
 from mllm_protector.records import AnswerPair, LabelledAnswer
@@ -32,6 +32,15 @@ class Origin:
     licence: str
     revision: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The origin for a file; ``set`` is its name."""
+        return {
+            "set": self.name,
+            "licence": self.licence,
+            "revision": self.revision,
+            "files": dict(self.files),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,25 +74,17 @@ class SourceAccount:
     contaminated: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """The account for a file, its origin beside it: ``set`` is the origin's name."""
+        """The account for a file, its origin beside it."""
         facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "origin"}
-        return {
-            **facts,
-            "set": self.origin.name,
-            "licence": self.origin.licence,
-            "revision": self.origin.revision,
-            "files": dict(self.origin.files),
-        }
+        return {**facts, **self.origin.as_json()}
 
     def summary(self) -> str:
-        """One line, such as ``read 10 = kept 8 + dropped 2 (empty answer: 2)``, and what weight adds."""
+        """One line, such as ``read 10 = kept 8 + dropped 2 (empty answer: 2)``, with the weight if not 1."""
         account = tally(self.read, self.kept, self.quarantined, self.dropped)
         return account if self.weight == 1 else f"{account}, weight {self.weight:g}"
 
-    def without(self, reason: str, *, train: int = 0, validation: int = 0) -> "SourceAccount":
-        """The account after so many records were dropped for a reason."""
-        if not train and not validation:
-            return self
+    def without(self, reason: str, *, train: int, validation: int) -> "SourceAccount":
+        """The account after records of both parts were dropped for a reason."""
         gone = train + validation
         return replace(
             self,
@@ -100,7 +101,7 @@ class Splits(Generic[T]):
 
     Attributes:
         train: in the order of the source.
-        validation: likewise; none of its queries stands in ``train``.
+        validation: likewise; none of its queries is in ``train``.
         account: where every row went, in one line for the log.
         fingerprint: sha256 over all records, their order and the split.
         sources: the same account in numbers, with where each source comes from.
@@ -125,11 +126,11 @@ def make_splits(
 
 
 def held_out(records: Iterable[T], fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which records validate, so that no query stands in both parts.
+    """Which records validate, so that no query is in both parts.
 
     Queries are the same by ``opening_key``, so dialogues that begin alike stay together. They are ordered by
-    a hash (of several spellings by the lowest), so that the split neither depends on the order of the
-    records nor on the platform.
+    a hash (of several spellings by the lowest), so the split depends neither on the order of the records nor
+    on the platform.
 
     Args:
         records: pairs or labelled answers.
@@ -152,18 +153,12 @@ def held_out(records: Iterable[T], fraction: float, seed: int) -> NDArray[np.boo
     lowest = np.full(len(different), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(lowest, query, asked["place"])
     places, sizes = np.unique(lowest[query], return_counts=True)
-    held = np.cumsum(sizes[:-1])
-    cut = np.argmin(np.abs(held - fraction * len(asked)))
-    chosen: NDArray[np.bool_] = lowest[query] <= places[cut]
-    return chosen
+    cut = np.argmin(np.abs(np.cumsum(sizes[:-1]) - fraction * len(asked)))
+    validates: NDArray[np.bool_] = lowest[query] <= places[cut]
+    return validates
 
 
 def as_json(record: AnswerPair | LabelledAnswer) -> str:
     """A record as text, equal for equal records."""
     values = {each.name: getattr(record, each.name) for each in fields(record) if each.compare}
     return json.dumps(values, sort_keys=True)
-
-
-def digest(seed: int, text: str) -> int:
-    """The first 64 bits of a hash of a text, another one for each seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{text}".encode()).digest()[:8], "big")

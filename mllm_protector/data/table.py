@@ -1,151 +1,226 @@
-"""Records on the disk: only what is looked at is in memory, and all processes look at the same pages.
+"""Records and examples on the disk: made once, and mapped into memory by ``datasets``.
 
-A table is an Arrow file of records of one kind, ``BATCH`` rows in each of its record batches, so that a row's
-number says where it is.
+Only what is read takes memory, and all processes share its pages. Everything lies in folders known by all
+they were made of, in ``$MLLM_PROTECTOR_CACHE``, else in ``mllm_protector`` beneath the user's cache folder.
+They may be removed at any time when nothing runs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from types import ModuleType
+from typing import Any, TypeVar, get_type_hints, overload
 
 import numpy as np
-import pyarrow
 from numpy.typing import NDArray
 
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.files import content_key, file_digest, read_json, system_error, write_text
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
-T = TypeVar("T", bound=AnswerPair | LabelledAnswer)
+R = TypeVar("R")
+S = TypeVar("S")
 
 BATCH = 1000
-"""Rows in a record batch."""
+"""Rows that are written and read together."""
 
-TEXT, FLAG = pyarrow.large_string(), pyarrow.bool_()
-
-COLUMNS: dict[type, dict[str, Any]] = {
-    AnswerPair: {
-        "query": TEXT,
-        "accepted": TEXT,
-        "rejected": TEXT,
-        "accepted_harmful": FLAG,
-        "rejected_harmful": FLAG,
-        "scenario": TEXT,
-    },
-    LabelledAnswer: {"query": TEXT, "answer": TEXT, "harmful": FLAG, "scenario": TEXT},
-}
+ROWS, FACTS = "rows.arrow", "facts.json"
 
 
-def write_table(path: Path, records: Iterable[AnswerPair | LabelledAnswer]) -> None:
-    """Write records of one kind as they come.
+VARIABLE = "MLLM_PROTECTOR_CACHE"
+
+ABANDONED = 86_400
+"""Seconds without a write after which a half-made folder belongs to a killed run."""
+
+
+class Table(Sequence[R]):
+    """Rows of a ``datasets.Dataset``, each as an object. A slice is a table too, and reads nothing."""
+
+    def __init__(self, rows: Any, make: Callable[..., R]) -> None:
+        """Show each row as what ``make`` makes of its columns."""
+        self.rows = rows
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[R]:
+        for columns in self.rows.iter(BATCH):
+            for values in zip(*columns.values(), strict=True):
+                yield self._make(**dict(zip(columns, values, strict=True)))
+
+    @overload
+    def __getitem__(self, index: int) -> R: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Table[R]": ...
+    def __getitem__(self, index: int | slice) -> "R | Table[R]":
+        if isinstance(index, slice):
+            return self.take(np.arange(len(self))[index])
+        return self._make(**self.rows[index])
+
+    def take(self, places: NDArray[np.int64]) -> "Table[R]":
+        """The rows at these places, in this order, some perhaps several times. Reads nothing."""
+        return Table(self.rows.select(places), self._make)
+
+
+def record(**columns: Any) -> AnswerPair | LabelledAnswer:
+    """A row of a table of records; of a mixture's two kinds the other one's columns are empty."""
+    kind = LabelledAnswer if columns.get("answer") is not None else AnswerPair
+    return kind(**{name: columns[name] for name in kind.__dataclass_fields__})
+
+
+def records_table(records: Sequence[Any]) -> Table[Any]:
+    """Records of one kind as a table; what is none yet is held in memory."""
+    import datasets
+
+    if isinstance(records, Table):
+        return records
+    kind = type(records[0]) if records else AnswerPair
+    return Table(datasets.Dataset.from_dict(_columns(records, kind), features=_features(kind)), record)
+
+
+def joined(tables: Iterable[Table[R]]) -> Table[R]:
+    """Tables of records, one after the other."""
+    import datasets
+
+    return Table(datasets.concatenate_datasets([table.rows for table in tables]), record)  # type: ignore[arg-type]
+
+
+def in_batches(items: Iterable[S]) -> Iterator[list[S]]:
+    """Lists of ``BATCH`` items; the last one may be shorter."""
+    waiting = iter(items)
+    while some := list(islice(waiting, BATCH)):
+        yield some
+
+
+def write_table(folder: Path, items: Iterable[Any], kind: type | None = None) -> None:
+    """Write dataclasses of one kind as they come.
+
+    Args:
+        folder: gets the file.
+        items: read once.
+        kind: of all items; ``None`` for records of the first one's kind.
 
     Raises:
         OSError: the file cannot be written.
     """
-    waiting = iter(records)
-    some = list(islice(waiting, BATCH))
-    columns = COLUMNS[type(some[0]) if some else AnswerPair]
-    schema = pyarrow.schema(columns)
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer:
+    from datasets.arrow_writer import ArrowWriter
+
+    batches = in_batches(items)
+    some = next(batches, [])
+    kind = kind or (type(some[0]) if some else AnswerPair)
+    with ArrowWriter(path=str(folder / ROWS), features=_features(kind)) as writer:
         while some:
-            values = {name: [getattr(record, name) for record in some] for name in columns}
-            writer.write_batch(pyarrow.RecordBatch.from_pydict(values, schema=schema))
-            some = list(islice(waiting, BATCH))
+            writer.write_batch(_columns(some, kind))
+            some = next(batches, [])
+        writer.finalize()
 
 
-class Table(Generic[T]):
-    """A table that was written by ``write_table``, mapped into memory."""
+def write_facts(folder: Path, **facts: Any) -> None:
+    """Write what else is known of a table, as JSON, and a hash of the table.
 
-    def __init__(self, path: Path) -> None:
-        """Open it.
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # In ASCII, so that half a surrogate pair in a bad row survives as an escape.
+    write_text(folder / FACTS, json.dumps({**facts, "sha256": file_digest(folder / ROWS)}) + "\n")
 
-        Raises:
-            InputError: it is damaged.
-        """
+
+def open_table(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The rows of a table as a ``datasets.Dataset``, and its facts. The file is read through once.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    import datasets
+
+    try:
+        facts = read_json(folder / FACTS)
+        if file_digest(folder / ROWS) != facts["sha256"]:
+            raise ValueError(f"{ROWS} is not what was written")
+        return datasets.Dataset.from_file(str(folder / ROWS)), facts
+    except (OSError, ValueError, InputError) as error:
+        raise InputError(f"{folder}: damaged ({error}); remove this folder, it will be made again") from error
+
+
+def _columns(items: Sequence[Any], kind: type) -> dict[str, list[Any]]:
+    return {name: [getattr(item, name) for item in items] for name in get_type_hints(kind)}
+
+
+def _features(kind: type) -> Any:
+    from datasets import Features, List, Value
+
+    text = Value("large_string")
+    columns: dict[Any, Any] = {
+        str: text,
+        str | None: text,
+        bool: Value("bool"),
+        float: Value("float64"),
+        list[int]: List(Value("int32")),
+    }
+    return Features({name: columns[hint] for name, hint in get_type_hints(kind).items()})
+
+
+def cache_folder() -> Path:
+    """Where everything lies; it need not exist."""
+    if given := os.environ.get(VARIABLE):
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mllm_protector"
+
+
+def code_digest(*modules: ModuleType) -> str:
+    """A hash of modules' source: what another version of them made is another content."""
+    return content_key([file_digest(Path(str(module.__file__))) for module in modules])
+
+
+def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
+    """The folder of this kind and key; it is made whole or not at all.
+
+    Several processes may make the same at once: the first one to finish is used by all.
+
+    Args:
+        kind: what it holds, in a word.
+        key: a hash of all that it depends on (``content_key``).
+        make: fills an empty folder.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    folder = cache_folder() / kind / key
+    if folder.is_dir():
+        return folder
+    temporary = folder.with_name(f".{key}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        _remove_abandoned(folder.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        make(temporary)
         try:
-            self._file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise InputError(
-                f"{path.parent}: cannot be read ({error}); remove this folder, it will be made again"
-            ) from error
-        pairs = "accepted" in self._file.schema.names
-        self._make: type[Any] = AnswerPair if pairs else LabelledAnswer
-
-    def read(self, numbers: NDArray[np.int64]) -> Iterator[T]:
-        """The rows with these numbers, in this order."""
-        for batch, group in groupby(numbers.tolist(), key=lambda number: number // BATCH):
-            chosen = self._file.get_batch(batch).take([number % BATCH for number in group])
-            for row in chosen.to_pylist():
-                yield self._make(**row)
-
-
-class Rows(Sequence[T]):
-    """Some rows of a table, in any order; a slice of them is such a sequence too."""
-
-    def __init__(self, table: Table[T], numbers: NDArray[np.int64]) -> None:
-        """Choose rows by their numbers; nothing is read."""
-        self._table = table
-        self.numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[T]:
-        return self._table.read(self.numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Rows[T]": ...
-    def __getitem__(self, index: int | slice) -> "T | Rows[T]":
-        if isinstance(index, slice):
-            return Rows(self._table, self.numbers[index])
-        return next(self._table.read(self.numbers[[index]]))
-
-    def take(self, places: NDArray[np.int64]) -> "Rows[T]":
-        """Those at these places of this sequence."""
-        return Rows(self._table, self.numbers[places])
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process was faster
+                raise
+    except Exception as error:
+        if not isinstance(error, OSError) and system_error(error) is None:
+            raise
+        raise RunError(
+            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); make room, or name "
+            f"another place in the environment variable {VARIABLE}"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
-class Joined(Sequence[T]):
-    """Sequences one behind the other, as one."""
-
-    def __init__(self, parts: Sequence[Sequence[T]]) -> None:
-        """Of these parts; nothing is read."""
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __iter__(self) -> Iterator[T]:
-        for part in self._parts:
-            yield from part
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
-        part = int(np.searchsorted(self._starts, at, side="right")) - 1
-        return self._parts[part][at - int(self._starts[part])]
-
-    def take(self, places: NDArray[np.int64]) -> "Joined[T]":
-        """Those at these places, which must ascend."""
-        borders = np.searchsorted(places, self._starts)
-        return Joined(
-            [
-                chosen(part, places[borders[number] : borders[number + 1]] - self._starts[number])
-                for number, part in enumerate(self._parts)
-            ]
-        )
-
-
-def chosen(records: Sequence[T], places: NDArray[np.int64]) -> Sequence[T]:
-    """The records at these places, which must ascend; those of a table are not read."""
-    if isinstance(records, Rows | Joined):
-        return records.take(places)
-    return [records[place] for place in places]
+def _remove_abandoned(folder: Path) -> None:
+    for rest in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another process has finished it meanwhile
+            newest = max(path.stat().st_mtime for path in [rest, *rest.iterdir()])
+            if time.time() - newest > ABANDONED:
+                shutil.rmtree(rest, ignore_errors=True)

@@ -1,60 +1,65 @@
-"""Training examples as token ids on the disk: made once, found again by what they were made of.
-
-Texts are tokenised as a stream and the ids are read through a memory map, so that millions of examples take
-no memory but what is looked at, which all processes share.
-"""
+"""Training examples: prefixes of answers, token ids on the disk, and a balance of the labels."""
 
 import hashlib
-import json
 import logging
+import random
+import re
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from itertools import islice, pairwise
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
-import pyarrow
 import tokenizers
 import transformers
+from datasets import List
 from numpy.typing import NDArray
+from pyarrow.compute import list_value_length
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import prompts
 from mllm_protector import records as record_types
-from mllm_protector.data import encoding, layout, prefixes, tokens
-from mllm_protector.data.cache import cached, code_digest
-from mllm_protector.data.encoding import EncodedAnswer, EncodedCorrection
+from mllm_protector.data import detoxifier_encoding, encoding, layout, table, tokens
+from mllm_protector.data.encoding import EncodedAnswer
+from mllm_protector.data.table import (
+    BATCH,
+    Table,
+    cached,
+    code_digest,
+    in_batches,
+    open_table,
+    write_facts,
+    write_table,
+)
 from mllm_protector.errors import InputError
-from mllm_protector.files import content_key, file_digest, write_json
+from mllm_protector.files import content_key, file_digest
+from mllm_protector.records import LabelledAnswer
 
 log = logging.getLogger(__name__)
 
 R_contra = TypeVar("R_contra", contravariant=True)
 E = TypeVar("E", bound=Sized)
 
-BATCH = 1000
-"""Rows that are encoded together, and rows of a record batch of the file."""
-
-EXAMPLES, COUNTS = "examples.arrow", "counts.json"
+Balance = Literal["none", "undersample", "oversample"]
+"""Use every answer once; or leave out some of the more frequent label; or repeat some of the rarer one."""
 
 MADE_BY = [
     tokenizers.__version__,
     transformers.__version__,
-    code_digest(record_types, prompts, encoding, layout, prefixes, tokens),
+    code_digest(record_types, prompts, encoding, detoxifier_encoding, layout, tokens, table),
     file_digest(Path(__file__)),
 ]
 """The code that makes records and ids; taken when it is loaded, as it may be edited while it runs."""
 
-IDS, NUMBER = pyarrow.list_(pyarrow.int32()), pyarrow.float64()
 
-COLUMNS: dict[type, dict[str, Any]] = {
-    EncodedAnswer: {"ids": IDS, "label": NUMBER},
-    EncodedCorrection: {"prompt": IDS, "target": IDS},
-}
-"""The fields of an example, in their order. Its length in tokens is that of all its ids."""
+LONGEST = 0.9
+SHORTEST = 0.1
+SHORTEST_HARMFUL = 0.5
+
+_WORD_END = re.compile(r"(?<=\w)(?![\w'’-])")
 
 
 class Encoder(Protocol[R_contra, E]):
@@ -75,7 +80,30 @@ class Encoder(Protocol[R_contra, E]):
         """One example for each record."""
 
 
-def tokenized(encoder: Encoder[R_contra, E], records: Iterable[R_contra], *, content: str) -> "Tokenized[E]":
+class Tokenized(Table[E]):
+    """Examples in a file, each equal to what the encoder made.
+
+    Attributes:
+        lengths: (N,) int32, the tokens of each.
+        truncated: what the encoder counted under this name while these examples were made; so also
+            ``shortened``.
+    """
+
+    def __init__(
+        self, rows: Any, make: Any, lengths: NDArray[np.int32], truncated: int = 0, shortened: int = 0
+    ) -> None:
+        """Show each row as an example."""
+        super().__init__(rows, make)
+        self.lengths = lengths
+        self.truncated = truncated
+        self.shortened = shortened
+
+    def take(self, places: NDArray[np.int64]) -> "Tokenized[E]":
+        """The examples at these places, in this order, some perhaps several times. Reads nothing."""
+        return Tokenized(self.rows.select(places), self._make, self.lengths[places])
+
+
+def tokenized(encoder: Encoder[R_contra, E], records: Iterable[R_contra], *, content: str) -> Tokenized[E]:
     """The records as an encoder renders them.
 
     They lie in the cache (``cache.cached``), by their content and by everything that makes their ids: the
@@ -83,22 +111,91 @@ def tokenized(encoder: Encoder[R_contra, E], records: Iterable[R_contra], *, con
 
     Args:
         encoder: a detector's or a detoxifier's.
-        records: looked at only if the cache does not have them, once and in batches: a stream will do.
+        records: read only if the cache does not have them, once and in batches: a stream will do.
         content: a hash of the records and their order.
 
     Raises:
         InputError: a record cannot be encoded, or what lies in the cache is damaged.
         RunError: the cache cannot be written.
     """
-    key = content_key(
-        content,
-        encoder.identity(),
-        tokenizer_digest(encoder.tokenizer),
-        MADE_BY,
-    )
-    folder = cached("tokens", key, lambda empty: _write(empty, encoder, records))
+    key = content_key(content, encoder.identity(), tokenizer_digest(encoder.tokenizer), MADE_BY)
+
+    def make(folder: Path) -> None:
+        before = encoder.truncated, encoder.shortened
+        write_table(folder, _encoded(encoder, records), encoder.example)
+        truncated, shortened = encoder.truncated - before[0], encoder.shortened - before[1]
+        write_facts(folder, truncated=truncated, shortened=shortened)
+
+    folder = cached("tokens", key, make)
     log.info("tokenised: %s", folder)
-    return Tokenized(folder, encoder.example)
+    rows, facts = open_table(folder)
+    return Tokenized(rows, encoder.example, _lengths(rows), facts["truncated"], facts["shortened"])
+
+
+def balanced(examples: Tokenized[EncodedAnswer], how: Balance, *, seed: int) -> Tokenized[EncodedAnswer]:
+    """The examples with equally many of both labels.
+
+    Which are left out or repeated is drawn at random; all of a label are repeated as evenly as can be.
+
+    Raises:
+        InputError: examples of one label only.
+    """
+    if how == "none":
+        return examples
+    harmful = np.fromiter((example.label > 0.5 for example in examples), np.bool_, len(examples))
+    rare, frequent = sorted((np.flatnonzero(harmful), np.flatnonzero(~harmful)), key=len)
+    if not len(rare):
+        raise InputError(f"balance={how}: all answers have one label")
+    rng = np.random.default_rng(seed)
+    if how == "undersample":
+        frequent = rng.permutation(frequent)[: len(rare)]
+    else:
+        times, more = divmod(len(frequent), len(rare))
+        rare = np.concatenate([np.tile(rare, times), rng.permutation(rare)[:more]])
+    return examples.take(np.sort(np.concatenate([rare, frequent])))
+
+
+def with_prefixes(records: Iterable[LabelledAnswer], *, share: float, seed: int) -> Iterator[LabelledAnswer]:
+    """The records, and prefixes of a share of their answers, each behind its record.
+
+    A prefix ends with a word and has 10 to 90 % of the answer's characters; no two are of one answer. A
+    prefix has the label of its whole answer. That is always true of a harmless answer, for what is left out
+    cannot make the rest harmful; but the first words of a harmful answer are often harmless themselves, the
+    same ones with which harmless answers begin, and a detector that learnt to flag them would flag those
+    too. So a prefix of a harmful answer has at least half of it. (Some of these are labelled wrongly all the
+    same, where the harm is in the second half.)
+
+    Answers too short to be cut so, such as single words, give none. Which answers are cut, and where, depends
+    on the seed and the record alone, not on the records around it.
+
+    Args:
+        records: training records; they come back in their order.
+        share: of the answers that get a prefix, in [0, 1]: each one with this probability.
+        seed: gives another choice.
+
+    Raises:
+        InputError: ``share`` is no share.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"prefixes={share}: must lie between 0 and 1")
+    return _with_prefixes(records, share, seed)
+
+
+def _with_prefixes(records: Iterable[LabelledAnswer], share: float, seed: int) -> Iterator[LabelledAnswer]:
+    for record in records:
+        yield record
+        rng = random.Random(f"{seed}\n{record.query}\n{record.answer}")
+        if rng.random() < share and (cuts := _cuts(record)):
+            answer = record.answer[: rng.choice(cuts)]
+            yield replace(record, answer=answer)
+
+
+def _cuts(record: LabelledAnswer) -> list[int]:
+    """The ends of words within the bounds, without the last word's: what is left out has words too."""
+    shortest = SHORTEST_HARMFUL if record.harmful else SHORTEST
+    length = len(record.answer)
+    ends = [match.start() for match in _WORD_END.finditer(record.answer)][:-1]
+    return [end for end in ends if shortest * length <= end <= LONGEST * length]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,92 +207,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.save_pretrained(folder)
         saved = sorted(path for path in folder.rglob("*") if path.is_file())
         return content_key([[str(path.relative_to(folder)), file_digest(path)] for path in saved])
-
-
-class Tokenized(Sequence[E]):
-    """Examples in a file, each equal to what the encoder made.
-
-    Attributes:
-        folder: where they lie.
-        lengths: of each, in tokens; 4 bytes each.
-        truncated: what the encoder counted under this name for these examples; so also ``shortened``.
-    """
-
-    def __init__(self, folder: Path, example: type[E]) -> None:
-        """Open what ``tokenized`` wrote, and read it through once to see that it is whole.
-
-        Raises:
-            InputError: it is damaged.
-        """
-        path = folder / EXAMPLES
-        try:
-            counts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
-            if file_digest(path) != counts["sha256"]:
-                raise ValueError(f"{EXAMPLES} is not what was written")
-            file = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{folder}: damaged ({error}); remove this folder, it will be made again"
-            ) from error
-        self.folder = folder
-        self.truncated: int = counts["truncated"]
-        self.shortened: int = counts["shortened"]
-        self._example = example
-        self._batches = [file.get_batch(number) for number in range(file.num_record_batches)]
-        self.lengths = array("i")
-        for batch in self._batches:
-            self.lengths.frombytes(_lengths(batch).tobytes())
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[E]:
-        for batch in self._batches:
-            yield from self._decoded(batch)
-
-    @overload
-    def __getitem__(self, index: int) -> E: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Picked[E]": ...
-    def __getitem__(self, index: int | slice) -> "E | Picked[E]":
-        if isinstance(index, slice):
-            return Picked(self, np.arange(len(self))[index])
-        batch, row = divmod(range(len(self))[index], BATCH)
-        [example] = self._decoded(self._batches[batch].slice(row, 1))
-        return example
-
-    def _decoded(self, batch: Any) -> list[E]:
-        return [self._example(*values) for values in zip(*map(_values, batch.columns), strict=True)]
-
-
-class Picked(Sequence[E]):
-    """Some examples of a sequence, in any order, some of them perhaps several times.
-
-    Attributes:
-        lengths: of each, in tokens; 4 bytes each.
-    """
-
-    def __init__(self, examples: Sequence[E], places: NDArray[np.int64]) -> None:
-        """The examples at these places; none is read."""
-        self._examples = examples
-        self._places = places
-        self.lengths = array("i")
-        self.lengths.frombytes(np.frombuffer(lengths_of(examples), np.int32)[places].tobytes())
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __iter__(self) -> Iterator[E]:
-        return (self._examples[place] for place in self._places.tolist())
-
-    @overload
-    def __getitem__(self, index: int) -> E: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Picked[E]": ...
-    def __getitem__(self, index: int | slice) -> "E | Picked[E]":
-        if isinstance(index, slice):
-            return Picked(self._examples, self._places[index])
-        return self._examples[int(self._places[index])]
 
 
 def lengths_of(examples: Sequence[Sized]) -> "array[int]":
@@ -213,39 +224,14 @@ def lengths_digest(lengths: Sequence[int]) -> str:
     return whole.hexdigest()
 
 
-def _write(folder: Path, encoder: Encoder[R_contra, E], records: Iterable[R_contra]) -> None:
-    schema = pyarrow.schema(COLUMNS[encoder.example])
-    truncated, shortened = encoder.truncated, encoder.shortened
-    waiting = iter(records)
-    with (
-        pyarrow.OSFile(str(folder / EXAMPLES), "wb") as file,
-        pyarrow.ipc.new_file(file, schema) as writer,
-        tqdm(desc="tokenising", unit="row", disable=None) as bar,
-    ):
-        while some := list(islice(waiting, BATCH)):
-            writer.write_batch(_batch(encoder.encode_records(some), schema))
+def _encoded(encoder: Encoder[R_contra, E], records: Iterable[R_contra]) -> Iterator[E]:
+    with tqdm(desc="tokenising", unit="row", disable=None) as bar:
+        for some in in_batches(records):
+            yield from encoder.encode_records(some)
             bar.update(len(some))
-    counts = {"truncated": encoder.truncated - truncated, "shortened": encoder.shortened - shortened}
-    write_json(folder / COUNTS, {**counts, "sha256": file_digest(folder / EXAMPLES)})
 
 
-def _batch(examples: Sequence[Any], schema: Any) -> Any:
-    columns = {name: [getattr(example, name) for example in examples] for name in schema.names}
-    return pyarrow.RecordBatch.from_pydict(columns, schema=schema)
-
-
-def _values(column: Any) -> list[Any]:
-    """The values of a column, or of a part of one, as Python has them."""
-    if column.type != IDS:
-        return list(column.to_pylist())
-    ids = column.values.to_numpy()
-    return [ids[start:end].tolist() for start, end in pairwise(column.offsets.to_pylist())]
-
-
-def _lengths(batch: Any) -> NDArray[np.int32]:
-    """The tokens of each row, read from where its lists begin and end."""
-    lengths = np.zeros(batch.num_rows, dtype=np.int32)
-    for column in batch.columns:
-        if column.type == IDS:
-            lengths += np.diff(column.offsets.to_numpy())
-    return lengths
+def _lengths(rows: Any) -> NDArray[np.int32]:
+    """(N,) the tokens of each row, read from where its lists begin and end."""
+    lists = [rows.data.column(name) for name, kind in rows.features.items() if isinstance(kind, List)]
+    return sum((list_value_length(column).to_numpy() for column in lists), np.zeros(len(rows), np.int32))

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from mllm_protector.errors import InputError, RecordError, RunError
-from mllm_protector.reading import parse_json_line, text_field
+from mllm_protector.reading import text_field
+from mllm_protector.rows import parse_json_line
 
 T = TypeVar("T")
 

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from mllm_protector.errors import InputError
-from mllm_protector.reading import parse_json_line, text_field
+from mllm_protector.reading import text_field
+from mllm_protector.rows import parse_json_line
 from mllm_protector.scenarios import CRITERIA, Criterion
 
 FIELDS = ("name", "description", "pairs", "questions", "criterion")

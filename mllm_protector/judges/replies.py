@@ -7,8 +7,8 @@ it. Everything else is no verdict: both words, a verdict within a sentence, an u
 import re
 import unicodedata
 
-from mllm_protector.reading import parse_json_line
 from mllm_protector.records import Status
+from mllm_protector.rows import parse_json_line
 
 VERSION = 1
 """Of the rules below; verdicts read by other rules are not mixed."""

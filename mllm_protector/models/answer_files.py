@@ -25,7 +25,6 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, read_json
 from mllm_protector.reading import (
     Reading,
-    Row,
     Unwanted,
     collect,
     quoted_names,
@@ -34,6 +33,7 @@ from mllm_protector.reading import (
     text_field,
 )
 from mllm_protector.records import VARIANTS, Variant
+from mllm_protector.rows import Row
 
 Format = Literal["auto", "records", "vlmevalkit", "lmms_eval", "mm_safetybench"]
 

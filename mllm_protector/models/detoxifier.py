@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
-from mllm_protector.data.encoding import DetoxifierEncoder
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
 from mllm_protector.models.bases import find_base, part_backbone
 from mllm_protector.models.decoding import decoded

@@ -13,15 +13,13 @@ import torch
 from accelerate.utils import set_seed
 
 from mllm_protector import prompts
-from mllm_protector.data.balance import Balance, balanced
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.encoding import Batch, DetectorEncoder
 from mllm_protector.data.packing import is_packed, pack_answers
-from mllm_protector.data.prefixes import with_prefixes
 from mllm_protector.data.preparation import Contaminated, prepare
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
-from mllm_protector.data.tokenized import tokenized
+from mllm_protector.data.tokenized import Balance, balanced, tokenized, with_prefixes
 from mllm_protector.data.tokens import choose_pad_id, learnt_window
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key

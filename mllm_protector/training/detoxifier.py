@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import set_seed
 
 from mllm_protector import prompts
-from mllm_protector.data.encoding import DetoxifierEncoder
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.packing import pack_corrections
 from mllm_protector.data.preparation import Contaminated, prepare
 from mllm_protector.data.sources import Source

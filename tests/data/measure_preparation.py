@@ -14,9 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from mllm_protector.data.cache import VARIABLE
 from mllm_protector.data.preparation import prepare
 from mllm_protector.data.sources import Pairs
+from mllm_protector.data.table import VARIABLE
 
 WORDS = [hashlib.sha256(str(number).encode()).hexdigest()[: 3 + number % 6] for number in range(5000)]
 KINDS = ("RssAnon", "RssFile")

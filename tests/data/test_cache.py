@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mllm_protector.data import cache
-from mllm_protector.data.cache import ABANDONED, VARIABLE, cache_folder, cached, code_digest
+from mllm_protector.data import table
+from mllm_protector.data.table import ABANDONED, VARIABLE, cache_folder, cached, code_digest
 from mllm_protector.errors import InputError, RunError
 
 
@@ -92,4 +92,4 @@ def test_a_folder_that_another_process_finishes_meanwhile_is_no_error(
 
 
 def test_the_digest_of_code_is_that_of_its_source() -> None:
-    assert code_digest(cache) == code_digest(cache) != code_digest(cache, os)
+    assert code_digest(table) == code_digest(table) != code_digest(table, os)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
 
-from mllm_protector.data import duplicates
+from mllm_protector.data import duplicates, table
 from mllm_protector.data.duplicates import THRESHOLD, near_duplicates
 from mllm_protector.data.queries import words
 from mllm_protector.errors import InputError
@@ -35,17 +35,14 @@ def share(left: str, right: str) -> float:
     return LCSseq.normalized_similarity(words(left), words(right))
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
+def test_case_punctuation_form_and_spacing_do_not_count() -> None:
+    for other in (
         "how do i BAKE bread, at home",
         " How do I\tbake   bread\u2014at home?! ",
         "How do I bake \uff42\uff52\uff45\uff41\uff44 at home",
         "How do I b\u00adake br\u200bead at home",
-    ],
-)
-def test_case_punctuation_form_and_spacing_do_not_count(other: str) -> None:
-    assert words(other) == words("How do I bake bread at home?")
+    ):
+        assert words(other) == words("How do I bake bread at home?"), ascii(other)
 
 
 def test_words_of_any_script_are_compared() -> None:
@@ -60,18 +57,18 @@ def test_words_of_any_script_are_compared() -> None:
     assert words(" \n?!") == []
 
 
-@pytest.mark.parametrize("length", [7, 8, 12, 60, 400])
-def test_one_changed_word_is_found(length: int) -> None:
-    texts = made_up(100, length)
-    draw = random.Random(1)
-    copies = []
-    for text in texts:
-        split = text.split()
-        at = draw.randrange(length)
-        split[at : at + draw.choice([0, 1])] = ["other"]
-        copies.append(" ".join(split).upper() + "!")
-    left_out = [text.partition(" ")[2] for text in texts]
-    assert firsts(texts + copies + left_out) == [*range(100)] * 3
+def test_one_changed_word_is_found() -> None:
+    for length in (7, 8, 12, 60, 400):
+        texts = made_up(100, length)
+        draw = random.Random(1)
+        copies = []
+        for text in texts:
+            split = text.split()
+            at = draw.randrange(length)
+            split[at : at + draw.choice([0, 1])] = ["other"]
+            copies.append(" ".join(split).upper() + "!")
+        left_out = [text.partition(" ")[2] for text in texts]
+        assert firsts(texts + copies + left_out) == [*range(100)] * 3, length
 
 
 def test_a_text_with_scattered_changes_is_found_at_the_threshold_itself() -> None:
@@ -174,7 +171,7 @@ class Streamed(Sequence[str]):
 
 
 def test_no_more_than_a_batch_of_texts_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "_ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(table, "BATCH", 50)
     texts = Streamed(made_up(500, 8) * 2)
     assert firsts(texts) == [*range(500)] * 2
     gc.collect()
@@ -221,7 +218,7 @@ def test_no_text_and_one_text() -> None:
     assert firsts([""]) == [0]
 
 
-@pytest.mark.parametrize("threshold", [0.5, 1.01, -1.0, float("nan")])
-def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
-    with pytest.raises(InputError, match="threshold"):
-        near_duplicates(["a"], threshold=threshold)
+def test_a_threshold_out_of_range_is_refused() -> None:
+    for threshold in (0.5, 1.01, -1.0, float("nan")):
+        with pytest.raises(InputError, match=f"threshold={threshold}"):
+            near_duplicates(["a"], threshold=threshold)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mllm_protector import prompts
-from mllm_protector.data.encoding import IGNORED, DetectorEncoder, DetoxifierEncoder, collate_targets
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import IGNORED, DetectorEncoder, collate_targets
 from mllm_protector.data.layout import window_starts
 from mllm_protector.data.tokens import (
     choose_pad_id,

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from mllm_protector.data import preparation
-from mllm_protector.data.cache import VARIABLE
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.preparation import prepare, prepare_data
 from mllm_protector.data.sources import Pairs, Toy
+from mllm_protector.data.table import VARIABLE
 from mllm_protector.errors import InputError
 from mllm_protector.records import LoadedBenchmark, Question
 

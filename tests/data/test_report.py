@@ -211,9 +211,9 @@ def test_first_words_say_how_many_from_where_and_under_which_licences() -> None:
     assert "Warning" not in text
 
 
-@pytest.mark.parametrize("licence", ["cc-by-nc-4.0", "CC BY-NC-SA 4.0", "non-commercial research"])
-def test_non_commercial_licences_are_warned_of(licence: str) -> None:
-    assert "**Warning:** non-commercial use only: one." in render(whole([source(licence=licence)]))
+def test_non_commercial_licences_are_warned_of() -> None:
+    for licence in ("cc-by-nc-4.0", "CC BY-NC-SA 4.0", "non-commercial research"):
+        assert "**Warning:** non-commercial use only: one." in render(whole([source(licence=licence)]))
 
 
 def test_a_missing_licence_is_warned_of() -> None:
@@ -229,11 +229,11 @@ def test_scenarios_labels_and_lengths_stand_beside_each_other_for_both_splits() 
     assert ["train", "query", "characters", *["4"] * 5] in table(text, "Lengths")
 
 
-@pytest.mark.parametrize("contamination", [None, {}])
-def test_a_report_says_that_nobody_looked_and_how_to_look(contamination: dict[str, Any] | None) -> None:
-    text = render(whole(contamination=contamination))
-    assert "Nobody looked." in text
-    assert "`benchmark=[mmsafety]`" in text
+def test_a_report_says_that_nobody_looked_and_how_to_look() -> None:
+    for contamination in (None, {}):
+        text = render(whole(contamination=contamination))
+        assert "Nobody looked." in text
+        assert "`benchmark=[mmsafety]`" in text
 
 
 def test_contamination_is_counted_by_benchmark_with_examples() -> None:
@@ -246,8 +246,12 @@ def test_contamination_is_counted_by_benchmark_with_examples() -> None:
     ]
 
 
-@pytest.mark.parametrize("words", HOSTILE)
-def test_texts_from_data_are_never_read_as_markup(words: str, tmp_path: Path) -> None:
+def test_texts_from_data_are_never_read_as_markup(tmp_path: Path) -> None:
+    for words in HOSTILE:
+        stays_text(words, tmp_path)
+
+
+def stays_text(words: str, tmp_path: Path) -> None:
     example = {"row": 1, "question": words, "text": words, "share": 1.0}
     report = data_report(
         [source(words, revision=words, licence=words, files={words: "0"}, dropped={words: 2})],

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_protector.data import duplicates, selection
-from mllm_protector.data.cache import cache_folder
-from mllm_protector.data.selection import distinct, label_of, texts_of
+from mllm_protector.data.duplicates import distinct, label_of, text_of
+from mllm_protector.data.queries import digest
 from mllm_protector.data.sources import Labelled, Pairs
-from mllm_protector.data.splits import Splits, digest, held_out
+from mllm_protector.data.splits import Splits, held_out
+from mllm_protector.data.table import cache_folder
 from mllm_protector.errors import InputError
 from mllm_protector.reading import Account
 from mllm_protector.records import AnswerPair, LabelledAnswer
@@ -47,7 +48,7 @@ def everything(splits: Splits[Any]) -> list[Any]:
 def kept_by_hand(records: list[LabelledAnswer]) -> tuple[list[int], Counter[str]]:
     places = defaultdict(list)
     for place, record in enumerate(records):
-        places[texts_of(record)].append(place)
+        places[text_of(record)].append(place)
     kept, dropped = [], Counter[str]()
     for same in places.values():
         votes = Counter(records[place].harmful for place in same).most_common()
@@ -65,12 +66,12 @@ def kept_by_hand(records: list[LabelledAnswer]) -> tuple[list[int], Counter[str]
 def test_the_first_of_equal_rows_stays_and_the_majority_names_the_label(
     records: list[LabelledAnswer],
 ) -> None:
-    account = Account()
-    texts = np.array([digest(0, "\0".join(texts_of(record))) for record in records], np.uint64)
+    dropped = Counter[str]()
+    texts = np.array([digest(0, text_of(record)) for record in records], np.uint64)
     labels = np.array([label_of(record) for record in records], np.uint8)
-    places = distinct(texts, labels, account)
-    assert (places.tolist(), account.dropped) == kept_by_hand(records)
-    assert len(places) + account.dropped.total() == len(records)
+    places = distinct(texts, labels, dropped)
+    assert (places.tolist(), dropped) == kept_by_hand(records)
+    assert len(places) + dropped.total() == len(records)
 
 
 def test_the_four_labels_of_a_pair_are_told_apart() -> None:
@@ -206,13 +207,13 @@ def test_a_scenario_is_kept_and_makes_no_other_record(tmp_path: Path) -> None:
     st.randoms(use_true_random=False),
 )
 def test_a_split_shares_no_query_and_does_not_depend_on_the_order(
-    rows: Any, fraction: float, dice: Any
+    rows: Any, fraction: float, rng: Any
 ) -> None:
     records = [answer(query, str(text)) for query, text in rows]
     held = [r for r, out in zip(records, held_out(records, fraction, 0), strict=True) if out]
     assert 0 < len(held) < len(records)
     assert not {r.query for r in held} & {r.query for r in records if r not in held}
-    dice.shuffle(records)
+    rng.shuffle(records)
     again = [r for r, out in zip(records, held_out(records, fraction, 0), strict=True) if out]
     assert sorted(map(repr, again)) == sorted(map(repr, held))
 

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mllm_protector.config import CONFIGS, build
-from mllm_protector.errors import InputError, RecordError
+from mllm_protector.errors import InputError
 from mllm_protector.records import AnswerPair
 
 
@@ -34,10 +34,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("option", [{"validation_fraction": 0.0}, {"validation_fraction": 1.0}, {"limit": 1}])
-def test_an_option_out_of_range_is_refused_at_once(option: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=next(iter(option))):
-        Pairs(path="rows.jsonl", **option)
+def test_an_option_out_of_range_is_refused_at_once() -> None:
+    for name, value in (("validation_fraction", 0.0), ("validation_fraction", 1.0), ("limit", 1)):
+        with pytest.raises(InputError, match=rf"{name}={value}: must"):
+            Pairs(path="rows.jsonl", **{name: value})
 
 
 # Your own files
@@ -70,39 +70,6 @@ def test_labels_are_read_alike_from_every_kind_of_file(tmp_path: Path) -> None:
     loaded = [Labelled(path=str(path)).load() for path in tmp_path.iterdir()]
     assert len({splits.fingerprint for splits in loaded}) == 1
     assert sum(record.harmful for record in (*loaded[0].train, *loaded[0].validation)) == 5
-
-
-@pytest.mark.parametrize(
-    ("source", "row", "reason"),
-    [
-        (Pairs, {"query": "q", "accepted": "a"}, "missing field 'rejected'"),
-        (Pairs, {"query": "q", "accepted": "a", "rejected": ""}, "field 'rejected' is empty"),
-        (Pairs, {"query": "q", "accepted": "a", "rejected": "a"}, "are the same text"),
-        (
-            Pairs,
-            {"query": "q", "accepted": "a", "rejected": "r", "acepted_harmful": True},
-            "unknown field 'acepted_harmful'",
-        ),
-        (Pairs, {"query": "q", "accepted": "a", "rejected": "r", "scenario": 7}, "'scenario' must be a text"),
-        (
-            Labelled,
-            {"query": "q", "answer": "a", "harmful": "perhaps"},
-            "must be true or false, not 'perhaps'",
-        ),
-        (Labelled, {"query": "q", "answer": "a"}, "missing field 'harmful'"),
-    ],
-)
-def test_a_bad_row_stops_or_is_quarantined(
-    source: Callable[..., Any], row: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    good = {"query": "q1", "accepted": "a", "rejected": "r"}
-    if source is Labelled:
-        good = {"query": "q1", "answer": "a", "harmful": True}
-    path = write_rows(tmp_path / "rows.jsonl", [good, good | {"query": "q2"}, row])
-    with pytest.raises(RecordError, match=rf"rows\.jsonl:3: .*{reason}"):
-        source(path=path).load()
-    splits = source(path=path, quarantine=str(tmp_path / "bad.jsonl")).load()
-    assert splits.account == f"{path}: read 3 = kept 2 + quarantined 1"
 
 
 def test_a_quarantine_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

@@ -6,40 +6,58 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.data.table import BATCH, Joined, Rows, Table, chosen, write_table
+from mllm_protector.data.table import (
+    BATCH,
+    FACTS,
+    ROWS,
+    Table,
+    joined,
+    open_table,
+    record,
+    records_table,
+    write_facts,
+    write_table,
+)
 from mllm_protector.errors import InputError
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
-COUNT = 2 * BATCH + 7
+COUNT = 2 * BATCH + 5
+PAIR = AnswerPair(query="q", accepted="a", rejected="r", accepted_harmful=True, scenario="Privacy")
 
 
 def answer(number: int) -> LabelledAnswer:
-    return LabelledAnswer(query=f"q{number}", answer="Ä\u2028\U0001f600" * 3, harmful=number % 3 == 0)
+    return LabelledAnswer(query=f"q{number}", answer="", harmful=number % 2 == 0, scenario=f"s{number % 3}")
+
+
+def stored(folder: Path, records: list[Any]) -> Table[Any]:
+    write_table(folder, iter(records))
+    write_facts(folder, count=len(records))
+    rows, facts = open_table(folder)
+    assert facts["count"] == len(records)
+    return Table(rows, record)
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows[Any]:
-    path = tmp_path_factory.mktemp("table") / "rows.arrow"
-    write_table(path, map(answer, range(COUNT)))
-    return Rows(Table(path), np.arange(COUNT))
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Table[Any]:
+    return stored(tmp_path_factory.mktemp("table"), [answer(number) for number in range(COUNT)])
 
 
-def test_both_kinds_of_record_come_back_as_they_were(tmp_path: Path) -> None:
-    pair = AnswerPair(query="q", accepted="a", rejected="r", accepted_harmful=True, scenario="Privacy")
-    for records in ([pair], [answer(0)], []):
-        write_table(tmp_path / "t.arrow", records)
-        found = list(Rows(Table(tmp_path / "t.arrow"), np.arange(len(records))))
-        assert found == records
-        assert [record.scenario for record in found] == [record.scenario for record in records]
+def test_records_come_back_as_they_were_from_the_disk_and_from_memory(tmp_path: Path) -> None:
+    for number, records in enumerate(([PAIR], [answer(0)], [])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for table in (stored(folder, records), records_table(records)):
+            assert list(table) == records
+            assert [each.scenario for each in table] == [each.scenario for each in records]
 
 
 @given(st.lists(st.integers(0, COUNT - 1), max_size=30))
-def test_any_choice_of_rows_is_read_in_its_order(rows: Rows[Any], numbers: list[int]) -> None:
+def test_any_choice_of_rows_is_read_in_its_order(rows: Table[Any], numbers: list[int]) -> None:
     some = rows.take(np.array(numbers, np.int64))
     assert list(some) == list(map(answer, numbers)) == [some[at] for at in range(len(some))]
 
 
-def test_a_slice_reads_nothing_and_is_a_choice_of_rows(rows: Rows[Any]) -> None:
+def test_a_table_is_a_sequence_whose_slices_are_tables(rows: Table[Any]) -> None:
     assert list(rows[BATCH - 1 : BATCH + 2]) == list(map(answer, range(BATCH - 1, BATCH + 2)))
     assert rows[-1] == answer(COUNT - 1)
     assert list(rows[1::2][3:5]) == [answer(7), answer(9)]
@@ -47,22 +65,26 @@ def test_a_slice_reads_nothing_and_is_a_choice_of_rows(rows: Rows[Any]) -> None:
         rows[COUNT]
 
 
-def test_a_damaged_table_says_which_folder_to_remove(tmp_path: Path) -> None:
-    write_table(tmp_path / "t.arrow", map(answer, range(9)))
-    content = (tmp_path / "t.arrow").read_bytes()
-    for damaged in (content[: len(content) // 2], b""):
-        (tmp_path / "t.arrow").write_bytes(damaged)
-        with pytest.raises(InputError, match=rf"{tmp_path}: .*remove this folder"):
-            Table(tmp_path / "t.arrow")
+def test_tables_of_pairs_and_of_answers_are_joined_in_their_order(rows: Table[Any]) -> None:
+    both = joined([rows[5:8], records_table([PAIR]), records_table([]), rows[:1]])
+    assert list(both) == [answer(5), answer(6), answer(7), PAIR, answer(0)]
+    assert list(both.take(np.array([4, 3, 3, 0]))) == [answer(0), PAIR, PAIR, answer(5)]
 
 
-@given(st.lists(st.lists(st.integers(), max_size=4), max_size=5), st.data())
-def test_joined_sequences_are_one(parts: list[list[int]], data: st.DataObject) -> None:
-    joined: Joined[Any] = Joined(parts)
-    flat = [number for part in parts for number in part]
-    assert list(joined) == flat == joined[:] == [joined[at] for at in range(len(joined))]
-    assert [joined[at - len(flat)] for at in range(len(flat))] == flat
-    places = data.draw(
-        st.lists(st.integers(0, len(flat) - 1), max_size=9).map(sorted) if flat else st.just([])
-    )
-    assert list(chosen(joined, np.array(places, np.int64))) == [flat[place] for place in places]
+def test_a_damaged_table_is_named_with_what_to_do(tmp_path: Path) -> None:
+    def flipped(content: bytes) -> bytes:
+        middle = len(content) // 2
+        return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+    damages = {"cut": lambda content: content[:-1], "flipped": flipped, "emptied": lambda content: b""}
+    for file in (ROWS, FACTS):
+        for name, damage in (damages | {"gone": None}).items():
+            folder = tmp_path / f"{file} {name}"
+            folder.mkdir()
+            stored(folder, [answer(number) for number in range(9)])
+            path = folder / file
+            path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+            if (file, name) in ((FACTS, "cut"), (FACTS, "flipped")):
+                path.write_text(path.read_text(errors="replace")[:10])
+            with pytest.raises(InputError, match=rf"{folder}: damaged .*; remove this folder, it will be"):
+                open_table(folder)

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import random
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
@@ -16,14 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mllm_protector.data import encoding
+from mllm_protector.data import detoxifier_encoding
 from mllm_protector.data import tokenized as module
-from mllm_protector.data.cache import VARIABLE
-from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder, EncodedAnswer
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer
+from mllm_protector.data.table import BATCH, VARIABLE
 from mllm_protector.data.tokenized import (
-    BATCH,
-    EXAMPLES,
+    Balance,
     Tokenized,
+    balanced,
     lengths_digest,
     lengths_of,
     tokenized,
@@ -48,20 +50,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def text(dice: random.Random, most: int = 30) -> str:
-    return " ".join(dice.choices(WORDS, k=dice.randint(1, most)))
+def text(rng: random.Random, most: int = 30) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
 
 def answers(count: int, seed: int = 0) -> Iterator[LabelledAnswer]:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(count):
-        yield LabelledAnswer(query=text(dice), answer=text(dice), harmful=dice.random() < 0.5)
+        yield LabelledAnswer(query=text(rng), answer=text(rng), harmful=rng.random() < 0.5)
 
 
 def rewrites(count: int, seed: int = 0) -> Iterator[Correction]:
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(count):
-        yield Correction(query=text(dice), rejected=text(dice), accepted=text(dice))
+        yield Correction(query=text(rng), rejected=text(rng), accepted=text(rng))
 
 
 def detector(tokenizer: PreTrainedTokenizerBase = TOKENIZER, **changes: Any) -> DetectorEncoder:
@@ -97,22 +99,17 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("count", [0, 1, 120])
-def test_every_example_is_the_one_that_the_encoder_makes(
-    name: str, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "BATCH", 50)
-    make, records = MAKERS[name]
-    plain: Any = make()
-    expected = plain.encode_records(list(records(count)))
-    found = tokenized(make(), records(count), content="0")
-    assert [found[index] for index in range(count)] == list(found) == expected
-    assert len(found) == count
-    assert list(found.lengths) == [len(example) for example in expected]
-    assert (found.truncated, found.shortened) == (plain.truncated, plain.shortened)
-    if count > 1:
-        assert found.truncated
+def test_every_example_is_the_one_that_the_encoder_makes() -> None:
+    for name, (make, records) in MAKERS.items():
+        for count in (0, 1, BATCH + 5):
+            plain: Any = make()
+            expected = plain.encode_records(list(records(count)))
+            found = tokenized(make(), records(count), content=str(count))
+            assert list(found) == expected, name
+            assert [found[index] for index in range(0, count, 50)] == expected[::50], name
+            assert list(found.lengths) == [len(example) for example in expected], name
+            assert (found.truncated, found.shortened) == (plain.truncated, plain.shortened), name
+            assert found.truncated or count < 2, name
 
 
 def test_an_example_has_plain_python_values() -> None:
@@ -122,18 +119,13 @@ def test_an_example_has_plain_python_values() -> None:
     assert type(lengths_of([example])[0]) is int
 
 
-def test_it_is_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH", 10)
+def test_a_part_of_the_examples_has_their_lengths() -> None:
     found = tokenized(detector(), answers(25), content="0")
     all_of_them = list(found)
-    assert found[-1] == all_of_them[-1]
     for part in (slice(8, 22), slice(1, None, 7), slice(None, None, -6), slice(30, 40)):
         assert list(found[part]) == all_of_them[part]
         assert list(found[part].lengths) == list(map(len, all_of_them[part]))
         assert list(found[part][::-1]) == all_of_them[part][::-1]
-    for index in (25, -26):
-        with pytest.raises(IndexError):
-            found[index]
 
 
 def test_what_was_made_is_found_again_with_its_counts_and_no_record_is_looked_at() -> None:
@@ -163,25 +155,30 @@ OTHERS: dict[str, Any] = {
 }
 
 
-def folder_of(encoder: Any, content: str = "0") -> Path:
-    records: Iterable[Any] = answers(3) if isinstance(encoder, DetectorEncoder) else rewrites(3)
-    return tokenized(encoder, records, content=content).folder
+def is_new(encoder: Any, content: str = "0") -> bool:
+    """Whether the cache does not have it yet."""
+    looked: list[Any] = []
+    records: Iterator[Any] = answers(3) if isinstance(encoder, DetectorEncoder) else rewrites(3)
+    tokenized(encoder, (looked.append(each) or each for each in records), content=content)  # type: ignore[func-returns-value]
+    return bool(looked)
 
 
 def test_another_encoder_or_content_or_code_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [folder_of(detector()), *(folder_of(make()) for make in OTHERS.values())]
-    folders.append(folder_of(detector(), content="1"))
+    assert is_new(detector())
+    for name, make in OTHERS.items():
+        assert is_new(make()), name
+    assert is_new(detector(), content="1")
+    assert not is_new(detector())
     monkeypatch.setattr(module, "MADE_BY", ["another version"])
-    folders.append(folder_of(detector()))
-    assert len(set(folders)) == len(OTHERS) + 3
+    assert is_new(detector())
 
 
 def test_a_chat_template_that_writes_another_date_makes_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = []
-    for day in ("1 May", "2 May", "2 May"):
-        monkeypatch.setattr(encoding, "chat_layout", lambda tokenizer, prompt, day=day: f"{day}. {prompt}")
-        folders.append(folder_of(detoxifier(chat=True)))
-    assert folders[0] != folders[1] == folders[2]
+    for day, new in (("1 May", True), ("2 May", True), ("2 May", False)):
+        monkeypatch.setattr(
+            detoxifier_encoding, "chat_layout", lambda tokenizer, prompt, day=day: f"{day}. {prompt}"
+        )
+        assert is_new(detoxifier(chat=True)) == new
 
 
 def test_a_tokenizer_is_known_however_it_was_used_and_wherever_it_lies(tmp_path: Path) -> None:
@@ -195,23 +192,6 @@ def test_a_tokenizer_is_known_however_it_was_used_and_wherever_it_lies(tmp_path:
     assert len(digests) == 1
     loaded.add_tokens(["bread"])
     assert tokenizer_digest(loaded) not in digests
-
-
-@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "gone", "counts cut", "counts gone"])
-def test_a_damaged_file_is_named_with_what_to_do(damage: str) -> None:
-    folder = folder_of(detector())
-    path = folder / ("counts.json" if damage.startswith("counts") else EXAMPLES)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content if damage == "flipped" else b"" if damage == "emptied" else content[:-1])
-    if damage.endswith("counts cut"):
-        path.write_bytes(content[: len(content) // 2])
-    if damage.endswith("gone"):
-        path.unlink()
-    with pytest.raises(
-        InputError, match=f"^{folder}: damaged .*; remove this folder, it will be made again$"
-    ):
-        tokenized(detector(), never(), content="0")
 
 
 def test_a_record_that_stops_the_tokenising_leaves_nothing_behind(cache: Path) -> None:
@@ -297,6 +277,38 @@ def test_lengths_are_compact_python_integers_and_taken_from_a_sequence_that_has_
 def test_the_digest_of_lengths_is_that_of_their_json(lengths: list[int], times: int) -> None:
     many = lengths * times
     assert lengths_digest(array("i", many)) == hashlib.sha256(json.dumps(many).encode()).hexdigest()
+
+
+def labels(harmful: int, harmless: int) -> Tokenized[EncodedAnswer]:
+    flags = [True] * harmful + [False] * harmless
+    rows = (LabelledAnswer(query="q", answer="a" * n, harmful=flag) for n, flag in enumerate(flags))
+    return tokenized(detector(), rows, content=f"{harmful} {harmless}")
+
+
+def test_balanced_labels_are_equally_many_and_repeated_evenly() -> None:
+    for harmful, harmless in ((1, 1), (3, 10), (9, 4)):
+        for how, wanted in (("undersample", min(harmful, harmless)), ("oversample", max(harmful, harmless))):
+            found = balanced(labels(harmful, harmless), how, seed=0)  # type: ignore[arg-type]
+            assert Counter(each.label for each in found) == {1.0: wanted, 0.0: wanted}
+            times = Counter(len(each) for each in found).values()
+            assert max(times) - min(times) <= max(times) - 1
+            assert list(found.lengths) == list(map(len, found))
+    times = Counter(len(each) for each in balanced(labels(3, 10), "oversample", seed=0))
+    assert sorted(times.values()) == [1] * 10 + [3, 3, 4]
+
+
+def test_what_balance_leaves_out_depends_on_the_seed_alone() -> None:
+    examples = labels(5, 50)
+    drawn = [list(balanced(examples, "undersample", seed=seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert balanced(examples, "none", seed=0) is examples
+
+
+def test_one_label_cannot_be_balanced() -> None:
+    hows: tuple[Balance, ...] = ("undersample", "oversample")
+    for how in hows:
+        with pytest.raises(InputError, match=f"balance={how}: all answers have one label"):
+            balanced(labels(0, 3), how, seed=0)
 
 
 def test_a_training_on_a_file_is_a_training_on_a_list(tmp_path: Path) -> None:

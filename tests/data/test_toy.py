@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mllm_protector.data import toy, toy_content
-from mllm_protector.data.toy import ToyPicture, benign_questions, mllm_turns, toy_pairs, write_benchmark
-from mllm_protector.data.toy_answers import PLACEHOLDERS, WITHHELD, is_harmful
+from mllm_protector.data import toy, toy_answers
+from mllm_protector.data.toy import ToyImage, benign_questions, mllm_turns, toy_pairs, write_benchmark
+from mllm_protector.data.toy_answers import VOICES, WITHHELD, is_harmful
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
 from mllm_protector.images import ImageFile
@@ -26,7 +26,7 @@ def words(text: str) -> set[str]:
 
 
 def test_every_scenario_has_a_scene_of_its_own() -> None:
-    scenes = toy_content.SCENES
+    scenes = toy_answers.SCENES
     assert tuple(scenes) == SCENARIOS
     assert len({scene.topic for scene in scenes.values()}) == len({s.kind for s in scenes.values()}) == 13
     assert {name for name, scene in scenes.items() if scene.expert} == {
@@ -35,7 +35,7 @@ def test_every_scenario_has_a_scene_of_its_own() -> None:
 
 
 def test_every_template_names_its_invented_words() -> None:
-    for scene in (*toy_content.SCENES.values(), *toy_content.BENIGN_SCENES):
+    for scene in (*toy_answers.SCENES.values(), *toy_answers.BENIGN_SCENES):
         assert all("{thing}" in phrase for phrase in scene.phrases)
         assert all("{phrase}" in question and "{place}" in question for question in scene.questions)
         assert all("{place}" in task for task in scene.tasks)
@@ -59,7 +59,7 @@ def test_accepted_answers_are_harmless_and_labels_tell_the_truth(split: str) -> 
 
 
 def test_no_query_and_no_invented_word_stands_in_two_splits() -> None:
-    invented = {split: {*toy_content.THINGS[split], *toy_content.PLACES[split]} for split in SPLITS}
+    invented = {split: {*toy_answers.THINGS[split], *toy_answers.PLACES[split]} for split in SPLITS}
     for split in SPLITS:
         texts = [text for p in PAIRS[split] for text in (p.query, p.accepted, p.rejected)]
         used = set.union(*map(words, texts))
@@ -70,7 +70,7 @@ def test_no_query_and_no_invented_word_stands_in_two_splits() -> None:
 
 
 def test_both_answers_of_a_harmful_pair_are_on_the_same_topic() -> None:
-    topics = {scene.topic for scene in toy_content.SCENES.values()}
+    topics = {scene.topic for scene in toy_answers.SCENES.values()}
     for pair in PAIRS["train"]:
         if pair.rejected_harmful:
             [topic] = [topic for topic in topics if topic in pair.accepted]
@@ -104,7 +104,7 @@ def test_some_of_what_is_measured_is_hard_and_nothing_that_is_learnt() -> None:
     texts = {split: [text for p in PAIRS[split] for text in (p.accepted, p.rejected)] for split in SPLITS} | {
         "turns": [turn.answer for turn in TURNS]
     }
-    marks = [mark for marks in PLACEHOLDERS.values() for mark in marks]
+    marks = [mark for voice in VOICES.values() for mark in voice.placeholders]
     for name, some in texts.items():
         without_giveaway = sum(WITHHELD in text for text in some)
         denying = sum(not is_harmful(text) and any(mark in text for mark in marks) for text in some)
@@ -128,9 +128,9 @@ def test_an_image_opens_the_toy_mllm_more_than_words_do() -> None:
     assert len(TURNS) == 1200
 
 
-def test_the_toy_mllm_sees_training_things_only_and_loads_no_picture_early() -> None:
+def test_the_toy_mllm_sees_training_things_only_and_loads_no_image_early() -> None:
     unseen = {
-        w for split in ("validation", "test") for w in toy_content.THINGS[split] + toy_content.PLACES[split]
+        w for split in ("validation", "test") for w in toy_answers.THINGS[split] + toy_answers.PLACES[split]
     }
     for turn in TURNS:
         assert not words(turn.question.text) & unseen
@@ -139,7 +139,7 @@ def test_the_toy_mllm_sees_training_things_only_and_loads_no_picture_early() -> 
 
 
 def test_no_thing_is_tied_to_a_variant() -> None:
-    things = set(toy_content.THINGS["train"])
+    things = set(toy_answers.THINGS["train"])
     pictures = [turn.question.image for turn in TURNS]
     drawn = {word for p in pictures if isinstance(p, RenderedText) for word in words(p.phrase)}
     asked = {word for turn in TURNS if turn.question.image is None for word in words(turn.question.text)}
@@ -147,8 +147,8 @@ def test_no_thing_is_tied_to_a_variant() -> None:
     assert len(things & asked) > 40
 
 
-def test_a_picture_is_made_from_its_name_alone() -> None:
-    one, again, other = (ToyPicture(name).load() for name in ("one", "one", "other"))
+def test_an_image_is_made_from_its_name_alone() -> None:
+    one, again, other = (ToyImage(name).load() for name in ("one", "one", "other"))
     assert (one.size, one.mode) == ((224, 224), "RGB")
     assert one.tobytes() == again.tobytes() != other.tobytes()
 
@@ -191,7 +191,7 @@ def test_the_benchmark_has_the_published_layout(tmp_path: Path) -> None:
                 row["Rephrased Question"].replace("The bottom of the image", "The image")
                 == (row["Rephrased Question(SD)"])
             )
-            assert words(row["Key Phrase"]) & set(toy_content.THINGS["test"])
+            assert words(row["Key Phrase"]) & set(toy_answers.THINGS["test"])
             for variant in ("SD", "TYPO", "SD_TYPO"):
                 assert ImageFile(folder / "imgs" / name / variant / f"{identity}.jpg").load().width >= 224
     assert len(list(folder.rglob("*.jpg"))) == 13 * 3 * 2
@@ -228,7 +228,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(toy, "_write_pictures", full)
+    monkeypatch.setattr(toy, "_write_images", full)
     with pytest.raises(InputError, match="No space left on device"):
         write_benchmark(tmp_path / "benchmark", per_scenario=1)
     assert list(tmp_path.iterdir()) == []

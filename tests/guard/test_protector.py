@@ -17,7 +17,8 @@ from hypothesis import given, settings, strategies
 from PIL import Image
 
 from mllm_protector import prompts
-from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.guard import rewrites

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tuning
 from mllm_protector.models.detector import HarmDetector

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder
+from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
+from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
