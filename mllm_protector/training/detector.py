@@ -38,10 +38,10 @@ from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.training.best import require_metric
 from mllm_protector.training.calibration import calibrated, calibration_metrics, summary, warn
 from mllm_protector.training.logging import Tracker
-from mllm_protector.training.loop import Run, Task, Weights
+from mllm_protector.training.loop import Task, Weights
 from mllm_protector.training.losses import detector_loss
 from mllm_protector.training.part import open_backbone, train_part, tuned, unmeasured
-from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, Run
 
 THRESHOLD = 0.5
 """Of the metrics before calibration."""

@@ -27,10 +27,10 @@ from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, corrections
 from mllm_protector.training.best import require_metric
 from mllm_protector.training.logging import Tracker
-from mllm_protector.training.loop import Run, Task
+from mllm_protector.training.loop import Task
 from mllm_protector.training.losses import LanguageLoss, mean_loss
 from mllm_protector.training.part import open_backbone, train_part, tuned, unmeasured
-from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, Run
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from mllm_protector.training.best import BestCheckpoint, Fitted
 from mllm_protector.training.checkpoints import CHECKPOINTS
 from mllm_protector.training.dropout import attention_dropout
 from mllm_protector.training.interruption import Interruption, Stopped
-from mllm_protector.training.logging import Meter, MetricLogger, Progress, Tracker
+from mllm_protector.training.logging import Meter, MetricLogger, Progress
 from mllm_protector.training.losses import LossFunction
 from mllm_protector.training.parallel import (
     Objective,
@@ -41,13 +41,7 @@ from mllm_protector.training.parallel import (
     take_step,
 )
 from mllm_protector.training.resume import Resumption, TrainingState
-from mllm_protector.training.settings import (
-    CheckpointConfig,
-    FitConfig,
-    Resume,
-    free_memory,
-    out_of_memory_help,
-)
+from mllm_protector.training.settings import FitConfig, Run, free_memory, out_of_memory_help
 
 log = logging.getLogger(__name__)
 
@@ -77,27 +71,6 @@ class Task:
     evaluate: Callable[[torch.nn.Module, Processes[Any]], dict[str, float]]
     save: Callable[[Path, dict[str, float], Weights], None]
     identity: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """How and where to train.
-
-    Attributes:
-        fit: how to optimise.
-        checkpoint: when to write to ``output_dir/checkpoints``; ``Fitted.write`` removes them.
-        resume: ``auto`` continues from the newest intact checkpoint if there is one, ``never`` starts over.
-        tracker: takes the metrics as they arise, besides ``metrics.jsonl``.
-        output_dir: where everything goes.
-        seed: of the order of examples and of dropout.
-    """
-
-    fit: FitConfig
-    checkpoint: CheckpointConfig
-    resume: Resume
-    tracker: Tracker
-    output_dir: Path
-    seed: int
 
 
 def fit(task: Task, run: Run) -> Fitted:
@@ -149,7 +122,7 @@ def fit(task: Task, run: Run) -> Fitted:
         if accelerator.is_main_process:
             task.save(folder, metrics, weights)
 
-    # The name under which earlier releases wrote it.
+    # "keeper" is the name under which earlier releases wrote it.
     best = BestCheckpoint(
         config.best_metric, run.output_dir, save_weights, **resumption.progress.get("keeper", {})
     )

@@ -47,11 +47,11 @@ class LanguageLoss:
     """Cross-entropy of the target's tokens (its end token included).
 
     Source: paper section 3, the autoregressive loss on a_acc given the query and a_rej. The paper divides
-    the sum by the number of examples; the optimisation loop does what ``fit.normalise`` says.
+    the sum by the number of examples; the training loop follows ``fit.normalise``.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """See how the model's head works; the model is not kept.
+        """Check how the model's head works; the model is not kept.
 
         Args:
             model: a causal language model, or one wrapped by PEFT.
@@ -108,8 +108,8 @@ def mean_loss(
 def has_linear_head(model: torch.nn.Module) -> bool:
     """Whether a model's logits are its last hidden state through one plain linear layer.
 
-    Some models scale or cap their logits, and an adapter may sit on the head. So the model itself is asked:
-    its body's answer is replaced by a random one, large enough for a cap to show.
+    Some models scale or cap their logits, and an adapter may sit on the head. So the model itself is tried:
+    its body's output is replaced by a random one, large enough for a cap to show.
     """
     inner = pretrained(model)
     head, body = inner.get_output_embeddings(), inner.base_model
@@ -134,7 +134,7 @@ def has_linear_head(model: torch.nn.Module) -> bool:
 
 
 def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where a next token is to be learnt, row and column, and that token; each (N,) int64."""
+    """Row and column of each next token to learn, and that token; each (N,) int64."""
     following = batch["labels"][:, 1:]
     rows, columns = (following != IGNORED).nonzero(as_tuple=True)
     return rows, columns, following[rows, columns]
@@ -151,7 +151,7 @@ def _into_head(
 def _own_logits(
     model: torch.nn.Module, batch: Batch, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """(N, V) float32 by the model's own head, which is asked for no more columns than are needed."""
+    """(N, V) float32 from the model's own head, for no more columns than are needed."""
     needed, places = torch.unique(columns, return_inverse=True)
     logits = model(**model_inputs(batch), use_cache=False, logits_to_keep=needed).logits
     return logits[rows, places].float()  # type: ignore[no-any-return]
@@ -162,8 +162,8 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """The cross-entropy of ``hidden @ weight.T + bias`` against the targets, summed; a scalar in nats.
 
-    The matrix products are made in autocast's dtype if it is on, else in that of ``hidden``; the rest in
-    float32. On a GPU Liger's kernel does the same if it is installed.
+    Matrix products are in autocast's dtype if it is on, else in that of ``hidden``; the rest is in float32.
+    On a GPU Liger's kernel does the same if it is installed.
 
     Args:
         hidden: (N, H).

@@ -17,7 +17,8 @@ from mllm_protector.models.guard_file import GuardFile, Kind, library_versions, 
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.processes import first_process_first
 from mllm_protector.training.best import Fitted
-from mllm_protector.training.loop import Run, Task, fit
+from mllm_protector.training.loop import Task, fit
+from mllm_protector.training.settings import Run
 
 log = logging.getLogger(__name__)
 

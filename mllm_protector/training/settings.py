@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import psutil
@@ -15,6 +16,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.backbone import pick_device
 from mllm_protector.models.memory import is_out_of_memory
 from mllm_protector.models.quantization import is_quantized
+from mllm_protector.training.logging import Tracker
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]
 Precision = Literal["fp32", "bf16"]
@@ -142,6 +144,27 @@ class CheckpointConfig:
         _require_counts(self, "every_steps", "keep_last")
         if self.every_minutes is not None and not self.every_minutes > 0:
             raise InputError(f"every_minutes={self.every_minutes}: must be positive, or null")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """How and where to train.
+
+    Attributes:
+        fit: how to optimise.
+        checkpoint: when to write to ``output_dir/checkpoints``; ``Fitted.write`` removes them.
+        resume: ``auto`` continues from the newest intact checkpoint if there is one, ``never`` starts over.
+        tracker: takes the metrics as they arise, besides ``metrics.jsonl``.
+        output_dir: where everything goes.
+        seed: of the order of examples and of dropout.
+    """
+
+    fit: FitConfig
+    checkpoint: CheckpointConfig
+    resume: Resume
+    tracker: Tracker
+    output_dir: Path
+    seed: int
 
 
 @contextmanager

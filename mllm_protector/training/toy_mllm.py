@@ -25,9 +25,9 @@ from mllm_protector.outputs import claimed
 from mllm_protector.processes import Processes
 from mllm_protector.ranges import Count, Rate, Seed
 from mllm_protector.training.logging import NoTracker
-from mllm_protector.training.loop import Run, Task, Weights, fit
+from mllm_protector.training.loop import Task, Weights, fit
 from mllm_protector.training.losses import LanguageLoss, mean_loss
-from mllm_protector.training.settings import CheckpointConfig, FitConfig
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Run
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from mllm_protector.models.backbone import inference
 from mllm_protector.processes import Processes, leave_processes
 from mllm_protector.training.best import Fitted
 from mllm_protector.training.logging import NoTracker, Tracker
-from mllm_protector.training.loop import Run, Task, Weights, fit
-from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume
+from mllm_protector.training.loop import Task, Weights, fit
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, Run
 
 VOCABULARY, TAGS, WIDTH = 13, 3, 8
 WEIGHTS = "model.safetensors"
