@@ -74,13 +74,11 @@ class Task:
 
 
 def fit(task: Task, run: Run) -> Fitted:
-    """Train a model. The weights with the best validation end up in ``run.output_dir``.
-
-    The weights of the last step are in ``output_dir/last`` where they are not the best.
+    """Train a model; keep the best weights in ``run.output_dir``, and the last in ``last`` if they differ.
 
     Raises:
-        RunError: the loss or the gradient is not a finite number, and nothing of that step is saved. Or a
-            checkpoint cannot be written or read, or the memory ran out.
+        RunError: the loss or the gradient is not finite, and nothing of that step is saved; or a checkpoint
+            cannot be written or read; or the memory ran out.
         Stopped: SIGTERM or SIGINT came; the step was finished and a checkpoint written.
         InputError: no examples, ``fit.best_metric`` is not a metric that ``evaluate`` gives, or the
             checkpoints in ``output_dir`` are of another training.
@@ -147,9 +145,8 @@ def fit(task: Task, run: Run) -> Fitted:
             validate(resumption.step)  # the signal that stopped it came first
         for step, epoch, shares in plan.steps_after(resumption.step):
             begun = time.perf_counter()
-            batches = micro_batches(
-                shares, processes.index, task.examples, task.collate, seed=run.seed, step=step
-            )
+            rows = task.examples
+            batches = micro_batches(shares, processes.index, rows, task.collate, seed=run.seed, step=step)
             result = take_step(accelerator, parallel, batches, config.clip_norm, config.normalise)
             speed = meter.add(result.tokens, result.positions, time.perf_counter() - begun)
             _require_finite(result, step, config)
