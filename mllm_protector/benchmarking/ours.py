@@ -16,11 +16,8 @@ from mllm_protector.data.encoding import Batch, DetectorEncoder
 from mllm_protector.data.packing import pack_answers, pack_corrections
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.processes import start_accelerator
-from mllm_protector.training.detector import detector_loss
-from mllm_protector.training.language_loss import LanguageLoss
-from mllm_protector.training.objective import Objective
-from mllm_protector.training.sharding import prepare
-from mllm_protector.training.step import slots_of, take_step
+from mllm_protector.training.losses import LanguageLoss, detector_loss
+from mllm_protector.training.parallel import Objective, micro_batches, prepare, take_step
 
 
 class Ours:
@@ -80,9 +77,9 @@ class Ours:
                 seed=self._seed,
                 epoch=1,
             )
-            slots = slots_of(plan, 0, rows, self._collate, seed=self._seed, step=1)
-            taken = take_step(self._accelerator, self._shared, slots, CLIP_NORM, "tokens")
-            return taken.loss, self._meter.stop()
+            batches = micro_batches(plan, 0, rows, self._collate, seed=self._seed, step=1)
+            result = take_step(self._accelerator, self._shared, batches, CLIP_NORM, "tokens")
+            return result.loss, self._meter.stop()
 
 
 SHARED = (PartialState, AcceleratorState, GradientState)

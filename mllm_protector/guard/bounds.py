@@ -1,16 +1,43 @@
-"""One-sided bounds of rates, and what each answer counts in a rate. Pure functions, for ``calibration``."""
+"""One-sided bounds of rates, and the weight of each answer in a rate. Pure functions, for ``calibration``."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def query_weights(labels: Sequence[bool], queries: Sequence[str] | None) -> NDArray[np.float64]:
-    """(n,) the weight of each answer in a rate: one over the answers of its label to its query.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Answers of each label, at least one, and the different queries that they answer."""
 
-    A rate is then a mean over queries, which are independent draws, however many answers each of them has.
+    harmful: int
+    harmless: int
+    harmful_queries: int
+    harmless_queries: int
+
+    @classmethod
+    def of(cls, labels: Sequence[bool], queries: Sequence[str] | None) -> "Sizes":
+        """Count; without queries each answer has its own."""
+        harmful, harmless = sum(map(bool, labels)), sum(not label for label in labels)
+        if queries is None:
+            return cls(harmful=harmful, harmless=harmless, harmful_queries=harmful, harmless_queries=harmless)
+        asked: tuple[set[str], set[str]] = (set(), set())
+        for label, query in zip(labels, queries, strict=True):
+            asked[not label].add(query)
+        return cls(
+            harmful=harmful,
+            harmless=harmless,
+            harmful_queries=len(asked[0]),
+            harmless_queries=len(asked[1]),
+        )
+
+
+def query_weights(labels: Sequence[bool], queries: Sequence[str] | None) -> NDArray[np.float64]:
+    """(n,) the weight of each answer in a rate: one over the number of answers of its label to its query.
+
+    A rate is then a mean over queries, which are independent draws, however many answers each has.
     Simulated with 200 queries, of 1 to 200 answers (Zipf) with a correlation of 0 to .95, a promise at a
     confidence of .95 is broken in 1 % to 3 % of samples; by answers it would be in up to 32 %.
     """
@@ -31,8 +58,8 @@ def upper(counts: NDArray[np.float64], total: int, confidence: float) -> NDArray
 def bound(count: float, total: int, confidence: float, limit: float | None) -> float:
     """The upper bound of a share; where a limit chose the threshold, one that allows for the choice.
 
-    That is the bound of the largest whole count that the limit lets pass, which without ties is the count
-    itself. With ties the count may be less by chance, and its own bound would fail too often.
+    That is the bound of the largest whole count within the limit, which without ties is the count itself.
+    With ties the count may be smaller by chance, and its own bound would fail too often.
     """
     own = float(upper(np.array(count), total, confidence))
     if limit is None or own > limit:
@@ -42,5 +69,5 @@ def bound(count: float, total: int, confidence: float, limit: float | None) -> f
 
 
 def band(total: int, confidence: float) -> float:
-    """How far a share may lie from the truth at any threshold, to one side."""
+    """How far a share may lie from the truth, to one side, at all thresholds at once."""
     return math.sqrt(-math.log(1 - confidence) / (2 * total))

@@ -1,9 +1,9 @@
-"""From scores to a threshold with a stated promise; how logits become scores is ``scaling``'s business.
+"""From logits to scores, and from scores to a threshold with a stated promise.
 
-Pure functions of labels (True for harmful) and of scores. Every rate comes with a one-sided bound
-that holds with the aim's confidence for new answers of the same kind, if those at hand were drawn
-independently and the detector has not learnt from them. Several answers to one query are not independent, so
-each query counts once in a rate: its answers share its weight (``query_weights``).
+Pure functions of labels (True for harmful), logits and scores. Every rate comes with a one-sided bound. It
+holds with the aim's confidence for new answers of the same kind, if the given ones were drawn independently
+and the detector has not learnt from them. Several answers to one query are not independent, so each query
+counts once in a rate: its answers share its weight (``query_weights``).
 
 - The rate that was aimed at: Clopper-Pearson (exact). Thresholds are tested one after the other, from the one
   that serves the aim best, up to the first that fails, so the bound holds although the threshold is chosen on
@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector.errors import InputError
-from mllm_protector.guard.bounds import band, bound, query_weights, upper
+from mllm_protector.guard.bounds import Sizes, band, bound, query_weights, upper
+from mllm_protector.models.scale import Scale
 
 AimKind = Literal["false_positive_rate", "recall", "f1", "fixed"]
 
@@ -30,6 +31,9 @@ PROMISED = ("false_positive_rate", "recall")
 """The aims that promise a rate."""
 
 AT_ENDS = (("fixed", 0.0), ("fixed", 1.0))
+
+TEMPERATURES = (1e-3, 1e3)
+"""The limits of a temperature. Logits that say nothing, or the opposite, reach the upper one."""
 
 
 def require_threshold(name: str, value: Any) -> None:
@@ -78,6 +82,42 @@ class Aim:
             raise InputError(f"confidence={self.confidence}: must be at least 0.5 and below 1")
 
 
+def fit_scale(labels: Sequence[bool], logits: Sequence[float]) -> Scale:
+    """The temperature and the offset with the least mean log loss.
+
+    Labels are smoothed as in Platt, "Probabilistic outputs for support vector machines" (1999), equation 3.
+    Otherwise answers that are told apart without a mistake would give a temperature of 0.
+
+    Args:
+        labels: of answers that the detector has not learnt from; both kinds must occur.
+        logits: finite numbers.
+
+    Raises:
+        InputError: one kind of label only, or a logit that is not finite.
+    """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
+    harmful, values = checked(labels, logits)
+    positives, negatives = int(harmful.sum()), int((~harmful).sum())
+    target = np.where(harmful, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    centre, spread = float(values.mean()), float(values.std()) or 1.0
+    standard = (values - centre) / spread
+
+    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        scaled = weights[0] * standard + weights[1]
+        wrong = expit(scaled) - target
+        gradient = np.array([np.mean(wrong * standard), np.mean(wrong)])
+        return float(np.mean(np.logaddexp(0.0, scaled) - target * scaled)), gradient
+
+    # Logistic regression, convex in the slope (1 / temperature) and the intercept.
+    slopes = (spread / TEMPERATURES[1], spread / TEMPERATURES[0])
+    precision = {"ftol": 1e-15, "gtol": 1e-10}
+    found = minimize(loss, [slopes[0], 0.0], jac=True, bounds=[slopes, (None, None)], options=precision)
+    temperature = spread / float(found.x[0])
+    return Scale(temperature=temperature, offset=float(found.x[1]) * temperature - centre)
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A threshold and why it is this one.
@@ -115,63 +155,30 @@ def choose_threshold(
         InputError: one kind of label only, or a score that is no number.
     """
     harmful, score = checked(labels, scores)
-    weights = query_weights(labels, queries)
-    sizes = Sizes.of(labels, queries)
-    if aim.kind == "fixed" and aim.target is not None:
-        flagged = score >= aim.target
-        found, alarms = flagged & harmful, flagged & ~harmful
-        return describe(
-            aim,
-            aim.target,
-            recall=min(1.0, float(weights[found].sum()) / sizes.harmful_queries),
-            false_positive_rate=min(1.0, float(weights[alarms].sum()) / sizes.harmless_queries),
-            f1=float(_f1(found.sum(), alarms.sum(), sizes)),
-            sizes=sizes,
-        )
-    # From the strictest threshold down: one for each distinct score, as equal scores go together.
+    weights, sizes = query_weights(labels, queries), Sizes.of(labels, queries)
+    # Candidates from the strictest down: above all scores, then one for each distinct score.
     values, where = np.unique(score, return_inverse=True)
 
-    def counted(weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(where, weights=weight, minlength=len(values))[::-1].cumsum()
+    def flagged(weight: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.append(0.0, np.bincount(where, weights=weight, minlength=len(values))[::-1].cumsum())
 
-    recalls = np.minimum(counted(weights * harmful) / sizes.harmful_queries, 1.0)
-    alarm_rates = np.minimum(counted(weights * ~harmful) / sizes.harmless_queries, 1.0)
-    f1 = _f1(counted(harmful.astype(float)), counted((~harmful).astype(float)), sizes)
-    index = _pick(aim, recalls, alarm_rates, f1, sizes)
+    recalls = np.minimum(flagged(weights * harmful) / sizes.harmful_queries, 1.0)
+    alarm_rates = np.minimum(flagged(weights * ~harmful) / sizes.harmless_queries, 1.0)
+    found, alarms = flagged(harmful.astype(float)), flagged((~harmful).astype(float))
+    f1 = 2 * found / (found + alarms + sizes.harmful)
+    if aim.kind == "fixed" and aim.target is not None:
+        threshold, index = aim.target, int((values >= aim.target).sum())
+    else:
+        index = 1 + _pick(aim, recalls[1:], alarm_rates[1:], f1[1:], sizes)
+        threshold = _below(values, len(values) - index)
     return describe(
         aim,
-        _below(values, len(values) - 1 - index),
+        threshold,
         recall=float(recalls[index]),
         false_positive_rate=float(alarm_rates[index]),
         f1=float(f1[index]),
         sizes=sizes,
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """How many answers there are of each label, at least one, and how many different queries they are to."""
-
-    harmful: int
-    harmless: int
-    harmful_queries: int
-    harmless_queries: int
-
-    @classmethod
-    def of(cls, labels: Sequence[bool], queries: Sequence[str] | None) -> "Sizes":
-        """Count; without queries each answer is to one of its own."""
-        harmful, harmless = sum(map(bool, labels)), sum(not label for label in labels)
-        if queries is None:
-            return cls(harmful=harmful, harmless=harmless, harmful_queries=harmful, harmless_queries=harmless)
-        asked: tuple[set[str], set[str]] = (set(), set())
-        for label, query in zip(labels, queries, strict=True):
-            asked[not label].add(query)
-        return cls(
-            harmful=harmful,
-            harmless=harmless,
-            harmful_queries=len(asked[0]),
-            harmless_queries=len(asked[1]),
-        )
 
 
 def describe(
@@ -240,12 +247,8 @@ def _pick(
     return len(recalls) - (passed or int((recalls == recalls[-1]).sum()))
 
 
-def _f1(found: Any, alarms: Any, sizes: Sizes) -> Any:
-    return 2 * found / (found + alarms + sizes.harmful)
-
-
 def _below(values: NDArray[np.float64], place: int) -> float:
-    """The middle between a score and the next lower one or 0; the score where no number lies between."""
+    """Halfway between a score and the next lower one or 0; the score itself where no number is between."""
     score, lower = float(values[place]), float(values[place - 1]) if place else 0.0
     middle = (score + lower) / 2
     return middle if middle > lower else score

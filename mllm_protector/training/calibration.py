@@ -1,4 +1,4 @@
-"""Calibrating a detector: in its training, or later on other data and with its weights as they are."""
+"""Calibrating a detector: in its training, or later on other data with the same weights."""
 
 import logging
 import math
@@ -6,25 +6,18 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+import pandas
 from tqdm.auto import tqdm
 
-from mllm_protector.data.groups import read_groups
-from mllm_protector.data.queries import opening_key, query_key
+from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.guard.calibration import (
-    Aim,
-    Choice,
-    Sizes,
-    choose_threshold,
-    describe,
-)
-from mllm_protector.guard.scaling import TEMPERATURES, fit_scale
+from mllm_protector.guard.bounds import Sizes
+from mllm_protector.guard.calibration import TEMPERATURES, Aim, choose_threshold, describe, fit_scale
 from mllm_protector.locks import locked
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
@@ -39,32 +32,38 @@ log = logging.getLogger(__name__)
 NOTE = "measured on the answers on which threshold and scale were chosen"
 
 AT_ONCE = 1024
-"""Answers between two steps of the bar."""
+"""Answers between two steps of the progress bar."""
 
 NOT_COPIED = ("last", "checkpoints")
-"""What a training leaves beside its weights and nobody needs to use them."""
+"""Beside the weights of a training, and not needed to use them."""
 
 
-def calibration_figures(
+def calibration_metrics(
     labels: Sequence[bool], logits: Sequence[float], aim: Aim, queries: Sequence[str]
 ) -> dict[str, float]:
-    """Scale and threshold for an aim, and what they give on these answers.
+    """Scale and threshold for an aim, and how good they are on these answers.
+
+    Args:
+        labels: True for harmful.
+        logits: of the answers.
+        aim: what the threshold is for.
+        queries: keys of the answers' queries (``opening_key``).
 
     Returns:
-        The fields of a ``Scale``, ``threshold``, ``calibrated_ece``, ``calibrated_brier``, ``calibrated_f1``,
-        ``false_positive_rate`` and ``recall``: plain numbers, so that they travel with the other figures of a
-        validation.
+        ``temperature``, ``offset``, ``threshold``, ``calibrated_ece``, ``calibrated_brier``,
+        ``calibrated_f1``, ``false_positive_rate`` and ``recall``: plain numbers, to be logged and kept with
+        the other metrics of a validation.
 
     Raises:
-        InputError: the labels are all of one kind, or a logit is no finite number.
+        InputError: the labels are all of one kind, or a logit is not finite.
     """
-    queries = [opening_key(query) for query in queries]
-    scale = fit_scale(labels, logits, queries)
+    scale = fit_scale(labels, logits)
     scores = scale.scores(logits)
     choice = choose_threshold(labels, scores, aim, queries)
     metrics = detection_metrics(labels, scores, threshold=choice.threshold)
     return {
-        **asdict(scale),
+        "temperature": scale.temperature,
+        "offset": scale.offset,
         "threshold": choice.threshold,
         "calibrated_ece": metrics["ece"],
         "calibrated_brier": metrics["brier"],
@@ -76,61 +75,67 @@ def calibration_figures(
 
 def calibrated(
     guard: GuardFile,
-    figures: Mapping[str, float],
+    metrics: Mapping[str, float],
     aim: Aim,
+    sizes: Sizes,
     *,
-    labels: Sequence[bool],
-    queries: Sequence[str],
     data: Mapping[str, Any],
     note: str,
 ) -> GuardFile:
-    """A guard file with the scale and the threshold of ``calibration_figures``.
+    """A guard file with the scale and the threshold of ``calibration_metrics``.
 
     Args:
         guard: of the same weights.
-        figures: those figures, with ``ece`` and ``brier`` before calibration: at temperature 1 and offset 0.
+        metrics: of ``calibration_metrics``, with ``ece`` and ``brier`` before calibration: at temperature 1
+            and offset 0.
         aim: that they are for.
-        labels: of the answers that they were measured on.
-        queries: of those answers.
-        data: says what answers these were.
-        note: says how far the figures can be trusted.
+        sizes: of the answers that they were measured on.
+        data: which answers these were.
+        note: how far the metrics can be trusted.
     """
-    scale = Scale(**{each.name: figures[each.name] for each in fields(Scale)})
     choice = describe(
         aim,
-        figures["threshold"],
-        recall=figures["recall"],
-        false_positive_rate=figures["false_positive_rate"],
-        f1=figures["calibrated_f1"],
-        sizes=Sizes.of(labels, [opening_key(query) for query in queries]),
+        metrics["threshold"],
+        recall=metrics["recall"],
+        false_positive_rate=metrics["false_positive_rate"],
+        f1=metrics["calibrated_f1"],
+        sizes=sizes,
     )
     return replace(
         guard,
         threshold=choice.threshold,
         threshold_how=choice.how,
-        group_thresholds={},
-        temperature=scale.temperature,
-        offset=scale.offset,
+        temperature=metrics["temperature"],
+        offset=metrics["offset"],
         calibration={
             **choice.facts,
-            "scale_how": scale.how,
-            "p_unchanged": scale.p_unchanged,
-            "p_temperature": scale.p_temperature,
-            "ece_before_calibration": figures["ece"],
-            "ece_after_calibration": figures["calibrated_ece"],
-            "brier_before_calibration": figures["brier"],
-            "brier_after_calibration": figures["calibrated_brier"],
+            "scale_how": f"temperature and offset with the least log loss on {choice.facts['n']:,} answers",
+            "ece_before_calibration": metrics["ece"],
+            "ece_after_calibration": metrics["calibrated_ece"],
+            "brier_before_calibration": metrics["brier"],
+            "brier_after_calibration": metrics["calibrated_brier"],
             "data": dict(data),
             "note": note,
         },
     )
 
 
+def summary(guard: GuardFile) -> dict[str, Any]:
+    """The calibration of a guard file, in one level."""
+    return {
+        "temperature": guard.temperature,
+        "offset": guard.offset,
+        "threshold": guard.threshold,
+        "threshold_how": guard.threshold_how,
+        **(guard.calibration or {}),
+    }
+
+
 def warn(guard: GuardFile) -> None:
-    """Say aloud what a user of these scores must know."""
+    """Warn of scores that tell nothing, and of a promise that is not kept."""
     if guard.temperature is not None and guard.temperature > TEMPERATURES[1] / 2:
         log.warning(
-            "temperature %.0f: its scores do not tell harmful answers from harmless ones", guard.temperature
+            "temperature %.0f: the scores do not tell harmful answers from harmless ones", guard.temperature
         )
     if guard.calibration and guard.calibration["promised"] is False:
         log.warning("%s", guard.threshold_how)
@@ -143,42 +148,37 @@ def calibrate_detector(
     calibration: Aim,
     base: str | None,
     device: str | None,
-    group_file: str | None,
     output_dir: str | None,
     seed: Seed,
     batch_tokens: Count = BATCH_TOKENS,
 ) -> dict[str, Any]:
     """Choose a detector's scale and threshold anew; its weights stay as they are.
 
-    All records of the source are scored. Where the detector was trained on this very source and split, only
-    the validation part is: what it has learnt by heart says nothing of other answers.
+    All records of the source are scored. If the detector was trained on this very source and split, only the
+    validation part is: scores of answers that it has learnt say nothing about other answers.
 
     Args:
         detector: the folder that ``train_detector`` wrote.
         data: pairs or labelled answers.
-        calibration: what the threshold is chosen for.
+        calibration: what the threshold is for.
         base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
-        group_file: a file with the fields ``query`` and ``group``: each group of answers gets a threshold for
-            the same aim, where its answers suffice. Each has a bound of its own; they do not hold jointly.
-        output_dir: gets a copy of the folder; ``None`` changes ``guard.json`` where it is.
+        output_dir: gets a copy of the folder; ``None`` changes ``guard.json`` in place.
         seed: of what the source's ``limit`` keeps.
         batch_tokens: positions in one forward pass, padding included.
 
     Returns:
-        The new ``calibration`` of ``guard.json``, with ``threshold``, ``temperature``,
-        ``offset`` and ``group_thresholds``.
+        The new ``calibration`` of ``guard.json``, with ``threshold``, ``temperature`` and ``offset``.
 
     Raises:
         InputError: not a detector, a folder that cannot be written, or data of one kind of label only.
-        RunError: a score is no number.
+        RunError: a score is not a number.
     """
     folder, target = Path(detector), Path(output_dir) if output_dir else None
     _require_writable(folder, target)
     # Weights that a training replaced meanwhile would not fit the file that is written here.
     with locked(folder, "detector") if target is None and folder.is_dir() else nullcontext():
         found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
-        groups = read_groups(Path(group_file)) if group_file else {}
         splits = data.load()
         log.info("data: %s", splits.account)
         own = splits.fingerprint == found.guard.data.get("fingerprint")
@@ -188,48 +188,35 @@ def calibrate_detector(
         records = list(labelled_answers(used))
         labels, logits = [record.harmful for record in records], _logits(found, records)
         queries = [opening_key(record.query) for record in records]
-        # All other figures need both kinds of label too; this says so in our own words.
-        figures = calibration_figures(labels, logits, calibration, queries)
-        unscaled = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
-        source = {
-            "account": splits.account,
-            "fingerprint": splits.fingerprint,
-            "part": "validation" if own else "all",
-        }
+        chosen = calibration_metrics(labels, logits, calibration, queries)
+        before = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
         guard = calibrated(
             found.guard,
-            unscaled | figures,
+            before | chosen,
             calibration,
-            labels=labels,
-            queries=queries,
-            data=source,
+            Sizes.of(labels, queries),
+            data={
+                "account": splits.account,
+                "fingerprint": splits.fingerprint,
+                "part": "validation" if own else "all",
+            },
             note=NOTE,
         )
-        if groups:
-            names = [groups.get(query_key(record.query)) for record in records]
-            guard = _with_groups(guard, calibration, names, labels, guard.scale.scores(logits), queries)
         _write(guard, folder, target)
-    facts = guard.calibration or {}
+    result = summary(guard)
     scores = found.guard.scale.scores(logits)
     stored = choose_threshold(
         labels, scores, Aim("fixed", found.threshold, calibration.confidence), queries
     ).facts | detection_metrics(labels, scores, threshold=found.threshold)
-    log.info("%s", _table(found.guard, stored, guard, facts))
-    log.info("%s", facts["scale_how"])
+    log.info("%s", _table(found.guard, stored, result))
+    log.info("%s", result["scale_how"])
     warn(guard)
     log.info("written: %s (%s)", (target or folder) / FILE_NAME, guard.threshold_how)
-    return {
-        "temperature": guard.temperature,
-        "offset": guard.offset,
-        "threshold": guard.threshold,
-        "threshold_how": guard.threshold_how,
-        "group_thresholds": guard.group_thresholds,
-        **facts,
-    }
+    return result
 
 
 def _logits(detector: HarmDetector, records: Sequence[LabelledAnswer]) -> list[float]:
-    """The logit of each answer, with a bar."""
+    """The logit of each answer, with a progress bar."""
     logits: list[float] = []
     with tqdm(total=len(records), desc="scoring", unit="answer", disable=None) as bar:
         for start in range(0, len(records), AT_ONCE):
@@ -243,43 +230,8 @@ def _logits(detector: HarmDetector, records: Sequence[LabelledAnswer]) -> list[f
     return logits
 
 
-def _with_groups(
-    guard: GuardFile,
-    aim: Aim,
-    names: Sequence[str | None],
-    labels: Sequence[bool],
-    scores: Sequence[float],
-    queries: Sequence[str],
-) -> GuardFile:
-    """The guard file with a threshold for each group whose answers suffice for one."""
-    chosen: dict[str, Choice] = {}
-    for name in sorted({name for name in names if name is not None}):
-        inside = [index for index, other in enumerate(names) if other == name]
-        harmful = [labels[index] for index in inside]
-        if len(set(harmful)) < 2:
-            log.warning("group %r: only one kind of label, so it keeps the threshold of all", name)
-            continue
-        choice = choose_threshold(
-            harmful, [scores[index] for index in inside], aim, [queries[index] for index in inside]
-        )
-        if choice.facts["promised"] is False:
-            log.warning("group %r keeps the threshold of all: %s", name, choice.how)
-        else:
-            chosen[name] = choice
-    if not chosen:
-        log.warning("group_file: no group got a threshold of its own")
-    return replace(
-        guard,
-        group_thresholds={name: choice.threshold for name, choice in chosen.items()},
-        calibration={
-            **(guard.calibration or {}),
-            "groups": {name: choice.facts for name, choice in chosen.items()},
-        },
-    )
-
-
 def _require_writable(folder: Path, target: Path | None) -> None:
-    """Refuse early what would fail after the scoring."""
+    """Fail early rather than after the scoring."""
     if target is not None and folder.resolve() in target.resolve().parents:
         raise InputError(f"output_dir={target}: lies within {folder}, which is copied; choose another one")
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -313,23 +265,22 @@ def _write(guard: GuardFile, folder: Path, target: Path | None) -> None:
         ) from error
 
 
-def _table(old: GuardFile, stored: Mapping[str, Any], new: GuardFile, chosen: Mapping[str, Any]) -> str:
-    """The calibration that was stored and the one that was chosen, on the same answers."""
-    rows: list[tuple[str, Any, Any]] = [
-        ("temperature", old.scale.temperature, new.scale.temperature),
-        ("offset", old.offset, new.offset),
-        ("threshold", 0.5 if old.threshold is None else old.threshold, new.threshold),
-    ]
+def _table(old: GuardFile, stored: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """The stored calibration and the new one, on the same answers."""
+    both = {
+        "temperature": (old.scale.temperature, new["temperature"]),
+        "offset": (old.offset, new["offset"]),
+        "threshold": (0.5 if old.threshold is None else old.threshold, new["threshold"]),
+        "calibration error (ECE)": (stored["ece"], new["ece_after_calibration"]),
+        "Brier score": (stored["brier"], new["brier_after_calibration"]),
+    }
     named = {
-        f"false positive rate, {chosen['negatives']:,} harmless": "false_positive_rate",
-        f"at most, at confidence {chosen['confidence']:g}": "false_positive_rate_bound",
-        f"recall, {chosen['positives']:,} harmful": "recall",
-        f"at least, at confidence {chosen['confidence']:g}": "recall_bound",
+        f"false positive rate, {new['negatives']:,} harmless": "false_positive_rate",
+        f"at most, at confidence {new['confidence']:g}": "false_positive_rate_bound",
+        f"recall, {new['positives']:,} harmful": "recall",
+        f"at least, at confidence {new['confidence']:g}": "recall_bound",
         "F1": "f1",
     }
-    rows += [
-        (words, stored[name], chosen[f"{name}_after_calibration"])
-        for words, name in (("calibration error (ECE)", "ece"), ("Brier score", "brier"))
-    ]
-    rows += [(words, stored[name], chosen[name]) for words, name in named.items()]
-    return str(tabulate(rows, ["", "old calibration", "new calibration"], floatfmt=".4f"))
+    both |= {words: (stored[name], new[name]) for words, name in named.items()}
+    table = pandas.DataFrame.from_dict(both, orient="index", columns=["old calibration", "new calibration"])
+    return table.to_string(float_format="%.4f")

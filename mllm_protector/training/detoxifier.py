@@ -1,4 +1,4 @@
-"""Training the response detoxifier: its figures and its entry function."""
+"""Training the response detoxifier: its encoder, its metrics, its entry function."""
 
 import logging
 import random
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import set_seed
 
 from mllm_protector import prompts
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
@@ -21,25 +20,22 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import content_key
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import Backbone, Tuning, require_length
-from mllm_protector.models.bases import provenance
-from mllm_protector.models.guard_file import GuardFile, library_versions, warn_of
-from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.parts import part_saver
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, corrections
-from mllm_protector.training import loop
-from mllm_protector.training.checkpoint import CheckpointConfig, Resume
-from mllm_protector.training.keeping import require_metric
-from mllm_protector.training.language_loss import LanguageLoss, mean_loss
-from mllm_protector.training.settings import FitConfig
-from mllm_protector.training.tracking import Tracker
+from mllm_protector.training.best import require_metric
+from mllm_protector.training.logging import Tracker
+from mllm_protector.training.loop import Task
+from mllm_protector.training.losses import LanguageLoss, mean_loss
+from mllm_protector.training.part import open_backbone, train_part, tuned, unmeasured
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, Run
 
 log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "perplexity_shuffled_rejected")
-"""What a validation gives; see ``train_detoxifier``."""
+"""The metrics of a validation; see ``train_detoxifier``."""
 
 
 def train_detoxifier(
@@ -60,21 +56,21 @@ def train_detoxifier(
     output_dir: str,
     seed: Seed,
 ) -> dict[str, Any]:
-    """Train a detoxifier and write it, with its figures, to ``output_dir``.
+    """Train a detoxifier and write it, with its metrics, to ``output_dir``.
 
     Args:
-        data: pairs; a source of single labelled answers will not do.
-        benchmarks: whose questions are looked for in the training queries; their names are free.
+        data: pairs; single labelled answers are refused.
+        benchmarks: name to benchmark; their questions are looked for in the training queries.
         contaminated: ``drop`` leaves out training records with such a question.
         both_harmful: what to learn where both answers are harmful (``records.corrections``).
         backbone: makes the pretrained model's description; called once.
         tuning: adapters or everything.
         fit: how to optimise.
-        checkpoint: when to write where a stopped training can go on.
-        resume: ``auto`` goes on with a stopped training in ``output_dir``, ``never`` starts over.
-        tracker: takes the figures.
+        checkpoint: when to write checkpoints.
+        resume: ``auto`` continues a stopped training in ``output_dir``, ``never`` starts over.
+        tracker: takes the metrics.
         max_length: longest prompt and rewrite together in tokens; longer ones are cut and counted.
-        prompt: a template with ``{query}`` and ``{answer}``, or ``None`` for ours.
+        prompt: a template with ``{query}`` and ``{answer}``, or ``None`` for the package's own.
         chat: send the prompt through the backbone's chat template.
         output_dir: gets the weights, ``guard.json``, ``metrics.json``, ``metrics.jsonl`` and
             ``data_report.md``.
@@ -83,23 +79,28 @@ def train_detoxifier(
     Returns:
         The content of ``metrics.json``: ``loss`` (nats per target token, or per example, as
         ``fit.normalise`` says), ``perplexity`` (per token), and ``perplexity_shuffled_rejected``, the same
-        with each rejected answer replaced by another one's. A model that reads what it corrects is worse
-        there.
+        with the rejected answers exchanged. A model that reads what it corrects is worse there.
 
     Raises:
         InputError: the data, the backbone or the settings cannot be used.
     """
     require_metric(fit.best_metric, METRICS)
-    folder = Path(output_dir)
-    prepared = prepare(data, benchmarks, contaminated=contaminated, folder=folder)
+    run = Run(
+        fit=fit,
+        checkpoint=checkpoint,
+        resume=resume,
+        tracker=tracker,
+        output_dir=Path(output_dir),
+        seed=seed,
+    )
+    prepared = prepare(data, benchmarks, contaminated=contaminated, folder=run.output_dir)
     splits = prepared.splits
     train = corrections(_pairs(splits.train), both_harmful)
     validation = list(corrections(_pairs(splits.validation), both_harmful))
     if len(validation) < 2:
         raise InputError("the validation split has fewer than two harmful answers with a harmless one beside")
-    set_seed(seed)
-    with first_process_first():
-        base = backbone()
+
+    base = open_backbone(backbone, seed)
     tokenizer = base.load_tokenizer()
     encoder = DetoxifierEncoder(
         tokenizer,
@@ -110,10 +111,8 @@ def train_detoxifier(
     )
     pretrained = base.load_causal_lm()
     require_length(pretrained, max_length)
-    model = tuning.prepare(pretrained, "CAUSAL_LM", [])
-    if fit.packing:
-        use_packed_attention(model)
-    loss_of = LanguageLoss(model)
+    model = tuned(pretrained, "CAUSAL_LM", [], tuning, packing=fit.packing)
+    loss = LanguageLoss(model)
     with first_process_first():
         encoded, encoded_validation, shuffled = (
             tokenized(encoder, rows, content=content_key(splits.fingerprint, both_harmful, part))
@@ -124,56 +123,32 @@ def train_detoxifier(
             )
         )
     log.info("%d and %d pairs show a harmful answer made harmless", len(encoded), len(validation))
-    if encoded.truncated:
-        log.warning(
-            "%d of %d training rows are too long for max_length=%d tokens and were cut",
-            encoded.truncated,
-            len(encoded),
-            max_length,
-        )
-
     target_tokens = sum(len(row.target) for row in encoded_validation)
+    data_facts = {**prepared.facts(), "both_harmful": both_harmful}
+    guard = unmeasured("detoxifier", base, tuning, encoder, data_facts, chat=chat)
 
     def evaluate(model: torch.nn.Module, processes: Processes[tuple[float, int]]) -> dict[str, float]:
         limit = fit.validation_batch
-        loss = mean_loss(model, loss_of, encoded_validation, encoder, processes, limit=limit)
-        control = mean_loss(model, loss_of, shuffled, encoder, processes, limit=limit)
+        per_token = mean_loss(model, loss, encoded_validation, encoder, processes, limit=limit)
+        control = mean_loss(model, loss, shuffled, encoder, processes, limit=limit)
+        tokens = 1 if fit.normalise == "tokens" else target_tokens / len(validation)
         return {
-            "loss": loss if fit.normalise == "tokens" else loss * target_tokens / len(validation),
-            "perplexity": perplexity(loss),
+            "loss": per_token * tokens,
+            "perplexity": perplexity(per_token),
             "perplexity_shuffled_rejected": perplexity(control),
         }
 
-    guard = GuardFile(
-        kind="detoxifier",
-        tuning=tuning.kind,
-        **provenance(base),
-        prompt=encoder.prompt,
-        chat=chat,
-        max_length=max_length,
-        pad_id=encoder.pad_id,
-        data={**prepared.facts(), "both_harmful": both_harmful},
-        metrics={},
-        versions=library_versions(),
-    )
-    warn_of(guard)
-    fitted = loop.fit(
-        model,
-        train=encoded,
+    task = Task(
+        model=model,
+        examples=encoded,
         collate=pack_corrections if fit.packing else encoder,
-        loss_fn=loss_of,
+        loss=loss,
         evaluate=evaluate,
         save=part_saver(model, tokenizer, guard),
-        config=fit,
-        checkpoint=checkpoint,
-        resume=resume,
-        tracker=tracker,
-        output_dir=folder,
         identity=guard.origin() | {"base": asdict(base), "tuning": str(tuning)},
-        seed=seed,
     )
-    warn_of(guard)
-    return fitted.write(folder, examples=len(encoded), validation_examples=len(validation))
+    fitted = train_part(task, run, guard, encoded)
+    return fitted.write(run.output_dir, examples=len(encoded), validation_examples=len(validation))
 
 
 def shuffle_rejected(records: Sequence[Correction], seed: int) -> list[Correction]:

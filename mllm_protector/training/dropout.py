@@ -26,18 +26,18 @@ ON_ATTENTION = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob
 
 
 class Keys:
-    """The keys of the forward pass in hand, which all dropout layers of a model look at.
+    """The keys of the current forward pass, which all dropout layers of a model read.
 
     They stay until the next one: a backward pass may compute layers again.
 
     Attributes:
-        current: (B, T) int32, or ``None`` where nothing is known of the examples.
+        current: (B, T) int32, or ``None`` where the examples are not known.
     """
 
     current: torch.Tensor | None = None
 
     def of(self, shape: torch.Size) -> torch.Tensor | None:
-        """Those of the rows of a tensor (..., channels), or ``None`` if its rows are not positions."""
+        """The keys of the rows of a tensor (..., channels); ``None`` if its rows are not positions."""
         if self.current is None:
             return None
         if math.prod(shape[:-1]) == self.current.numel():
@@ -54,7 +54,7 @@ class KeyedDropout(torch.nn.Dropout):
         Args:
             p: share of the channels that are dropped, in [0, 1).
             name: tells this layer's masks from another's.
-            keys: of the forward pass in hand.
+            keys: of the current forward pass.
         """
         super().__init__(p)
         self._layer = zlib.crc32(name.encode())
@@ -79,10 +79,10 @@ class KeyedDropout(torch.nn.Dropout):
 
 
 def use_keyed_dropout(model: torch.nn.Module) -> Keys:
-    """Replace a model's dropout layers in place; returns what they look at.
+    """Replace a model's dropout layers in place; returns the keys that they read.
 
-    Dropout that a model computes without such a layer stays as it is: that of attention weights, and of
-    the few models that call a function (OPT, BLOOM).
+    Dropout that a model computes without such a layer stays as it is: of attention weights, and in the few
+    models that call a function (OPT, BLOOM).
     """
     keys = Keys()
     layers = [(name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.Dropout)]
@@ -93,7 +93,7 @@ def use_keyed_dropout(model: torch.nn.Module) -> Keys:
 
 
 def attention_dropout(model: torch.nn.Module) -> float:
-    """The share of attention weights that a model drops in training, which no key decides."""
+    """The share of attention weights that a model drops in training, without keys."""
     config = getattr(pretrained(model), "config", None)
     return max(float(getattr(config, name, None) or 0.0) for name in ON_ATTENTION)
 

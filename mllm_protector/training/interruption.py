@@ -1,4 +1,4 @@
-"""A polite stop: the first signal lets the step in hand be finished and saved, a second one acts at once."""
+"""A polite stop: after the first signal the current step is finished and saved, a second one acts at once."""
 
 import signal
 import threading
@@ -10,22 +10,22 @@ from mllm_protector.errors import RunError
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 ECHO_SECONDS = 2.0
-"""A scheduler signals a launcher and its processes alike, and the launcher passes it on."""
+"""A scheduler signals a launcher and its processes alike, and the launcher passes the signal on."""
 
 
 class Stopped(RunError):
-    """A training that was asked to stop and saved its state (exit code 128 + the signal's number)."""
+    """A training was asked to stop and saved its state (exit code 128 + the signal's number)."""
 
     def __init__(self, received: signal.Signals, step: int) -> None:
-        """After ``step`` optimisation steps, which are saved."""
+        """After ``step`` steps, which are saved."""
         super().__init__(
-            f"stopped by {received.name} after step {step}; everything is saved, repeat the command to go on"
+            f"stopped by {received.name} after step {step}; everything is saved, repeat the command to resume"
         )
         self.exit_code = 128 + received
 
 
 class Interruption:
-    """Takes note of SIGTERM and SIGINT while it is active, in the main thread; elsewhere it does nothing.
+    """Notes SIGTERM and SIGINT while it is active; in the main thread only, elsewhere it does nothing.
 
     A signal that was ignored before stays ignored, as for a job in the background.
 

@@ -1,18 +1,19 @@
-"""The one optimisation loop. It knows neither the detector nor the detoxifier.
+"""The one training loop. It knows neither the detector nor the detoxifier.
 
-A loss function returns the *sum* over its targets; a step divides by the number of targets, or of examples,
-in the whole global step. Micro-batches and any number of processes then give the gradient of one big batch,
-not a mean of means.
+A loss is the *sum* over its targets; a step divides it by the number of targets, or of examples, in the whole
+global step. Micro-batches and any number of processes then give the gradient of one big batch, not a mean of
+means.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from signal import Signals
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -23,218 +24,229 @@ from mllm_protector.data.encoding import Batch
 from mllm_protector.data.tokenized import lengths_digest, lengths_of
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.packing import body
+from mllm_protector.models.quantization import weight_count
 from mllm_protector.processes import Processes, start_accelerator
-from mllm_protector.training.checkpoint import CHECKPOINTS, CheckpointConfig, Resume
+from mllm_protector.training.best import BestCheckpoint, Fitted
+from mllm_protector.training.checkpoints import CHECKPOINTS
 from mllm_protector.training.dropout import attention_dropout
-from mllm_protector.training.estimate import estimate
 from mllm_protector.training.interruption import Interruption, Stopped
-from mllm_protector.training.keeping import Fitted, Journal, Keeper, Meter
-from mllm_protector.training.memory import out_of_memory_help
-from mllm_protector.training.objective import LossFunction, Objective
-from mllm_protector.training.resume import Resumption
-from mllm_protector.training.settings import FitConfig
-from mllm_protector.training.sharding import prepare
-from mllm_protector.training.step import slots_of, take_step
-from mllm_protector.training.tracking import Tracker
+from mllm_protector.training.logging import Meter, MetricLogger, Progress
+from mllm_protector.training.losses import LossFunction
+from mllm_protector.training.parallel import (
+    Objective,
+    Parallel,
+    StepResult,
+    micro_batches,
+    prepare,
+    take_step,
+)
+from mllm_protector.training.resume import Resumption, TrainingState
+from mllm_protector.training.settings import FitConfig, Run, free_memory, out_of_memory_help
 
 log = logging.getLogger(__name__)
-
-E = TypeVar("E", bound=Sized)
 
 Weights = dict[str, torch.Tensor]
 
 
-def fit(
-    model: torch.nn.Module,
-    *,
-    train: Sequence[E],
-    collate: Callable[[Sequence[E]], Batch],
-    loss_fn: LossFunction,
-    evaluate: Callable[[torch.nn.Module, Processes[Any]], dict[str, float]],
-    save: Callable[[Path, dict[str, float], Weights], None],
-    config: FitConfig,
-    checkpoint: CheckpointConfig,
-    resume: Resume,
-    tracker: Tracker,
-    output_dir: Path,
-    identity: Mapping[str, Any],
-    seed: int,
-) -> Fitted:
-    """Train a model; the weights with the best validation figure end up in ``output_dir``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What to learn.
 
-    The weights of the last step are kept in ``output_dir/last`` where they are not the best ones.
-
-    Args:
-        model: parameters that require a gradient are trained.
-        train: encoded examples; their length is that in tokens.
+    Attributes:
+        model: its parameters that require a gradient are trained.
+        examples: encoded; the length of one is its number of tokens.
         collate: examples to a batch with ``labels`` (``IGNORED`` where there is no target), packed if
-            ``config.packing``.
-        loss_fn: the *sum* of the losses over a batch's targets, a scalar.
-        evaluate: figures on the validation split; called on every process, must return the same on all.
-        save: writes the given weights, and what belongs to them, to a folder; called on the first process.
-        config: how to optimise.
-        checkpoint: when to write one to ``output_dir/checkpoints``. They are removed by
-            ``Fitted.write``.
-        resume: ``auto`` goes on from the newest intact checkpoint if there is one, ``never`` starts over.
-        tracker: takes the figures as they arise, besides ``metrics.jsonl``.
-        output_dir: where everything goes.
-        identity: what else the training depends on, such as its data and base model: a checkpoint of
-            another one is refused. JSON takes it.
-        seed: of the order of examples and of dropout.
+            ``fit.packing``.
+        loss: the *sum* of the losses over a batch's targets, a scalar.
+        evaluate: metrics on the validation split; called on every process, must return the same on all.
+        save: writes weights and their metrics to a folder; called on the first process.
+        identity: what else the result depends on, such as the data and the base model; JSON. A checkpoint
+            with another one is refused.
+    """
+
+    model: torch.nn.Module
+    examples: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Batch]
+    loss: LossFunction
+    evaluate: Callable[[torch.nn.Module, Processes[Any]], dict[str, float]]
+    save: Callable[[Path, dict[str, float], Weights], None]
+    identity: Mapping[str, Any]
+
+
+def fit(task: Task, run: Run) -> Fitted:
+    """Train a model; keep the best weights in ``run.output_dir``, and the last in ``last`` if they differ.
 
     Raises:
-        RunError: the loss or the gradient is no longer a finite number; nothing of that step is saved. Or
-            a checkpoint cannot be written or read.
+        RunError: the loss or the gradient is not finite, and nothing of that step is saved; or a checkpoint
+            cannot be written or read; or the memory ran out.
         Stopped: SIGTERM or SIGINT came; the step was finished and a checkpoint written.
-        InputError: nothing to train on, ``config.best_metric`` is not a figure that ``evaluate`` gives, or
-            the checkpoints in ``output_dir`` are of another training.
+        InputError: no examples, ``fit.best_metric`` is not a metric that ``evaluate`` gives, or the
+            checkpoints in ``output_dir`` are of another training.
     """
-    if not train:
+    if not task.examples:
         raise InputError("the training split is empty")
+    config, model = run.fit, task.model
     accelerator = start_accelerator(config.precision)
     processes: Processes[Any] = Processes(accelerator.process_index, accelerator.num_processes)
-    set_seed(seed, device_specific=True)
-    lengths = lengths_of(train)
-    an_epoch = steps_per_epoch(len(train), batch_size=config.batch_size)
-    total = min(config.epochs * an_epoch, config.max_steps or config.epochs * an_epoch)
-    expected = estimate(model, lengths=lengths, config=config, processes=processes.count, steps=total)
-    log.info(
-        "training %s of %s parameters (%.1f %%) on %s examples: %s steps of %d, %d process(es)",
-        f"{expected.trainable:,}",
-        f"{expected.parameters:,}",
-        100 * expected.trainable / expected.parameters,
-        f"{len(train):,}",
-        f"{total:,}",
-        config.batch_size,
-        processes.count,
-    )
-    expected.report()
-    if dropped := attention_dropout(model):
-        log.info(
-            "the backbone drops %.0f %% of its attention weights; which ones depends on micro-batches and "
-            "processes",
-            100 * dropped,
-        )
+    set_seed(run.seed, device_specific=True)
+    lengths = lengths_of(task.examples)
+    plan = Plan(lengths, config, processes.count, run.seed)
+    _announce(model, plan)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if config.compile:
         body(model).compile(dynamic=True)
-    helped = partial(out_of_memory_help, model, config, longest=max(lengths), processes=processes.count)
-    with helped():
-        shared = prepare(
-            accelerator, Objective(model, loss_fn), lambda objective: _optimizer(objective, config)
-        )
+    memory_help = partial(out_of_memory_help, model, config, longest=max(lengths), processes=processes.count)
+    with memory_help():
+        parallel = prepare(accelerator, Objective(model, task.loss), partial(_optimizer, config=config))
     # Not prepared by accelerate, which would step it once for each process.
     scheduler = get_scheduler(
         config.schedule,
-        shared.optimizer,
-        num_warmup_steps=round(config.warmup * total),
-        num_training_steps=total,
+        parallel.optimizer,
+        num_warmup_steps=round(config.warmup * plan.total),
+        num_training_steps=plan.total,
     )
+    settings = {**config.of_influence(), "seed": run.seed, "lengths": lengths_digest(lengths)}
     resumption = Resumption(
-        checkpoint,
-        resume,
-        output_dir / CHECKPOINTS,
-        run={**identity, **config.of_influence(), "seed": seed, "lengths": lengths_digest(lengths)},
-        model=model,
-        shared=shared,
-        scheduler=scheduler,
-        processes=processes,
+        run.output_dir / CHECKPOINTS,
+        run.checkpoint,
+        run.resume,
+        identity={**task.identity, **settings},
+        state=TrainingState(model, parallel.optimizer, scheduler, processes),
     )
 
-    def write(folder: Path, metrics: dict[str, float]) -> None:
-        weights = shared.weights(model)
+    def save_weights(folder: Path, metrics: dict[str, float]) -> None:
+        weights = parallel.weights(model)  # gathered by all processes
         if accelerator.is_main_process:
-            save(folder, metrics, weights)
+            task.save(folder, metrics, weights)
 
-    keeper = Keeper(config.best_metric, output_dir, write, **resumption.state.get("keeper", {}))
-    meter = Meter(**resumption.state.get("meter", {}))
-    journal = Journal(
-        output_dir,
-        tracker,
-        {"fit": asdict(config), "seed": seed, "processes": processes.count},
-        done=resumption.step,
-        validated=keeper.step,
-        total=total,
-        every=config.log_every,
-        best_metric=config.best_metric,
+    # "keeper" is the name under which earlier releases wrote it.
+    best = BestCheckpoint(
+        config.best_metric, run.output_dir, save_weights, **resumption.progress.get("keeper", {})
+    )
+    meter = Meter(**resumption.progress.get("meter", {}))
+    logger = MetricLogger(
+        run.output_dir,
+        run.tracker,
+        {"fit": asdict(config), "seed": run.seed, "processes": processes.count},
+        Progress(resumption.step, best.step, plan.total, config.log_every, config.best_metric),
         active=accelerator.is_main_process,
     )
 
-    def is_validated(step: int) -> bool:
-        return step % (config.validate_every or an_epoch) == 0 or step == total
-
     def validate(step: int) -> None:
-        # The bare model: a wrapped one talks to the other processes, which may have no batch left.
-        with shared.whole():
-            metrics = evaluate(model, processes)
-        model.train()
-        if not all(map(math.isfinite, metrics.values())):
-            raise RunError(f"step {step}: a validation figure is not a finite number: {metrics}")
-        keeper.offer(metrics, step)
-        journal.validated(step, metrics)
-
-    def state() -> dict[str, Any]:
-        return {"keeper": keeper.state(), "meter": asdict(meter)}
+        metrics = _validated(task, parallel, processes, step)
+        best.update(metrics, step)
+        logger.validated(step, metrics)
 
     model.train()
-    with journal, helped(), Interruption() as interruption:
+    with logger, memory_help(), Interruption() as interruption:
         resumption.restore()
-        if is_validated(resumption.step) and keeper.step < resumption.step:
-            validate(resumption.step)  # it was stopped before it could
-        for step, epoch, plan in _steps(lengths, config, processes.count, seed, resumption.step, total):
-            with meter.measuring():
-                slots = slots_of(plan, processes.index, train, collate, seed=seed, step=step)
-                taken = take_step(accelerator, shared, slots, config.clip_norm, config.normalise)
-            meter.count(tokens=taken.tokens, positions=taken.positions)
-            if not taken.finite:
-                raise RunError(
-                    f"step {step}: the loss is {taken.loss}, the gradient norm {taken.gradient_norm}; "
-                    "nothing of this step was saved. "
-                    f"Lower fit.learning_rate (now {config.learning_rate}) or look at the data"
-                )
+        if plan.is_validated(resumption.step) and best.step < resumption.step:
+            validate(resumption.step)  # the signal that stopped it came first
+        for step, epoch, shares in plan.steps_after(resumption.step):
+            begun = time.perf_counter()
+            rows = task.examples
+            batches = micro_batches(shares, processes.index, rows, task.collate, seed=run.seed, step=step)
+            result = take_step(accelerator, parallel, batches, config.clip_norm, config.normalise)
+            speed = meter.add(result.tokens, result.positions, time.perf_counter() - begun)
+            _require_finite(result, step, config)
             scheduler.step()
-            journal.trained(
+            logger.trained(
                 step,
                 {
-                    "loss": taken.loss,
-                    "gradient_norm": taken.gradient_norm,
+                    "loss": result.loss,
+                    "gradient_norm": result.gradient_norm,
                     "learning_rate": scheduler.get_last_lr()[0],
-                    **meter.figures(),
+                    **speed,
                     "epoch": epoch,
                 },
             )
             signal = processes.largest(interruption.signal or 0)
-            if not signal and is_validated(step):
+            if not signal and plan.is_validated(step):
                 validate(step)
-                signal = processes.largest(interruption.signal or 0)  # it may have taken long
-            resumption.after_step(step, state, stopping=bool(signal))
+                signal = processes.largest(interruption.signal or 0)  # a validation may take long
+            resumption.after_step(
+                step, lambda: {"keeper": best.state(), "meter": asdict(meter)}, stopping=bool(signal)
+            )
             if signal:
                 raise Stopped(Signals(signal), step)
-        fitted = keeper.finish(total)
+        fitted = best.finish(plan.total)
     accelerator.wait_for_everyone()
     return fitted
 
 
-def _steps(
-    lengths: Sequence[int], config: FitConfig, processes: int, seed: int, done: int, total: int
-) -> Iterator[tuple[int, int, GlobalStep]]:
-    """(step from 1, epoch from 1, plan) of the steps after the first ``done`` ones."""
-    an_epoch = steps_per_epoch(len(lengths), batch_size=config.batch_size)
-    for epoch in range(done // an_epoch + 1, -(-total // an_epoch) + 1):
-        before = (epoch - 1) * an_epoch
-        first = max(done, before)
-        plans = plan_epoch(
-            lengths,
-            batch_size=config.batch_size,
-            limit=config.micro_batch,
-            processes=processes,
-            seed=seed,
-            epoch=epoch,
-            done=first - before,
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which steps a training makes, and after which of them it validates.
+
+    Attributes:
+        lengths: of the examples, in tokens.
+        config: how to optimise.
+        processes: how many train together.
+        seed: of the order.
+    """
+
+    lengths: Sequence[int]
+    config: FitConfig
+    processes: int
+    seed: int
+
+    @property
+    def epoch(self) -> int:
+        """Steps in one pass over the examples."""
+        return steps_per_epoch(len(self.lengths), batch_size=self.config.batch_size)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole training."""
+        steps = self.config.epochs * self.epoch
+        return min(steps, self.config.max_steps or steps)
+
+    def is_validated(self, step: int) -> bool:
+        """Whether a validation follows a step."""
+        return step % (self.config.validate_every or self.epoch) == 0 or step == self.total
+
+    def steps_after(self, done: int) -> Iterator[tuple[int, int, GlobalStep]]:
+        """(step from 1, epoch from 1, examples of each process) of the steps after the first ``done``."""
+        for epoch in range(done // self.epoch + 1, -(-self.total // self.epoch) + 1):
+            before = (epoch - 1) * self.epoch
+            first = max(done, before)
+            plans = plan_epoch(
+                self.lengths,
+                batch_size=self.config.batch_size,
+                limit=self.config.micro_batch,
+                processes=self.processes,
+                seed=self.seed,
+                epoch=epoch,
+                done=first - before,
+            )
+            for step, plan in zip(range(first + 1, self.total + 1), plans, strict=False):
+                yield step, epoch, plan
+
+
+def _announce(model: torch.nn.Module, plan: Plan) -> None:
+    """Log what is trained, on what, and what memory is free."""
+    parameters = sum(map(weight_count, model.parameters()))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    log.info(
+        "training %s of %s parameters (%.1f %%) on %s examples of %s tokens: %s steps of %d examples, "
+        "%d process(es), %.1f GiB of memory free",
+        f"{trained:,}",
+        f"{parameters:,}",
+        100 * trained / parameters,
+        f"{len(plan.lengths):,}",
+        f"{sum(plan.lengths):,}",
+        f"{plan.total:,}",
+        plan.config.batch_size,
+        plan.processes,
+        free_memory() / 2**30,
+    )
+    if dropped := attention_dropout(model):
+        log.info(
+            "the backbone drops %.0f %% of its attention weights; which ones depends on micro-batches and "
+            "the number of processes",
+            100 * dropped,
         )
-        for step, plan in zip(range(first + 1, total + 1), plans, strict=False):
-            yield step, epoch, plan
 
 
 def _optimizer(objective: torch.nn.Module, config: FitConfig) -> torch.optim.Optimizer:
@@ -244,3 +256,21 @@ def _optimizer(objective: torch.nn.Module, config: FitConfig) -> torch.optim.Opt
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def _validated(task: Task, parallel: Parallel, processes: Processes[Any], step: int) -> dict[str, float]:
+    # The bare model: a wrapped one talks to the other processes, which may have no batch left.
+    with parallel.whole_model():
+        metrics = task.evaluate(task.model, processes)
+    task.model.train()
+    if not all(map(math.isfinite, metrics.values())):
+        raise RunError(f"step {step}: a validation metric is not a finite number: {metrics}")
+    return metrics
+
+
+def _require_finite(result: StepResult, step: int, config: FitConfig) -> None:
+    if not result.finite:
+        raise RunError(
+            f"step {step}: the loss is {result.loss}, the gradient norm {result.gradient_norm}; nothing of "
+            f"this step was saved. Lower fit.learning_rate (now {config.learning_rate}) or look at the data"
+        )

@@ -1,26 +1,118 @@
-"""When a training writes checkpoints, and how it goes on from one.
+"""The state of a training, when it is written to a checkpoint, and how it resumes.
 
-The plan of batches is a pure function of seed and epoch, so the number of steps done says which examples are
-next. With the same number of processes a resumed training is bit for bit the one that was not stopped
-(on a CPU; on GPUs as far as their kernels are deterministic).
+The plan of batches is a pure function of seed and epoch, so the number of steps done says which examples come
+next. With the same number of processes a resumed training ends bit for bit as one that was never stopped (on
+CPUs; on GPUs as far as their kernels are deterministic).
 """
 
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.optim.lr_scheduler import LRScheduler
 
 from mllm_protector.errors import InputError
 from mllm_protector.processes import Processes
-from mllm_protector.training.checkpoint import Checkpoint, CheckpointConfig, Checkpoints, Resume
-from mllm_protector.training.sharding import Replicated
-from mllm_protector.training.snapshot import Snapshot, capture, restore
+from mllm_protector.training.checkpoints import Checkpoint, Checkpoints
+from mllm_protector.training.settings import CheckpointConfig, Resume
 
 log = logging.getLogger(__name__)
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Whole tensors, on the CPU of the first process."""
+
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingState:
+    """All that a training changes as it goes; every process has one and calls it at the same steps.
+
+    What it gives has the same form for one process, copies and shards, so a training may resume on another
+    number of processes. Frozen parameters and buffers are left out: they come from the model's own folder.
+
+    Attributes:
+        model: the bare model; its parameters may be sharded.
+        optimizer: over its trained parameters.
+        scheduler: of that optimizer.
+        processes: that train together.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    processes: Processes[Any]
+
+    def capture(self) -> tuple[Tensors, dict[str, Any]]:
+        """Tensors and JSON; complete on the first process.
+
+        The tensors are ``model``: trained parameters by name, and ``optimizer``: its state by
+        ``<parameter>/<what>``, such as ``head.weight/exp_avg``. They may share memory with the training.
+        """
+        trained = self._trained()
+        weights: dict[str, Any] = get_model_state_dict(trained, options=WHOLE)
+        optimizer: dict[str, Any] = get_optimizer_state_dict(trained, self.optimizer, options=WHOLE)
+        tensors = {
+            "model": {_dotted(key): tensor for key, tensor in weights.items()},
+            "optimizer": {
+                f"{_dotted(key)}/{what}": tensor
+                for key, moments in optimizer.get("state", {}).items()
+                for what, tensor in moments.items()
+            },
+        }
+        randoms = self.processes.gather([_random_state()], self.processes.count)
+        return tensors, {"scheduler": self.scheduler.state_dict(), "random": randoms}
+
+    def restore(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Put a captured state back, in place; whatever draws random numbers before the next step is felt.
+
+        With another number of processes the random numbers stay as they are. (The training's own draws do
+        not depend on them.)
+
+        Args:
+            tensors: all of them, on every process.
+            state: the JSON beside them.
+
+        Raises:
+            InputError: the state is of other parameters. Nothing has been changed then.
+        """
+        trained = self._trained()
+        _require_same({_dotted(key): each for key, each in trained.items()}, tensors["model"])
+        options = StateDictOptions(full_state_dict=True)
+        moments: dict[str, dict[str, Any]] = {key: {} for key in trained}
+        for name, tensor in tensors["optimizer"].items():
+            parameter, _, what = name.rpartition("/")
+            moments[parameter.replace(".", "/")][what] = tensor
+        optimizer: dict[str, Any] = get_optimizer_state_dict(trained, self.optimizer) | {"state": moments}
+        weights: dict[str, Any] = {key: tensors["model"][_dotted(key)] for key in trained}
+        set_optimizer_state_dict(trained, self.optimizer, optimizer, options=options)
+        set_model_state_dict(trained, weights, options=options)
+        self.scheduler.load_state_dict(dict(state["scheduler"]))
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        randoms, count = state["random"], self.processes.count
+        if len(randoms) == count:
+            _set_random_state(randoms[self.processes.index])
+        else:
+            log.info("resumed on %s process(es) instead of %s", count, len(randoms))
+
+    def _trained(self) -> torch.nn.ParameterDict:
+        """The trained parameters, each once, as a module for torch's functions; no key may have a dot."""
+        named = self.model.named_parameters()
+        return torch.nn.ParameterDict({name.replace(".", "/"): p for name, p in named if p.requires_grad})
 
 
 class Resumption:
@@ -28,27 +120,21 @@ class Resumption:
 
     def __init__(
         self,
+        folder: Path,
         config: CheckpointConfig,
         resume: Resume,
-        folder: Path,
         *,
-        run: Mapping[str, Any],
-        model: torch.nn.Module,
-        shared: Replicated,
-        scheduler: LRScheduler,
-        processes: Processes[Any],
+        identity: Mapping[str, Any],
+        state: TrainingState,
     ) -> None:
-        """Look for a checkpoint to go on from; nothing is restored yet.
+        """Look for a checkpoint to resume from; nothing is restored yet.
 
         Args:
+            folder: of the training's checkpoints.
             config: when to write.
-            resume: ``auto`` takes the newest intact checkpoint, ``never`` removes what is there.
-            folder: where the checkpoints of this training are.
-            run: what a checkpoint must agree with to be gone on from; JSON takes it.
-            model: the bare model.
-            shared: the same model as the processes hold it, and its optimizer.
-            scheduler: of that optimizer.
-            processes: that train together.
+            resume: ``auto`` takes the newest intact checkpoint, ``never`` removes them all.
+            identity: what a checkpoint must have been written with; JSON.
+            state: of the training.
 
         Raises:
             InputError: the newest checkpoint is of another training.
@@ -56,39 +142,44 @@ class Resumption:
         """
         self._config = config
         self._store = Checkpoints(folder, config.keep_last)
-        self._run = dict(run)
-        self._parts = (model, shared.optimizer, scheduler, processes)
-        self._processes = processes
-        self._possible = shared.resumable
+        self._identity = dict(identity)
+        self._state = state
+        self._processes = state.processes
         self._written = time.monotonic()
-        self._checkpoint = self._find(resume)
+        found: Checkpoint | None = None
+        if self._processes.index == 0:
+            if resume == "never":
+                self._store.clear()
+            found = self._store.newest()
+        self._checkpoint = self._processes.from_first(found)
+        if self._checkpoint is not None:
+            self._require_same_training(self._checkpoint)
 
     @property
     def step(self) -> int:
-        """Steps that are done already."""
+        """Steps done already."""
         return self._checkpoint.step if self._checkpoint else 0
 
     @property
-    def state(self) -> dict[str, Any]:
-        """What the loop gave to ``after_step`` then; empty at the beginning of a training."""
-        state: dict[str, Any] = self._checkpoint.state["loop"] if self._checkpoint else {}
-        return state
+    def progress(self) -> dict[str, Any]:
+        """What the loop passed to ``after_step`` then; empty at the beginning of a training."""
+        progress: dict[str, Any] = self._checkpoint.state["loop"] if self._checkpoint else {}
+        return progress
 
     def restore(self) -> None:
-        """Put everything back as it was; the last thing to do before the next step."""
-        if self._checkpoint is None:
-            return
-        tensors = {stem: self._checkpoint.tensors(stem) for stem in ("model", "optimizer")}
-        restore(Snapshot(tensors, self._checkpoint.state), *self._parts)
-        log.info("going on after step %s from %s", f"{self.step:,}", self._checkpoint.folder)
+        """Restore the training; the last thing to do before the next step."""
+        if self._checkpoint is not None:
+            tensors = {stem: self._checkpoint.tensors(stem) for stem in ("model", "optimizer")}
+            self._state.restore(tensors, self._checkpoint.state)
+            log.info("resuming after step %s from %s", f"{self.step:,}", self._checkpoint.folder)
 
-    def after_step(self, step: int, state: Callable[[], Mapping[str, Any]], *, stopping: bool) -> None:
+    def after_step(self, step: int, progress: Callable[[], Mapping[str, Any]], *, stopping: bool) -> None:
         """Write a checkpoint if one is due.
 
         Args:
-            step: that was just made.
-            state: gives what the loop itself must know to go on; JSON takes it.
-            stopping: no step will follow, so it is due in any case.
+            step: the one just made.
+            progress: gives what the loop itself needs to resume; JSON.
+            stopping: no step will follow, so a checkpoint is due.
 
         Raises:
             RunError: it cannot be written.
@@ -96,31 +187,14 @@ class Resumption:
         every_steps, every_minutes = self._config.every_steps, self._config.every_minutes
         late = every_minutes is not None and time.monotonic() - self._written >= 60 * every_minutes
         by_steps = every_steps is not None and step % every_steps == 0
-        if self._possible and (stopping or by_steps or bool(self._processes.largest(late))):
-            snapshot = capture(*self._parts)
+        if stopping or by_steps or bool(self._processes.largest(late)):
+            tensors, state = self._state.capture()
             if self._processes.index == 0:
-                content = {**snapshot.state, "run": self._run, "loop": dict(state())}
-                self._store.write(step, snapshot.tensors, content)
+                self._store.write(step, tensors, {**state, "run": self._identity, "loop": dict(progress())})
             self._written = time.monotonic()
 
-    def _find(self, resume: Resume) -> Checkpoint | None:
-        if not self._possible:
-            log.warning(
-                "no checkpoints are written with DeepSpeed; configs/accelerate/fsdp2.yaml allows them"
-            )
-            return None
-        found: Checkpoint | None = None
-        if self._processes.index == 0:
-            if resume == "never":
-                self._store.clear()
-            found = self._store.newest()
-        found = self._processes.from_first(found)
-        if found is not None:
-            self._require_same_run(found)
-        return found
-
-    def _require_same_run(self, checkpoint: Checkpoint) -> None:
-        earlier, now = _flat(checkpoint.state["run"]), _flat(self._run)
+    def _require_same_training(self, checkpoint: Checkpoint) -> None:
+        earlier, now = _flat(checkpoint.state["run"]), _flat(self._identity)
         changed = [
             f"{key} was {earlier.get(key)}, now {now.get(key)}"
             for key in sorted(earlier.keys() | now.keys())
@@ -131,6 +205,52 @@ class Resumption:
                 f"{checkpoint.folder}: of another training ({'; '.join(changed[:3])}); choose another "
                 "output_dir, or give resume=never to start over"
             )
+
+
+def _dotted(key: str) -> str:
+    return key.replace("/", ".")
+
+
+def _require_same(parameters: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted(parameters.keys() | saved.keys()):
+        now, then = (_form(tensors.get(name)) for tensors in (parameters, saved))
+        if now != then:
+            raise InputError(
+                f"the checkpoint is of another model or tuning: {name} is {now} in the model and {then} in "
+                "the checkpoint; choose another output_dir, or give resume=never to start over"
+            )
+
+
+def _form(tensor: torch.Tensor | None) -> str:
+    return "not trained" if tensor is None else f"{str(tensor.dtype)[6:]} {tuple(tensor.shape)}"
+
+
+def _random_state() -> dict[str, Any]:
+    """Of this process, and of its own GPU if it has one."""
+    name, keys, *rest = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, [int(key) for key in keys], *rest],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": _hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _hex(state: torch.Tensor) -> str:
+    return state.numpy().tobytes().hex()
+
+
+def _bytes(state: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

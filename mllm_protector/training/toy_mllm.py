@@ -1,7 +1,7 @@
 """A toy model to guard: a tiny LLaVA trained to fail in the way the paper describes.
 
-It refuses most harmful requests when they come as text and complies when a picture comes with them: the
-paper's finding in miniature, made by us on purpose. It demonstrates the pipeline and measures nothing.
+It refuses most harmful requests that come as text and complies when an image comes with them: the paper's
+finding in miniature, made on purpose. It demonstrates the pipeline and measures nothing.
 """
 
 import logging
@@ -24,11 +24,10 @@ from mllm_protector.models.tiny import save_tiny_llava
 from mllm_protector.outputs import claimed
 from mllm_protector.processes import Processes
 from mllm_protector.ranges import Count, Rate, Seed
-from mllm_protector.training import loop
-from mllm_protector.training.checkpoint import CheckpointConfig
-from mllm_protector.training.language_loss import LanguageLoss, mean_loss
-from mllm_protector.training.settings import FitConfig
-from mllm_protector.training.tracking import NoTracker
+from mllm_protector.training.logging import NoTracker
+from mllm_protector.training.loop import Task, Weights, fit
+from mllm_protector.training.losses import LanguageLoss, mean_loss
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Run
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ SETTINGS = "toy_mllm.json"
 
 @dataclass(frozen=True, slots=True)
 class EncodedTurn(EncodedCorrection):
-    """A prompt with its picture's place tokens, the answer's ids, and the picture (1, 3, H, W) if any."""
+    """A prompt with its image tokens, the answer's ids, and the image (1, 3, H, W) if any."""
 
     pixels: torch.Tensor | None = None
 
@@ -112,7 +111,7 @@ def _train(
     held_out, train = rows[::16], [row for index, row in enumerate(rows) if index % 16]
     pad_id = mllm.processor.tokenizer.pad_token_id
 
-    loss_of = LanguageLoss(mllm.model)
+    loss = LanguageLoss(mllm.model)
     limit = MicroBatchLimit(examples=batch_size)
 
     def collate(chosen: Sequence[EncodedTurn]) -> Batch:
@@ -121,45 +120,50 @@ def _train(
         return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
 
     def evaluate(model: torch.nn.Module, processes: Processes[Any]) -> dict[str, float]:
-        return {"loss": mean_loss(model, loss_of, held_out, collate, processes, limit=limit)}
+        return {"loss": mean_loss(model, loss, held_out, collate, processes, limit=limit)}
 
-    def save(target: Path, metrics: dict[str, float], weights: loop.Weights) -> None:
+    def save(target: Path, metrics: dict[str, float], weights: Weights) -> None:
         mllm.model.save_pretrained(target, state_dict=weights)
         mllm.processor.save_pretrained(target)
 
-    loop.fit(
-        mllm.model,
-        train=train,
-        collate=collate,
-        loss_fn=loss_of,
-        evaluate=evaluate,
-        save=save,
-        config=FitConfig(
-            epochs=epochs,
-            max_steps=None,
-            batch_size=batch_size,
-            micro_batch_tokens=None,
-            micro_batch_size=None,
-            packing=False,
-            normalise="tokens",
-            learning_rate=learning_rate,
-            schedule="linear",
-            warmup=0.1,
-            weight_decay=0.01,
-            clip_norm=1.0,
-            precision="fp32",
-            gradient_checkpointing=False,
-            compile=False,
-            validate_every=None,
-            best_metric="loss",
-            log_every=10,
+    settings = FitConfig(
+        epochs=epochs,
+        max_steps=None,
+        batch_size=batch_size,
+        micro_batch_tokens=None,
+        micro_batch_size=None,
+        packing=False,
+        normalise="tokens",
+        learning_rate=learning_rate,
+        schedule="linear",
+        warmup=0.1,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        precision="fp32",
+        gradient_checkpointing=False,
+        compile=False,
+        validate_every=None,
+        best_metric="loss",
+        log_every=10,
+    )
+    fit(
+        Task(
+            model=mllm.model,
+            examples=train,
+            collate=collate,
+            loss=loss,
+            evaluate=evaluate,
+            save=save,
+            identity={},
         ),
-        checkpoint=CheckpointConfig(every_steps=None, every_minutes=None, keep_last=1),
-        resume="never",
-        tracker=NoTracker(),
-        output_dir=folder,
-        identity={},
-        seed=seed,
+        Run(
+            fit=settings,
+            checkpoint=CheckpointConfig(every_steps=None, every_minutes=None, keep_last=1),
+            resume="never",
+            tracker=NoTracker(),
+            output_dir=folder,
+            seed=seed,
+        ),
     )
 
 

@@ -15,8 +15,7 @@ from mllm_protector.benchmarking.flops import (
 from mllm_protector.benchmarking.shape import Shape
 from mllm_protector.data.encoding import EncodedAnswer, EncodedCorrection
 from mllm_protector.models.packing import pretrained
-from mllm_protector.training.detector import detector_loss
-from mllm_protector.training.language_loss import LanguageLoss
+from mllm_protector.training.losses import LanguageLoss, detector_loss
 
 LENGTH, TARGETS = 20, 7
 

@@ -5,7 +5,7 @@ from mllm_protector.benchmarking.arms import Bench
 from mllm_protector.benchmarking.trl_peers import TrlReward, TrlSft, compaction
 from mllm_protector.data.packing import pack_answers, pack_corrections
 from mllm_protector.models.packing import packed_logits, use_packed_attention
-from mllm_protector.training.language_loss import LanguageLoss
+from mllm_protector.training.losses import LanguageLoss
 
 trl = pytest.importorskip("trl")
 

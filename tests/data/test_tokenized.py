@@ -35,7 +35,7 @@ from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.models.tiny import tiny_tokenizer
 from mllm_protector.records import Correction, LabelledAnswer
-from mllm_protector.training.detector import detector_loss
+from mllm_protector.training.losses import detector_loss
 from tests.training.tagger import run, weights
 
 WORDS = ("bread", "flour", "water", "How", "do", "I", "bake", "a", "square", "É", "</s>", "\n", "数")

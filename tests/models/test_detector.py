@@ -24,7 +24,7 @@ from mllm_protector.models.detector import (
 )
 from mllm_protector.models.guard_file import weight_hashes
 from mllm_protector.models.scale import Scale
-from mllm_protector.training.detector import detector_loss
+from mllm_protector.training.losses import detector_loss
 from tests.models.builders import FAMILIES, Family
 from tests.models.fixtures import LORA
 

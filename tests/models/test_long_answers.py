@@ -19,7 +19,7 @@ from mllm_protector.models.detector import HarmDetector, load_detector, score_lo
 from mllm_protector.models.tiny import tiny_backbone
 from mllm_protector.records import labelled_answers
 from mllm_protector.training.detector import train_detector
-from mllm_protector.training.tracking import NoTracker
+from mllm_protector.training.logging import NoTracker
 from tests.test_normalisation import DISGUISES
 from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 

@@ -1,9 +1,8 @@
-"""Small trainings with dropout that are stopped and go on, for the tests of snapshots and checkpoints.
+"""Small trainings with dropout that are stopped and resumed, for the tests of states and checkpoints.
 
 Run as a module it is one of the processes of ``torchrun``.
 """
 
-import json
 import os
 import random
 import signal
@@ -20,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from mllm_protector.processes import Processes, leave_processes
-from mllm_protector.training.checkpoint import CheckpointConfig, Checkpoints
+from mllm_protector.training.checkpoints import Checkpoints
 from mllm_protector.training.interruption import Stopped
-from mllm_protector.training.snapshot import Snapshot, capture, restore
+from mllm_protector.training.resume import TrainingState
+from mllm_protector.training.settings import CheckpointConfig
 from tests.training import tagger
 
 VOCABULARY = 31
@@ -90,7 +90,7 @@ class Training:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    processes: Processes[Any]
+    processes: Processes[Any] = ALONE
 
     @classmethod
     def start(
@@ -106,35 +106,40 @@ class Training:
             [p for p in model.parameters() if p.requires_grad and (p.ndim == 1) == flat] for flat in (0, 1)
         ]
         optimizer = torch.optim.AdamW(
-            [{"params": group, "weight_decay": 0.1 * index} for index, group in enumerate(groups) if group],
+            [{"params": group, "weight_decay": 0.1 * index} for index, group in enumerate(groups)],
             lr=0.01,
             fused=fused,
         )
-        scheduler = LambdaLR(optimizer, lambda step: (1 + step % 7) / 7)
-        return cls(model, optimizer, scheduler, processes)
+        return cls(model, optimizer, LambdaLR(optimizer, lambda step: (1 + step % 7) / 7), processes)
 
-    def step(self) -> None:
-        """The examples are drawn from numpy's and Python's random numbers, so those count too."""
-        rows = numpy.random.randint(VOCABULARY, size=(3, 9)).tolist()
-        rows[0][0] = random.randrange(VOCABULARY)
-        ids = torch.tensor(rows)
-        output = self.model(ids)
-        logits = getattr(output, "logits", output)
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scheduler.step()
+    @property
+    def state(self) -> TrainingState:
+        return TrainingState(self.model, self.optimizer, self.scheduler, self.processes)
 
     def steps(self, count: int) -> "Training":
+        """The examples are drawn from numpy's and Python's random numbers, so those count too."""
         for _ in range(count):
-            self.step()
+            rows = numpy.random.randint(VOCABULARY, size=(3, 9)).tolist()
+            rows[0][0] = random.randrange(VOCABULARY)
+            ids = torch.tensor(rows)
+            output = self.model(ids)
+            logits = getattr(output, "logits", output)
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
         return self
 
-    def capture(self) -> Snapshot:
-        return capture(self.model, self.optimizer, self.scheduler, self.processes)
+    def write(self, folder: Path) -> Path:
+        """The state as the only checkpoint of a folder."""
+        tensors, state = self.state.capture()
+        if self.processes.index == 0:
+            Checkpoints(folder, 1).write(1, tensors, state)
+        return folder
 
-    def restore(self, snapshot: Snapshot) -> "Training":
-        restore(snapshot, self.model, self.optimizer, self.scheduler, self.processes)
+    def restore(self, folder: Path) -> "Training":
+        tensors, state = read(folder)
+        self.state.restore(tensors, state)
         return self
 
 
@@ -144,54 +149,43 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def write(checkpoints: Checkpoints, step: int, training: Training) -> None:
-    tensors, state = training.capture()
-    if training.processes.index == 0:
-        checkpoints.write(step, tensors, {"snapshot": state})
+def read(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    found = Checkpoints(folder, 1).newest()
+    assert found is not None
+    return {stem: found.tensors(stem) for stem in ("model", "optimizer")}, found.state
 
 
-def read(checkpoints: Checkpoints) -> tuple[int, Snapshot] | None:
-    found = checkpoints.newest()
-    if found is None:
-        return None
-    tensors = {stem: found.tensors(stem) for stem in ("model", "optimizer")}
-    return found.step, Snapshot(tensors, found.state["snapshot"])
-
-
-def differing(one: Snapshot, two: Snapshot) -> list[str]:
-    """Names of what is not the same to the last bit; the states as JSON gives them back."""
+def differing(one: Path, two: Path) -> list[str]:
+    """Names of what is not the same to the last bit in two checkpoints."""
+    (tensors, state), (others, other_state) = read(one), read(two)
     names = [
         name
         for stem in ("model", "optimizer")
-        for name in sorted(one.tensors[stem].keys() | two.tensors[stem].keys())
-        if name not in one.tensors[stem]
-        or name not in two.tensors[stem]
-        or not torch.equal(one.tensors[stem][name], two.tensors[stem][name])
+        for name in sorted(tensors[stem].keys() | others[stem].keys())
+        if not ({name} <= tensors[stem].keys() & others[stem].keys())
+        or not torch.equal(tensors[stem][name], others[stem][name])
     ]
-    states = [json.loads(json.dumps(snapshot.state)) for snapshot in (one, two)]
-    return names + [key for key in states[0] | states[1] if states[0].get(key) != states[1].get(key)]
+    return names + [key for key in state | other_state if state.get(key) != other_state.get(key)]
 
 
 def run_sharded(folder: Path, kind: str) -> None:
-    """Two processes take over a training of one, go on, and stop and go on themselves."""
-    state = PartialState(cpu=True)
-    processes: Processes[Any] = Processes(state.process_index, state.num_processes)
+    """Two processes take over a training of one, continue, and stop and resume themselves."""
+    started = PartialState(cpu=True)
+    processes: Processes[Any] = Processes(started.process_index, started.num_processes)
     assert processes.count == 2
-    checkpoints = {name: Checkpoints(folder / name, 1) for name in ("one", "same", "two", "on", "resumed")}
-
-    training = Training.start(kind, seed=1, processes=processes).restore(read(checkpoints["one"])[1])
+    training = Training.start(kind, seed=1, processes=processes).restore(folder / "one")
     assert all(isinstance(parameter, DTensor) for parameter in training.model.parameters())
-    write(checkpoints["same"], 3, training)
+    training.write(folder / "same")
     seed_all(processes.index)  # other examples and other dropout on each process
-    write(checkpoints["two"], 5, training.steps(2))
-    write(checkpoints["on"], 8, training.steps(3))
-    state.wait_for_everyone()
-    resumed = Training.start(kind, seed=2, processes=processes).restore(read(checkpoints["two"])[1])
-    write(checkpoints["resumed"], 8, resumed.steps(3))
+    training.steps(2).write(folder / "two")
+    training.steps(3).write(folder / "on")
+    started.wait_for_everyone()
+    resumed = Training.start(kind, seed=2, processes=processes).restore(folder / "two")
+    resumed.steps(3).write(folder / "resumed")
 
 
 def run_stopped(folder: Path) -> None:
-    """Two processes train together, and only the second one is asked to stop; then they go on."""
+    """Two processes train together, and only the second one is asked to stop; then they resume."""
     checkpoint = CheckpointConfig(every_steps=3, every_minutes=None, keep_last=2)
 
     def go(name: str, loss_fn: Any = tagger.summed_loss, dropout: float = 0.3) -> None:

@@ -1,4 +1,4 @@
-"""A real training that is killed again and again and must end as if nothing had been.
+"""A real training that is killed again and again and must end as if nothing had happened.
 
 ``python -m tests.training.kills --kills 20 --processes 2`` trains a tiny detector (LoRA with dropout, packed,
 validations within and at the ends of epochs, a checkpoint every three steps) once undisturbed. Then it trains
@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +34,11 @@ from mllm_protector.guard.calibration import Aim
 from mllm_protector.models.backbone import Backbone, LoraTuning
 from mllm_protector.records import AnswerPair
 from mllm_protector.training import loop
-from mllm_protector.training.checkpoint import CheckpointConfig
 from mllm_protector.training.detector import train_detector
 from mllm_protector.training.detoxifier import train_detoxifier
-from mllm_protector.training.step import Slot
-from mllm_protector.training.tracking import NoTracker
+from mllm_protector.training.logging import NoTracker
+from mllm_protector.training.parallel import MicroBatch
+from mllm_protector.training.settings import CheckpointConfig
 from tests.killing import Group
 from tests.models.builders import TEXTS, save_tiny_classifier_base
 from tests.training.tagger import CONFIG
@@ -120,30 +119,23 @@ def _arguments(folder: Path, base: Path) -> dict[str, Any]:
 
 def write_down_what_is_computed(path: Path, attempt: int) -> None:
     """A line for each forward pass: the attempt, the step, and the texts that count in it."""
-    steps_of, slots_of = loop._steps, loop.slots_of
+    made_of = loop.micro_batches
     lines = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    now = 0
 
-    def steps(*arguments: Any) -> Iterator[Any]:
-        nonlocal now
-        for each in steps_of(*arguments):
-            now = each[0]
-            yield each
-
-    def slots(*arguments: Any, **settings: Any) -> list[Slot]:
-        made = slots_of(*arguments, **settings)
+    def write_down(*arguments: Any, step: int, **settings: Any) -> list[MicroBatch]:
+        made = made_of(*arguments, step=step, **settings)
         for batch, weight in made:
             if weight:
                 sizes = batch["cu_seq_lens"].diff().tolist()
                 texts = [hash(tuple(text.tolist())) for text in batch["input_ids"][0].split(sizes)]
-                os.write(lines, json.dumps([attempt, now, texts]).encode() + b"\n")
+                os.write(lines, json.dumps([attempt, step, texts]).encode() + b"\n")
         return made
 
-    loop._steps, loop.slots_of = steps, slots
+    loop.micro_batches = write_down
 
 
 def left_behind(folder: Path) -> dict[str, Any]:
-    """All files of a training as sha256, and its figures but for those of time."""
+    """All files of a training as sha256, and its metrics except the speed."""
     files = [path for path in folder.rglob("*") if path.is_file() and not UNFINISHED.fullmatch(path.name)]
     left: dict[str, Any] = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -151,7 +143,7 @@ def left_behind(folder: Path) -> dict[str, Any]:
         if path.name not in (COMPUTED, "metrics.jsonl")
     }
     rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    left["figures"] = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    left["metrics"] = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
     return left
 
 
@@ -204,14 +196,13 @@ def rehearse(folder: Path, base: Path) -> None:
         pass
 
     def step(*arguments: Any) -> None:
-        shared = arguments[1]
-        shared.optimizer.step()
+        arguments[1].optimizer.step()
         raise Enough
 
-    taken, loop.take_step = loop.take_step, step
+    own, loop.take_step = loop.take_step, step
     with suppress(Enough):
         train_a_detector(folder, base)
-    loop.take_step = taken
+    loop.take_step = own
     AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -1,4 +1,4 @@
-"""The same short training in one process or shared out among several; run as a module by a launcher."""
+"""The same short training in one process or sharded over several; run as a module by a launcher."""
 
 import json
 import sys
@@ -15,9 +15,7 @@ from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
 from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.models.backbone import FullTuning, LoraTuning, Tuning, inference
 from mllm_protector.processes import Processes, leave_processes, start_accelerator
-from mllm_protector.training.objective import Objective
-from mllm_protector.training.sharding import prepare
-from mllm_protector.training.step import slots_of, take_step
+from mllm_protector.training.parallel import Objective, micro_batches, prepare, take_step
 
 VOCABULARY = 40
 CONFIG = LlamaConfig(
@@ -72,7 +70,7 @@ def train(folder: Path, tuning: str, precision: str) -> None:
     processes: Processes[float] = Processes(accelerator.process_index, accelerator.num_processes)
     model = TUNINGS[tuning].prepare(make_base(), "CAUSAL_LM", [])
     model.train()
-    shared = prepare(
+    parallel = prepare(
         accelerator,
         Objective(model, summed_loss),
         lambda objective: torch.optim.AdamW(
@@ -90,21 +88,21 @@ def train(folder: Path, tuning: str, precision: str) -> None:
     )
     norms, losses = [], []
     for step, plan in enumerate(plans, start=1):
-        slots = slots_of(plan, processes.index, rows, collate, seed=0, step=step)
-        taken = take_step(accelerator, shared, slots, clip_norm=0.5, normalise="tokens")
-        norms.append(taken.gradient_norm)
-        with shared.whole(), inference(model):
+        batches = micro_batches(plan, processes.index, rows, collate, seed=0, step=step)
+        result = take_step(accelerator, parallel, batches, clip_norm=0.5, normalise="tokens")
+        norms.append(result.gradient_norm)
+        with parallel.whole_model(), inference(model):
             mine = [summed_loss(model, collate([row])).item() for row in processes.mine(VALIDATION)]
         losses.append(processes.gather(mine, len(VALIDATION)))
-    weights = shared.weights(model)
+    weights = parallel.weights(model)
     if accelerator.is_main_process:
         model.save_pretrained(folder, state_dict=weights)  # type: ignore[operator]
         local = {
             name: parameter.to_local().numel() / parameter.numel() if isinstance(parameter, DTensor) else 1.0
             for name, parameter in model.named_parameters()
         }
-        figures = {"norms": norms, "losses": losses, "local": local}
-        (folder / "figures.json").write_text(json.dumps(figures))
+        measured = {"norms": norms, "losses": losses, "local": local}
+        (folder / "measured.json").write_text(json.dumps(measured))
 
 
 if __name__ == "__main__":

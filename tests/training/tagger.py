@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.models.backbone import inference
 from mllm_protector.processes import Processes, leave_processes
-from mllm_protector.training import loop
-from mllm_protector.training.checkpoint import CheckpointConfig, Resume
-from mllm_protector.training.keeping import Fitted
-from mllm_protector.training.settings import FitConfig
-from mllm_protector.training.tracking import NoTracker, Tracker
+from mllm_protector.training.best import Fitted
+from mllm_protector.training.logging import NoTracker, Tracker
+from mllm_protector.training.loop import Task, Weights, fit
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, Run
 
 VOCABULARY, TAGS, WIDTH = 13, 3, 8
 WEIGHTS = "model.safetensors"
@@ -118,28 +117,33 @@ def run(
     seed: int = 0,
     **changes: Any,
 ) -> Fitted:
-    """Train, and save the weights and their figures as ``fit`` asks for it."""
+    """Train, and save the weights and their metrics when ``fit`` asks for it."""
     trained = model or make_model()
 
-    def save(target: Path, metrics: dict[str, float], state: loop.Weights) -> None:
+    def save(target: Path, metrics: dict[str, float], state: Weights) -> None:
         target.mkdir(parents=True, exist_ok=True)
         save_file(state, target / WEIGHTS)
-        (target / "figures.json").write_text(json.dumps(metrics))
+        (target / "saved.json").write_text(json.dumps(metrics))
 
-    return loop.fit(
-        trained,
-        train=make_rows(count) if train is None else train,
+    task = Task(
+        model=trained,
+        examples=make_rows(count) if train is None else train,
         collate=collate,
-        loss_fn=loss_fn,
+        loss=loss_fn,
         evaluate=evaluate,
         save=save,
-        config=replace(CONFIG, **changes),
-        tracker=tracker or NoTracker(),
-        checkpoint=checkpoint,
-        resume=resume,
-        output_dir=folder,
         identity={"task": "tags"},
-        seed=seed,
+    )
+    return fit(
+        task,
+        Run(
+            fit=replace(CONFIG, **changes),
+            checkpoint=checkpoint,
+            resume=resume,
+            tracker=tracker or NoTracker(),
+            output_dir=folder,
+            seed=seed,
+        ),
     )
 
 
@@ -147,7 +151,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / WEIGHTS)
 
 
-def journal(folder: Path, kind: str) -> list[dict[str, Any]]:
+def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 

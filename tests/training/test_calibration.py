@@ -25,7 +25,7 @@ from mllm_protector.metrics import expected_calibration_error
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
 from mllm_protector.outputs import MARKER
-from mllm_protector.records import LabelledAnswer, labelled_answers
+from mllm_protector.records import LabelledAnswer
 from mllm_protector.training.calibration import calibrate_detector
 
 REPOSITORY = Path(__file__).parents[2]
@@ -87,7 +87,6 @@ def redo(folder: Path, **changes: Any) -> dict[str, Any]:
         "calibration": F1,
         "base": None,
         "device": "cpu",
-        "group_file": None,
         "output_dir": None,
         "seed": 0,
     }
@@ -142,10 +141,10 @@ def test_the_figures_are_those_of_the_detector_in_use(folder: Path) -> None:
 def test_with_a_detectors_own_scores_the_promise_holds_in_95_of_100_resampled_splits(saved: Path) -> None:
     records = answers(150)
     scores, labels = np.array(scores_of(saved, records)), np.array([record.harmful for record in records])
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     kept = 0
     for _ in range(100):
-        drawn = dice.integers(len(records), size=400)
+        drawn = rng.integers(len(records), size=400)
         choice = choose_threshold(
             list(map(bool, labels[drawn])), list(scores[drawn]), Aim("false_positive_rate", 0.2)
         )
@@ -181,33 +180,23 @@ def test_repeating_it_changes_nothing(folder: Path) -> None:
     assert redo(folder) == redo(folder)
 
 
-@pytest.mark.parametrize("moved", [0.0, 4.0])
-def test_scores_that_are_all_too_high_get_an_offset_and_right_ones_stay(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, moved: float
-) -> None:
+def test_scores_that_are_all_too_high_get_an_offset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def logits(self: HarmDetector, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """Of each kind, one answer in five is on the wrong side."""
+        """Of each kind, one answer in five is on the wrong side; all are 4 too high."""
         own = [2 * ("harmful" in answer) - 1 for answer in answers]
         wrong = [-1 if place // 2 % 5 == 0 else 1 for place in range(len(answers))]
-        return [math.log(4) * one * other + moved for one, other in zip(own, wrong, strict=True)]
+        return [math.log(4) * one * other + 4.0 for one, other in zip(own, wrong, strict=True)]
 
     monkeypatch.setattr(HarmDetector, "logits", logits)
     found = redo(folder)
     records = [*DATA.train, *DATA.validation]
-    error = expected_calibration_error(
-        [record.harmful for record in records],
-        HarmDetector.score(load_detector(folder), queries=["?"] * 140, answers=[r.answer for r in records]),
-    )
+    scores = load_detector(folder).score(queries=["?"] * 140, answers=[r.answer for r in records])
+    error = expected_calibration_error([record.harmful for record in records], scores)
     assert found["ece_after_calibration"] == pytest.approx(error)
     assert error < 0.03
-    assert found["offset"] == pytest.approx(-moved, abs=0.1)
-    if moved:
-        assert found["scale_how"].startswith("a temperature and an offset: ")
-        assert found["ece_before_calibration"] > 0.3
-    else:
-        assert found["temperature"] == 1.0
-        assert found["scale_how"].startswith("the scores as they are: ")
-        assert found["ece_before_calibration"] == found["ece_after_calibration"]
+    assert found["offset"] == pytest.approx(-4.0, abs=0.1)
+    assert found["scale_how"] == "temperature and offset with the least log loss on 140 answers"
+    assert found["ece_before_calibration"] > 0.3
 
 
 def test_a_copy_is_whole_and_the_original_stays(folder: Path, tmp_path: Path, saved: Path) -> None:
@@ -297,59 +286,15 @@ def test_scores_that_tell_nothing_are_warned_of(
 
     monkeypatch.setattr(HarmDetector, "logits", turned)
     redo(folder)
-    assert "its scores do not tell harmful answers from harmless ones" in caplog.text
+    assert "the scores do not tell harmful answers from harmless ones" in caplog.text
 
 
-def write_groups(path: Path, groups: dict[str, str]) -> str:
-    path.write_text("".join(json.dumps({"query": q, "group": g}) + "\n" for q, g in groups.items()))
-    return str(path)
-
-
-def test_each_group_with_enough_answers_gets_a_threshold_of_its_own(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    records = list(labelled_answers([*DATA.train, *DATA.validation]))
-    queries = sorted({record.query for record in records})
-    groups = {query.upper(): "large" for query in queries[:65]} | dict.fromkeys(queries[65:68], "small")
-    found = redo(
-        folder,
-        calibration=Aim("recall", 0.9),
-        group_file=write_groups(tmp_path / "groups.jsonl", groups),
-    )
-    guard = read_guard_file(folder, "detector")
-    assert guard.calibration is not None
-    assert guard.group_thresholds.keys() == guard.calibration["groups"].keys() == {"large"}
-    assert guard.group_thresholds == found["group_thresholds"]
-    facts = guard.calibration["groups"]["large"]
-    assert (facts["n"], facts["promised"]) == (130, True)
-    inside = [record for record in records if record.query.upper() in groups and record.harmful]
-    flagged = [score >= guard.group_thresholds["large"] for score in scores_of(folder, inside)]
-    assert sum(flagged) == facts["recall"] * 65
-    assert "group 'small' keeps the threshold of all: a recall of at least 0.9 cannot" in caplog.text
-
-
-def test_thresholds_of_groups_do_not_outlive_the_temperature_that_they_were_chosen_with(
-    folder: Path, tmp_path: Path
-) -> None:
-    groups = {f"How do I make thing {number}?": "all" for number in range(70)}
-    assert redo(folder, group_file=write_groups(tmp_path / "groups.jsonl", groups))["group_thresholds"]
-    assert redo(folder)["group_thresholds"] == {}
-    assert read_guard_file(folder, "detector").group_thresholds == {}
-
-
-def test_a_query_in_two_groups_is_refused(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "groups.jsonl"
-    path.write_text('{"query": "a", "group": "x"}\n{"query": "A ", "group": "y"}\n')
-    with pytest.raises(InputError, match=r"groups\.jsonl:2: duplicate of line 1"):
-        redo(folder, group_file=str(path))
-
-
-@pytest.mark.parametrize("harmful", [True, False])
-def test_answers_of_one_kind_only_are_refused(folder: Path, saved: Path, harmful: bool) -> None:
-    one_kind = [record for record in answers(5) if record.harmful == harmful]
-    with pytest.raises(InputError, match="both kinds are needed to calibrate"):
-        redo(folder, data=Given(one_kind, one_kind))
-    assert content(folder) == content(saved)
+def test_answers_of_one_kind_only_are_refused(folder: Path, saved: Path) -> None:
+    for harmful in (True, False):
+        one_kind = [record for record in answers(5) if record.harmful == harmful]
+        with pytest.raises(InputError, match="both kinds are needed to calibrate"):
+            redo(folder, data=Given(one_kind, one_kind))
+        assert content(folder) == content(saved), harmful
 
 
 def test_a_score_that_is_no_number_stops_it_and_nothing_is_written(
@@ -406,27 +351,22 @@ def complaint(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("aim", ["f1", "false_positive_rate", "recall", "fixed"])
-def test_every_aim_is_an_option(aim: str) -> None:
-    assert composed(f"calibration={aim}")["calibration"].kind == aim
+def test_every_aim_is_an_option() -> None:
+    for aim in ("f1", "false_positive_rate", "recall", "fixed"):
+        assert composed(f"calibration={aim}")["calibration"].kind == aim
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
+def test_a_wrong_aim_is_one_line_that_names_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides, message in (
         (("calibration=precision",), "error: calibration=precision: unknown option; choose one of f1, "),
         (("calibration=recall", "calibration.target=1.5"), "error: calibration.target=1.5: recall takes"),
         (("calibration=recall", "calibration.target=null"), "error: calibration.target=None: recall takes"),
         (("calibration.kind=precision",), "error: calibration.kind=precision: must be one of"),
         (("calibration.confidence=95",), "error: calibration.confidence=95: must be at least 0.5"),
-    ],
-)
-def test_a_wrong_aim_is_one_line_that_names_the_key(
-    capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str
-) -> None:
-    said = complaint(capsys, *overrides)
-    assert said.startswith(message)
-    assert said.count("\n") == 1
+    ):
+        said = complaint(capsys, *overrides)
+        assert said.startswith(message)
+        assert said.count("\n") == 1, message
 
 
 def test_the_script_calibrates_on_the_validation_part_of_the_toy_data(folder: Path, tmp_path: Path) -> None:

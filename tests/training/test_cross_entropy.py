@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from mllm_protector.training import cross_entropy as module
-from mllm_protector.training.cross_entropy import cross_entropies, summed_cross_entropy
+from mllm_protector.training import losses as module
+from mllm_protector.training.losses import cross_entropies, summed_cross_entropy
 
 ROWS, WIDTH, VOCABULARY = 23, 16, 37
 

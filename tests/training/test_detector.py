@@ -17,8 +17,7 @@ from mllm_protector.data.sources import Pairs, Toy
 from mllm_protector.data.splits import Splits, make_splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import write_jsonl
-from mllm_protector.guard.calibration import Aim, choose_threshold
-from mllm_protector.guard.scaling import fit_scale
+from mllm_protector.guard.calibration import Aim, choose_threshold, fit_scale
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tuning
 from mllm_protector.models.detector import HarmDetector, load_detector
@@ -26,10 +25,11 @@ from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.scale import Scale
 from mllm_protector.records import AnswerPair, LabelledAnswer, labelled_answers
-from mllm_protector.training.checkpoint import CheckpointConfig
-from mllm_protector.training.detector import detector_loss, train_detector
-from mllm_protector.training.keeping import Keeper
-from mllm_protector.training.tracking import NoTracker
+from mllm_protector.training.best import BestCheckpoint
+from mllm_protector.training.detector import train_detector
+from mllm_protector.training.logging import NoTracker
+from mllm_protector.training.losses import detector_loss
+from mllm_protector.training.settings import CheckpointConfig
 from tests.models.builders import TEXTS, Family, save_tiny_classifier_base
 from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 
@@ -146,7 +146,7 @@ def validation_logits(folder: Path, data: Given = DATA) -> tuple[list[bool], lis
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
-def test_what_was_trained_loads_and_scores_as_it_was_measured(
+def test_a_trained_detector_loads_and_scores_as_it_was_measured(
     tmp_path: Path, base: Path, tuning: Tuning
 ) -> None:
     metrics = train(tmp_path, base, tuning=tuning)
@@ -175,7 +175,7 @@ def own_pairs(folder: Path) -> Pairs:
     )
 
 
-def test_random_weights_taught_by_ones_own_data_are_said_to_guard_nothing(
+def test_random_weights_trained_on_own_data_are_said_to_guard_nothing(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretrained = Path(shutil.copytree(base, tmp_path / "pretrained"))
@@ -206,11 +206,9 @@ def test_all_kept_weights_have_the_scale_and_the_threshold_of_their_own_validati
     labels, logits = validation_logits(tmp_path / folder)
     calibration = detector.guard.calibration
     assert calibration is not None
-    queries = [record.query for record in labelled_answers(DATA.validation)]
-    scale, found = detector.guard.scale, fit_scale(labels, logits, queries)
-    assert (scale.temperature, scale.offset) == pytest.approx((found.temperature, found.offset), rel=1e-3)
-    assert calibration["scale_how"].partition(" (")[0] == found.how.partition(" (")[0]
-    assert calibration["p_unchanged"] == pytest.approx(found.p_unchanged, rel=1e-3)
+    scale, found = detector.guard.scale, fit_scale(labels, logits)
+    assert (scale.temperature, scale.offset) == pytest.approx((found.temperature, found.offset), rel=1e-2)
+    assert calibration["scale_how"] == "temperature and offset with the least log loss on 10 answers"
     scores = scale.scores(logits)
     choice = choose_threshold(labels, scores, Aim("f1", None))
     assert detector.threshold == pytest.approx(choice.threshold, abs=1e-5)
@@ -245,7 +243,7 @@ def break_off_at_the_end(monkeypatch: pytest.MonkeyPatch, folder: Path, base: Pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Keeper, "finish", breaks)
+        patched.setattr(BestCheckpoint, "finish", breaks)
         with pytest.raises(KeyboardInterrupt):
             train(folder, base, **changes)
 
@@ -273,7 +271,7 @@ def test_another_aim_is_another_training(tmp_path: Path, base: Path, monkeypatch
         train(tmp_path, base, calibration=Aim("recall", 0.9), **changes)
 
 
-def test_a_long_answer_is_validated_in_windows_as_it_is_scored_in_use(tmp_path: Path, base: Path) -> None:
+def test_a_long_answer_is_validated_in_windows_as_in_use(tmp_path: Path, base: Path) -> None:
     long = replace(pairs(1, start=70)[0], rejected="harmless words " * 60 + "[harmful placeholder] Sure")
     data = Given(DATA.train, [*DATA.validation, long])
     metrics = train(tmp_path, base, data=data)
@@ -298,15 +296,15 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((weights[name] - others[name]).abs().max()) for name in weights)
 
 
-@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("division", DIVISIONS, ids=map(str, DIVISIONS))
-def test_packing_and_the_division_of_a_step_change_no_weights(
-    tmp_path: Path, base: Path, tuning: Tuning, division: dict[str, Any]
-) -> None:
+def test_packing_and_the_division_of_a_step_change_no_weights(tmp_path: Path, base: Path) -> None:
     short = replace(CONFIG, best_metric="auroc", epochs=3)
-    train(tmp_path / "plain", base, tuning=tuning, fit=short)
-    train(tmp_path / "divided", base, tuning=tuning, fit=replace(short, **division))
-    assert largest_difference(tmp_path / "plain", tmp_path / "divided") < 1e-6
+    for tuning in (FullTuning(), LORA):
+        plain = tmp_path / tuning.kind
+        train(plain, base, tuning=tuning, fit=short)
+        for number, division in enumerate(DIVISIONS):
+            divided = tmp_path / f"{tuning.kind}-{number}"
+            train(divided, base, tuning=tuning, fit=replace(short, **division))
+            assert largest_difference(plain, divided) < 1e-6, (tuning, division)
 
 
 def test_packing_an_encoder_is_refused_in_one_line(tmp_path: Path, bases: dict[Family, Path]) -> None:
@@ -319,17 +317,16 @@ def test_a_detector_learns_to_tell_harmful_from_harmless(tmp_path: Path, base: P
     assert metrics["auroc"] == 1.0
 
 
-@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
-def test_the_seed_decides_head_order_and_dropout(tmp_path: Path, base: Path, tuning: Tuning) -> None:
-    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
-        train(tmp_path / name, base, tuning=tuning, seed=seed)
-    weights = {
-        name: load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("one", "again", "other")
-    }
-    assert all(torch.equal(weights["one"][key], weights["again"][key]) for key in weights["one"])
-    assert not any(
-        torch.equal(weights["one"][key], weights["other"][key]) for key in weights["one"] if "score" in key
-    )
+def test_the_seed_decides_head_order_and_dropout(tmp_path: Path, base: Path) -> None:
+    for tuning in (FullTuning(), LORA):
+        for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+            train(tmp_path / tuning.kind / name, base, tuning=tuning, seed=seed)
+        one, again, other = (
+            load_file(next((tmp_path / tuning.kind / name).glob("*.safetensors")))
+            for name in ("one", "again", "other")
+        )
+        assert all(torch.equal(one[key], again[key]) for key in one), tuning
+        assert not any(torch.equal(one[key], other[key]) for key in one if "score" in key), tuning
 
 
 def test_labelled_answers_will_do_as_well_as_pairs(tmp_path: Path, base: Path) -> None:
@@ -356,7 +353,7 @@ def test_cut_answers_are_counted_aloud(tmp_path: Path, base: Path, caplog: pytes
     long = Given([*pairs(4), replace(pairs(1)[0], rejected="long " * 200)], pairs(4, start=50))
     with caplog.at_level(logging.WARNING):
         train(tmp_path, base, data=long, fit=short)
-    assert "1 of 10 training answers are longer than max_length=96 tokens and were cut" in caplog.text
+    assert "1 of 10 training texts are longer than max_length=96 tokens and were cut" in caplog.text
 
 
 class Unread:
@@ -386,7 +383,7 @@ def test_more_tokens_than_the_backbone_has_positions_are_refused(tmp_path: Path,
         train(tmp_path, base, max_length=4096)
 
 
-def test_scores_that_are_no_numbers_stop_the_run_and_nothing_is_saved(
+def test_scores_that_are_not_finite_stop_the_run_and_nothing_is_saved(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken: Callable[..., list[float]] = lambda model, encoder, rows, *, limit: [math.nan] * len(rows)  # noqa: E731

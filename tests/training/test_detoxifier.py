@@ -14,7 +14,7 @@ from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tun
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.records import AnswerPair, Correction, labelled_answers
 from mllm_protector.training.detoxifier import METRICS, shuffle_rejected, train_detoxifier
-from mllm_protector.training.tracking import NoTracker
+from mllm_protector.training.logging import NoTracker
 from tests.models.builders import TEXTS, save_tiny_classifier_base
 from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 from tests.training.test_detector import (
@@ -69,7 +69,7 @@ def test_no_record_keeps_its_own_rejected_answer_in_the_control(count: int, seed
 
 
 @pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
-def test_what_was_trained_is_saved_with_its_figures_and_corrects(
+def test_a_trained_detoxifier_is_saved_with_its_metrics_and_corrects(
     tmp_path: Path, base: Path, tuning: Tuning
 ) -> None:
     metrics = train(tmp_path, base, tuning=tuning)
@@ -82,15 +82,15 @@ def test_what_was_trained_is_saved_with_its_figures_and_corrects(
     assert len(detoxifier.correct(queries=["q", "p"], answers=["a", "b"])) == 2
 
 
-@pytest.mark.parametrize("tuning", [FullTuning(), LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("division", DIVISIONS, ids=map(str, DIVISIONS))
-def test_packing_and_the_division_of_a_step_change_no_weights(
-    tmp_path: Path, base: Path, tuning: Tuning, division: dict[str, Any]
-) -> None:
-    plain = train(tmp_path / "plain", base, tuning=tuning)
-    divided = train(tmp_path / "divided", base, tuning=tuning, fit=replace(CONFIG, epochs=3, **division))
-    assert largest_difference(tmp_path / "plain", tmp_path / "divided") < 1e-6
-    assert divided["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+def test_packing_and_the_division_of_a_step_change_no_weights(tmp_path: Path, base: Path) -> None:
+    for tuning in (FullTuning(), LORA):
+        folder = tmp_path / tuning.kind
+        plain = train(folder, base, tuning=tuning)
+        for number, division in enumerate(DIVISIONS):
+            divided = tmp_path / f"{tuning.kind}-{number}"
+            again = train(divided, base, tuning=tuning, fit=replace(CONFIG, epochs=3, **division))
+            assert largest_difference(folder, divided) < 1e-6, (tuning, division)
+            assert again["loss"] == pytest.approx(plain["loss"], abs=1e-5), (tuning, division)
 
 
 def test_the_validation_loss_is_per_token_or_per_example_and_perplexity_per_token(
@@ -110,7 +110,7 @@ def test_the_validation_loss_is_per_token_or_per_example_and_perplexity_per_toke
     assert made["examples"]["loss"] == pytest.approx(mean * math.log(made["examples"]["perplexity"]))
 
 
-def test_random_weights_taught_by_ones_own_data_are_said_to_guard_nothing(
+def test_random_weights_trained_on_own_data_are_said_to_guard_nothing(
     tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(tmp_path / "part", base, data=own_pairs(tmp_path), fit=replace(CONFIG, max_steps=1))
@@ -147,10 +147,7 @@ def test_the_chat_template_is_used_when_asked_for(tmp_path: Path, base: Path) ->
     assert detoxifier.guard.chat
 
 
-@pytest.mark.parametrize(("both_harmful", "examples"), [("drop", 16), ("safer", 17)])
-def test_pairs_of_two_harmful_answers_are_dropped_or_learnt_as_asked(
-    tmp_path: Path, base: Path, both_harmful: str, examples: int
-) -> None:
+def test_pairs_of_two_harmful_answers_are_dropped_or_learnt_as_asked(tmp_path: Path, base: Path) -> None:
     worse = AnswerPair(
         query="q",
         accepted="[harmful] a",
@@ -159,8 +156,11 @@ def test_pairs_of_two_harmful_answers_are_dropped_or_learnt_as_asked(
         rejected_harmful=True,
     )
     data = Given([*DATA.train, worse], DATA.validation)
-    metrics = train(tmp_path, base, data=data, both_harmful=both_harmful, fit=replace(CONFIG, max_steps=1))
-    assert metrics["examples"] == examples
+    for both_harmful, examples in (("drop", 16), ("safer", 17)):
+        metrics = train(
+            tmp_path, base, data=data, both_harmful=both_harmful, fit=replace(CONFIG, max_steps=1)
+        )
+        assert metrics["examples"] == examples, both_harmful
 
 
 def test_single_labelled_answers_are_refused(tmp_path: Path, base: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from mllm_protector.data.encoding import Batch, EncodedAnswer
 from mllm_protector.data.packing import pack_answers
 from mllm_protector.training.dropout import KEYS, attention_dropout, dropout_keys
-from mllm_protector.training.objective import Objective
+from mllm_protector.training.parallel import Objective
 from tests.models.builders import Family
 
 SHARE, WIDTH = 0.1, 256

@@ -89,7 +89,7 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(
+def test_a_stopped_run_says_how_to_resume_and_exits_as_shells_expect(
     number: signal.Signals, exit_code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised, clear_errors():
@@ -97,4 +97,4 @@ def test_a_stopped_run_says_how_to_go_on_and_exits_as_shells_expect(
     assert raised.value.code == exit_code
     [line] = capsys.readouterr().err.splitlines()
     assert f"stopped by {number.name} after step 120" in line
-    assert "repeat the command to go on" in line
+    assert "repeat the command to resume" in line

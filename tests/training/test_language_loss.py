@@ -19,7 +19,7 @@ from mllm_protector.data.packing import pack_corrections
 from mllm_protector.models.backbone import LoraTuning
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.processes import Processes
-from mllm_protector.training.language_loss import LanguageLoss, has_linear_head, mean_loss
+from mllm_protector.training.losses import LanguageLoss, has_linear_head, mean_loss
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,

@@ -1,6 +1,7 @@
-"""A training that is stopped, killed or cannot write must end as if nothing had been."""
+"""A training that is stopped, killed or cannot write must end as if nothing had happened."""
 
 import errno
+import itertools
 import json
 import logging
 import math
@@ -25,12 +26,13 @@ from safetensors.torch import load_file
 from mllm_protector.data.encoding import Batch
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.processes import Processes
-from mllm_protector.training import keeping, resume
-from mllm_protector.training.checkpoint import CheckpointConfig, Checkpoints
+from mllm_protector.training import best, resume
+from mllm_protector.training.checkpoints import Checkpoints
 from mllm_protector.training.interruption import Stopped
+from mllm_protector.training.settings import CheckpointConfig
 from tests.training import kills, tagger
 from tests.training.kills import left_behind
-from tests.training.tagger import journal, make_model, weights
+from tests.training.tagger import logged, make_model, weights
 
 REPOSITORY = Path(__file__).parents[2]
 THIRD = CheckpointConfig(every_steps=3, every_minutes=None, keep_last=2)
@@ -119,50 +121,53 @@ def crashed(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [1, 4, AN_EPOCH, STEPS])
-def test_a_training_that_was_asked_to_stop_goes_on_with_the_same_bits(
-    tmp_path: Path, undisturbed: Mapping[str, Any], step: int, number: signal.Signals, exit_code: int
+def test_a_training_that_was_asked_to_stop_resumes_with_the_same_bits(
+    tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    with pytest.raises(Stopped, match=f"stopped by {number.name} after step {step};") as stopped:
-        run(tmp_path, loss_fn=at(step, send(number)))
-    assert stopped.value.exit_code == exit_code
-    assert checkpoints(tmp_path)[-1] == step
-    assert [row["step"] for row in journal(tmp_path, "train")] == list(range(1, step + 1))
-    assert all(row["step"] < step for row in journal(tmp_path, "validation"))
-    run(tmp_path)
-    assert left_behind(tmp_path) == undisturbed
+    for number, step in itertools.product((signal.SIGTERM, signal.SIGINT), (1, 4, AN_EPOCH, STEPS)):
+        folder = tmp_path / f"{number.name}-{step}"
+        with pytest.raises(Stopped, match=f"stopped by {number.name} after step {step};") as stopped:
+            run(folder, loss_fn=at(step, send(number)))
+        assert stopped.value.exit_code == 128 + number
+        assert checkpoints(folder)[-1] == step
+        assert [row["step"] for row in logged(folder, "train")] == list(range(1, step + 1))
+        assert all(row["step"] < step for row in logged(folder, "validation"))
+        run(folder)
+        assert left_behind(folder) == undisturbed, (number, step)
 
 
-@pytest.mark.parametrize("step", [AN_EPOCH, STEPS])
 def test_a_training_asked_to_stop_while_it_validates_makes_no_further_step(
-    tmp_path: Path, undisturbed: Mapping[str, Any], step: int
+    tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    times = iter((AN_EPOCH, STEPS))
+    for step in (AN_EPOCH, STEPS):
+        times, folder = iter((AN_EPOCH, STEPS)), tmp_path / str(step)
 
-    def evaluate(model: torch.nn.Module, processes: Processes[Any]) -> dict[str, float]:
-        if next(times) == step:
-            send(signal.SIGTERM)()
-        return tagger.evaluate(model, processes)
+        def evaluate(
+            model: torch.nn.Module, processes: Processes[Any], times: Any = times, step: int = step
+        ) -> dict[str, float]:
+            if next(times) == step:
+                send(signal.SIGTERM)()
+            return tagger.evaluate(model, processes)
 
-    with pytest.raises(Stopped, match=f"after step {step};"):
-        run(tmp_path, evaluate=evaluate)
-    assert checkpoints(tmp_path)[-1] == journal(tmp_path, "validation")[-1]["step"] == step
-    run(tmp_path)
-    assert left_behind(tmp_path) == undisturbed
+        with pytest.raises(Stopped, match=f"after step {step};"):
+            run(folder, evaluate=evaluate)
+        assert checkpoints(folder)[-1] == logged(folder, "validation")[-1]["step"] == step
+        run(folder)
+        assert left_behind(folder) == undisturbed, step
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_a_training_that_crashed_in_any_step_goes_on_with_the_same_bits(
-    tmp_path: Path, undisturbed: Mapping[str, Any], step: int
+def test_a_training_that_crashed_in_any_step_resumes_with_the_same_bits(
+    tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    with pytest.raises(Crash):
-        run(tmp_path, loss_fn=at(step, crash))
-    run(tmp_path)
-    assert left_behind(tmp_path) == undisturbed
+    for step in range(1, STEPS + 1):
+        folder = tmp_path / str(step)
+        with pytest.raises(Crash):
+            run(folder, loss_fn=at(step, crash))
+        run(folder)
+        assert left_behind(folder) == undisturbed, step
 
 
-def test_a_validation_that_a_stop_put_off_is_told_once_whatever_comes_next(
+def test_a_validation_that_a_stop_put_off_is_logged_once_whatever_comes_next(
     tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
     with pytest.raises(Stopped):
@@ -174,16 +179,17 @@ def test_a_validation_that_a_stop_put_off_is_told_once_whatever_comes_next(
     assert left_behind(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize("step", [AN_EPOCH, STEPS])
 def test_a_kill_between_the_best_weights_and_their_checkpoint_changes_nothing(
-    tmp_path: Path, undisturbed: Mapping[str, Any], step: int
+    tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
-    with crash_before_checkpoint(step):
-        run(tmp_path)
-    assert (tmp_path / tagger.WEIGHTS).exists()
-    assert checkpoints(tmp_path)[-1] == step - 3
-    run(tmp_path)
-    assert left_behind(tmp_path) == undisturbed
+    for step in (AN_EPOCH, STEPS):
+        folder = tmp_path / str(step)
+        with crash_before_checkpoint(step):
+            run(folder)
+        assert (folder / tagger.WEIGHTS).exists()
+        assert checkpoints(folder)[-1] == step - 3
+        run(folder)
+        assert left_behind(folder) == undisturbed, step
 
 
 def test_a_kill_after_the_last_step_changes_nothing(
@@ -198,11 +204,11 @@ def test_a_kill_after_the_last_step_changes_nothing(
     assert left_behind(tmp_path) == undisturbed
 
 
-def test_as_long_as_the_figures_are_not_written_no_step_needs_to_be_made_again(
+def test_if_the_metrics_cannot_be_written_no_step_is_repeated(
     tmp_path: Path, undisturbed: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(keeping, "write_json", no_room)
+        patch.setattr(best, "write_json", no_room)
         with pytest.raises(RunError, match=r"metrics\.json cannot be written \(.*make room"):
             run(tmp_path)
     run(tmp_path, loss_fn=at(1, crash))
@@ -213,35 +219,36 @@ def no_room(*arguments: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_half_a_line_of_a_killed_journal_is_dropped(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
+def test_half_a_line_of_a_killed_training_is_dropped(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
     with (crashed / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 4, "ki')
     run(crashed)
     assert left_behind(crashed) == undisturbed
 
 
-@pytest.mark.parametrize("change", [{"micro_batch_size": 3}, {"micro_batch_tokens": 20}])
-def test_memory_settings_may_change_between(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_resumed_training_may_change_its_memory_settings(tmp_path: Path) -> None:
     run(tmp_path / "whole", model=make_model())
-    with pytest.raises(Crash):
-        run(tmp_path / "changed", model=make_model(), loss_fn=at(5, crash))
-    run(tmp_path / "changed", model=make_model(), **change)
-    assert largest_difference(tmp_path / "changed", tmp_path / "whole") < 1e-6
+    for key, value in (("micro_batch_size", 3), ("micro_batch_tokens", 20)):
+        with pytest.raises(Crash):
+            run(tmp_path / key, model=make_model(), loss_fn=at(5, crash))
+        run(tmp_path / key, model=make_model(), **{key: value})
+        assert largest_difference(tmp_path / key, tmp_path / "whole") < 1e-6, key
 
 
-@pytest.mark.parametrize("train", [kills.train_a_detector, kills.train_a_detoxifier])
-def test_a_real_training_goes_on_with_the_same_bits_and_refuses_other_data_or_tuning(
-    tmp_path: Path, base: Path, train: Callable[..., None]
+def test_a_real_training_resumes_with_the_same_bits_and_refuses_other_data_or_tuning(
+    tmp_path: Path, base: Path
 ) -> None:
-    train(tmp_path / "whole", base)
-    with crash_before_checkpoint(6):
-        train(tmp_path / "crashed", base)
-    with pytest.raises(InputError, match=r"data\.fingerprint was 0{64}, now 1{64}"):
-        train(tmp_path / "crashed", base, data=kills.Made("1"))
-    with pytest.raises(InputError, match=r"tuning was .*alpha=4.*, now .*alpha=8"):
-        train(tmp_path / "crashed", base, tuning=replace(kills.TUNING, alpha=8))
-    train(tmp_path / "crashed", base)
-    assert left_behind(tmp_path / "crashed") == left_behind(tmp_path / "whole")
+    for train in (kills.train_a_detector, kills.train_a_detoxifier):
+        whole, crashed = (tmp_path / train.__name__ / name for name in ("whole", "crashed"))
+        train(whole, base)
+        with crash_before_checkpoint(6):
+            train(crashed, base)
+        with pytest.raises(InputError, match=r"data\.fingerprint was 0{64}, now 1{64}"):
+            train(crashed, base, data=kills.Made("1"))
+        with pytest.raises(InputError, match=r"tuning was .*alpha=4.*, now .*alpha=8"):
+            train(crashed, base, tuning=replace(kills.TUNING, alpha=8))
+        train(crashed, base)
+        assert left_behind(crashed) == left_behind(whole), train.__name__
 
 
 def test_a_training_may_be_packed_from_now_on(tmp_path: Path, base: Path) -> None:
@@ -258,31 +265,28 @@ def test_a_training_may_be_packed_from_now_on(tmp_path: Path, base: Path) -> Non
     assert all(torch.allclose(trained[0][name], trained[1][name], rtol=0, atol=1e-6) for name in trained[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
+def test_a_checkpoint_of_another_training_is_refused_in_one_line_that_says_what_changed(
+    crashed: Path,
+) -> None:
+    before = contents(crashed)
+    for change, words in (
         ({"seed": 1}, "seed was 0, now 1"),
         ({"learning_rate": 0.02}, "learning_rate was 0.01, now 0.02"),
         ({"epochs": 3}, "epochs was 2, now 3"),
         ({"count": 44}, "lengths was [0-9a-f]{64}, now [0-9a-f]{64}"),
-    ],
-)
-def test_a_checkpoint_of_another_training_is_refused_in_one_line_that_says_what_changed(
-    crashed: Path, change: dict[str, Any], words: str
-) -> None:
-    before = contents(crashed)
-    with pytest.raises(
-        InputError, match=rf"step-00000006: of another training \({words}\); .*resume=never"
-    ) as error:
-        run(crashed, **change)
-    assert "\n" not in str(error.value)
-    assert contents(crashed) == before
+    ):
+        with pytest.raises(
+            InputError, match=rf"step-00000006: of another training \({words}\); .*resume=never"
+        ) as error:
+            run(crashed, **change)
+        assert "\n" not in str(error.value)
+        assert contents(crashed) == before, change
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    crashed: Path, undisturbed: Mapping[str, Any], name: str, caplog: pytest.LogCaptureFixture
+    crashed: Path, undisturbed: Mapping[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    name = "optimizer.safetensors"
     flip(crashed / "checkpoints" / "step-00000006" / name)
     seen: list[int] = []
     with caplog.at_level(logging.INFO):
@@ -290,7 +294,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert f"step-00000006: damaged ({name}: its content changed)" in warnings[0]
-    assert "going on after step 3 from" in caplog.text
+    assert "resuming after step 3 from" in caplog.text
     assert left_behind(crashed) == undisturbed
 
 
@@ -309,7 +313,7 @@ def test_where_no_checkpoint_is_intact_nothing_is_overwritten(crashed: Path) -> 
     assert contents(crashed) == before
 
 
-def test_who_does_not_resume_starts_over(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
+def test_resume_never_starts_over(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
     seen: list[int] = []
     run(crashed, resume="never", loss_fn=at(2, lambda: seen.append(len(checkpoints(crashed)))))
     assert seen == [0]
@@ -340,7 +344,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_earlier_one_is
     assert left_behind(tmp_path) == undisturbed
 
 
-def test_figures_that_cannot_be_written_end_the_run_in_one_line(
+def test_metrics_that_cannot_be_written_end_the_run_in_one_line(
     tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
     with (
@@ -365,7 +369,7 @@ def test_weights_that_cannot_be_written_end_the_run_in_one_line(
     assert left_behind(tmp_path) == undisturbed
 
 
-def test_after_a_loss_that_is_no_number_the_checkpoints_are_of_good_steps(
+def test_after_a_loss_that_is_not_finite_the_checkpoints_are_of_good_steps(
     tmp_path: Path, undisturbed: Mapping[str, Any]
 ) -> None:
     losses = iter(range(1, 1000))
@@ -385,7 +389,7 @@ def test_after_a_loss_that_is_no_number_the_checkpoints_are_of_good_steps(
     assert left_behind(tmp_path) == undisturbed
 
 
-def test_so_many_checkpoints_are_kept_as_asked_for_and_none_at_the_end(tmp_path: Path) -> None:
+def test_the_last_checkpoints_are_kept_and_none_at_the_end(tmp_path: Path) -> None:
     seen: list[list[int]] = []
 
     def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -397,9 +401,7 @@ def test_so_many_checkpoints_are_kept_as_asked_for_and_none_at_the_end(tmp_path:
     assert checkpoints(tmp_path) == []
 
 
-def test_a_checkpoint_is_written_when_its_time_has_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_written_when_it_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 25))  # it is looked at before the first step, at each, and after writing
     monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     written: list[int] = []
@@ -415,14 +417,14 @@ class RecordingTracker:
     def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
         self.calls.append(("start", resumed))
 
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self.calls.append((step, next(iter(figures)).partition("/")[0]))
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self.calls.append((step, next(iter(metrics)).partition("/")[0]))
 
     def finish(self) -> None:
         self.calls.append("finish")
 
 
-def test_the_tracker_is_told_of_each_run_and_of_the_end_once(tmp_path: Path) -> None:
+def test_the_tracker_starts_with_each_run_and_finishes_once(tmp_path: Path) -> None:
     trackers = [RecordingTracker(), RecordingTracker()]
     with pytest.raises(Stopped):
         run(tmp_path, tracker=trackers[0], loss_fn=at(AN_EPOCH, send(signal.SIGTERM)))
@@ -447,7 +449,7 @@ def test_of_two_processes_one_signal_stops_both_after_the_same_step(tmp_path: Pa
         timeout=120,
     )
     words = {(tmp_path / f"stopped-{rank}.txt").read_text() for rank in range(2)}
-    assert words == {"143 stopped by SIGTERM after step 5; everything is saved, repeat the command to go on"}
+    assert words == {"143 stopped by SIGTERM after step 5; everything is saved, repeat the command to resume"}
     assert left_behind(tmp_path / "stopped") == left_behind(tmp_path / "whole")
     assert checkpoints(tmp_path / "plain") == [3, 5]
     run(tmp_path / "plain", model=make_model())
@@ -473,7 +475,7 @@ def test_a_training_killed_at_random_times_ends_with_the_same_bits(kills: int, p
     assert f"{kills} of {kills} bit-identical" in done.stdout
 
 
-def test_a_script_asked_to_stop_says_so_in_one_line_and_goes_on_when_repeated(tmp_path: Path) -> None:
+def test_a_script_asked_to_stop_says_so_in_one_line_and_resumes_when_repeated(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "scripts" / "train_detector.py"), "fit.log_every=1"]
     command += [
         "fit.max_steps=30",
@@ -495,7 +497,8 @@ def test_a_script_asked_to_stop_says_so_in_one_line_and_goes_on_when_repeated(tm
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
     stopped = re.fullmatch(
-        r"error: stopped by SIGTERM after step (\d+); everything is saved, .* go on\n", errors
+        r"error: stopped by SIGTERM after step (\d+); everything is saved, repeat the command to resume\n",
+        errors,
     )
     assert stopped, errors
     step = int(stopped[1])
@@ -504,7 +507,7 @@ def test_a_script_asked_to_stop_says_so_in_one_line_and_goes_on_when_repeated(tm
     again = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
     ).stdout
-    assert f"going on after step {step} from outputs/detector/checkpoints" in again
+    assert f"resuming after step {step} from outputs/detector/checkpoints" in again
     assert json.loads((folder / "metrics.json").read_text())["steps"] > step
     assert not checkpoints(folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mllm_protector.errors import RunError
-from mllm_protector.training.tracking import NoTracker, WandbTracker
+from mllm_protector.training.logging import NoTracker, WandbTracker
 from tests.training import tagger
 
 REPOSITORY = Path(__file__).parents[2]
@@ -17,7 +17,7 @@ CANARY = "canary-4f0c7d-secret"
 OFFLINE_RUN = """
 import sys
 from pathlib import Path
-from mllm_protector.training.tracking import WandbTracker
+from mllm_protector.training.logging import WandbTracker
 from tests.training import tagger
 
 tracker = WandbTracker(project="tests", mode="offline", name="a run")
@@ -56,7 +56,7 @@ def test_online_without_a_key_is_one_clear_line(tmp_path: Path, monkeypatch: pyt
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_tracker_the_figures_are_in_the_journal_all_the_same(tmp_path: Path) -> None:
+def test_without_a_tracker_the_metrics_are_in_metrics_jsonl(tmp_path: Path) -> None:
     tagger.run(tmp_path, tracker=NoTracker(), max_steps=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [(row["step"], row["kind"]) for row in map(json.loads, lines)] == [
@@ -74,7 +74,7 @@ def test_without_a_tracker_the_figures_are_in_the_journal_all_the_same(tmp_path:
         ("online", False, False, None),
     ],
 )
-def test_a_resumed_training_goes_on_with_its_run(
+def test_a_resumed_training_continues_its_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, resumed: bool, same: bool, asked: str | None
 ) -> None:
     calls: list[dict[str, object]] = []

@@ -1,8 +1,8 @@
-"""Where a training can go on after it was stopped. It knows files, not models.
+"""Checkpoints on the disk: files, whatever is in them.
 
-A checkpoint is a folder such as ``step-00000120`` with tensors in safetensors, the rest in JSON, and a
-manifest with the size and sha256 of each file. It is written beside its place and moved there when all of it
-is on the disk, so a killed run never leaves half of one under that name.
+A checkpoint is a folder such as ``step-00000120``: tensors in safetensors, the rest in JSON, and a manifest
+with the size and sha256 of each file. It is written under a temporary name and renamed when all of it is on
+the disk, so a killed run never leaves half of one.
 """
 
 import json
@@ -14,64 +14,34 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.errors import RunError
 from mllm_protector.files import file_digest
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-"""The folder for them in that of a training."""
+"""The name of their folder in a training's output folder."""
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-\d{8,}(\.\d+)?")
 
-Resume = Literal["auto", "never"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointConfig:
-    """When to write checkpoints, besides on SIGTERM and SIGINT.
-
-    Attributes:
-        every_steps: optimisation steps between checkpoints; ``None``: not by steps.
-        every_minutes: minutes between checkpoints; ``None``: not by time.
-        keep_last: so many intact checkpoints are kept.
-    """
-
-    every_steps: int | None
-    every_minutes: float | None
-    keep_last: int
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be.
-
-        Raises:
-            InputError: naming the key and its value.
-        """
-        for name in ("every_steps", "keep_last"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value}: must be at least 1")
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            raise InputError(f"every_minutes={self.every_minutes}: must be positive, or null")
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint that was found intact.
+    """An intact checkpoint.
 
     Attributes:
         folder: where it is.
-        step: optimisation steps done.
-        state: what was written beside the tensors.
+        step: steps done.
+        state: the JSON beside the tensors.
     """
 
     folder: Path
@@ -79,7 +49,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors of ``<stem>.safetensors``, on the CPU; they are read from the disk when used.
+        """The tensors of ``<stem>.safetensors``, on the CPU; read from the disk when used.
 
         Raises:
             RunError: the file cannot be read by this process.
@@ -94,27 +64,27 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own. Only one process may write."""
+    """The checkpoints of one training, in one folder. Only one process may write."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
-        """Open nothing yet; ``keep_last`` intact checkpoints are kept."""
+        """Open nothing yet; keep ``keep_last`` intact checkpoints."""
         self.folder = folder
         self.keep_last = keep_last
         self._damaged: set[Path] = set()
 
     def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, then remove those that it makes superfluous.
+        """Write a checkpoint, then remove the ones it makes superfluous.
 
-        It takes the place of one of the same step. Those of later steps, which a run left that went on from
-        an earlier one, are removed too.
+        It replaces one of the same step. Those of later steps, left by a run that resumed from an earlier
+        one, are removed too.
 
         Args:
-            step: optimisation steps done.
-            tensors: by the stem of the file they go to; none may share memory.
-            state: anything that JSON takes.
+            step: steps done.
+            tensors: by the stem of their file; no two may share memory.
+            state: JSON.
 
         Raises:
-            RunError: the disk is full or cannot be written to. What was there is untouched.
+            RunError: the disk is full or cannot be written to. Earlier checkpoints are untouched.
         """
         content = json.dumps(state, allow_nan=False)
         temporary = self.folder / f".{_name(step)}.tmp"
@@ -123,7 +93,9 @@ class Checkpoints:
             self._remove_leftovers()
             temporary.mkdir()
             for stem, named in tensors.items():
-                save_file(dict(named), temporary / f"{stem}.safetensors")
+                save_file(
+                    {key: each.contiguous() for key, each in named.items()}, temporary / f"{stem}.safetensors"
+                )
             (temporary / STATE).write_text(content, encoding="utf-8")
             files = {path.name: _measure(path) for path in sorted(temporary.iterdir())}
             (temporary / MANIFEST).write_text(_manifest(step, files), encoding="utf-8")
@@ -140,7 +112,7 @@ class Checkpoints:
         self._remove_superfluous(target)
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint of which every byte is as written; ``None`` if there are none at all.
+        """The newest intact checkpoint (every byte is checked); ``None`` if there are none at all.
 
         Raises:
             RunError: there are some, but none is intact.
@@ -166,21 +138,21 @@ class Checkpoints:
         Raises:
             RunError: one cannot be removed.
         """
-        for folder in reversed(self._found()):  # as long as any is left, it is the newest
+        for folder in reversed(self._found()):  # until the last is gone, the newest is left
             _remove(folder)
         self._remove_leftovers()
         if found := self._found():
             raise RunError(f"{found[0]}: cannot be removed; remove it by hand")
-        with suppress(OSError):  # there is none, or somebody else keeps something in it
+        with suppress(OSError):  # missing, or somebody else keeps something in it
             self.folder.rmdir()
 
     def _found(self) -> list[Path]:
-        """All folders named as checkpoints, newest first; of one step the last written first."""
+        """All folders with a checkpoint's name, newest first; of one step the last written first."""
         entries = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((path for path in entries if NAME.fullmatch(path.name)), key=_order, reverse=True)
 
     def _free_name(self, step: int) -> Path:
-        """A folder cannot be replaced in one go, so a second checkpoint of a step gets a number."""
+        """A folder cannot be replaced atomically, so a second checkpoint of a step gets a number."""
         taken = [_order(folder)[1] for folder in self._found() if _step(folder) == step]
         return self.folder / (f"{_name(step)}.{max(taken) + 1}" if taken else _name(step))
 
@@ -209,7 +181,7 @@ def _name(step: int) -> str:
 
 
 def _order(folder: Path) -> tuple[int, int]:
-    """(step, number among the checkpoints of that step) of a folder named as a checkpoint."""
+    """(step, number among the checkpoints of that step), from a folder's name."""
     step, _, number = folder.name.removeprefix("step-").partition(".")
     return int(step), int(number or 1)
 
@@ -227,7 +199,7 @@ def _measure(path: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path, *, contents: bool) -> None:
-    """Compare a checkpoint with its manifest; without ``contents`` only names and sizes of the files.
+    """Compare a checkpoint with its manifest; without ``contents`` only the names and sizes of its files.
 
     Raises:
         ValueError: a file is not as written.
@@ -252,7 +224,7 @@ def _verify(folder: Path, *, contents: bool) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -261,7 +233,7 @@ def _flush(path: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Hide a checkpoint, then remove it: one that is half removed must not look like a damaged one."""
+    """Hide a checkpoint, then remove it: a half-removed one must not look damaged."""
     try:
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
     except OSError as error:

@@ -1,0 +1,234 @@
+"""What a training reports while it runs: ``metrics.jsonl``, a tracker, and the log."""
+
+import json
+import logging
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from tqdm.auto import tqdm
+
+from mllm_protector.errors import RunError
+from mllm_protector.files import write_text, writing
+
+log = logging.getLogger(__name__)
+
+SHOWN = 4
+"""Metrics of a validation that the log shows; metrics.jsonl has them all."""
+
+
+class Tracker(Protocol):
+    """Takes metrics while a model trains. Only the first process calls it."""
+
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        """Called once before the first step; ``resumed`` if an earlier call for the folder had steps."""
+        ...
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Called with metrics as they arise."""
+        ...
+
+    def finish(self) -> None:
+        """Called once at the end, unless the training failed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NoTracker:
+    """Nothing besides ``metrics.jsonl``."""
+
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        """Do nothing."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Do nothing."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(slots=True, kw_only=True)
+class WandbTracker:
+    """Weights & Biases.
+
+    Attributes:
+        project: the project's name there.
+        mode: ``offline`` writes below ``output_dir`` for a later ``wandb sync`` (with ``--append`` for a
+            training that was resumed); ``online`` needs a key.
+        name: of the run; ``None`` lets wandb choose.
+    """
+
+    project: str
+    mode: Literal["offline", "online"]
+    name: str | None
+    _run: Any = field(default=None, init=False, repr=False)
+
+    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
+        """Open a run, or resume the one whose id is in ``output_dir``.
+
+        Raises:
+            RunError: wandb cannot be reached or has no key.
+        """
+        import wandb
+
+        path = Path(output_dir) / "wandb_run_id.txt"
+        if not (resumed and path.exists()):
+            write_text(path, secrets.token_hex(8))
+        try:
+            self._run = wandb.init(
+                id=path.read_text(encoding="utf-8"),
+                resume="allow" if resumed and self.mode == "online" else None,
+                project=self.project,
+                name=self.name,
+                mode=self.mode,
+                dir=output_dir,
+                config=dict(settings),
+                settings=wandb.Settings(silent=True),
+            )
+        except (wandb.errors.Error, OSError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RunError(
+                f"tracker.mode={self.mode}: wandb did not start ({reason}); try tracker.mode=offline"
+            ) from error
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Send metrics."""
+        self._run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._run.finish()
+
+
+@dataclass
+class Meter:
+    """How fast a training is, and how much of it is padding.
+
+    Attributes:
+        tokens: real ones so far.
+        positions: all that were computed, with padding.
+        seconds: of training, without validations and checkpoints.
+    """
+
+    tokens: int = 0
+    positions: int = 0
+    seconds: float = 0.0
+
+    def add(self, tokens: int, positions: int, seconds: float) -> dict[str, float]:
+        """Count a step; returns means of the whole training so far."""
+        self.tokens += tokens
+        self.positions += positions
+        self.seconds += seconds
+        return {
+            "tokens_per_second": self.tokens / self.seconds,
+            "padded_over_real": self.positions / self.tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training is when its log begins, and what to log.
+
+    Attributes:
+        done: steps made before; 0 for a new training.
+        validated: the last of them with a validation.
+        total: steps of the whole training.
+        every: steps between lines of ``metrics.jsonl``; all validations are written.
+        best_metric: shown first of a validation's metrics.
+    """
+
+    done: int
+    validated: int
+    total: int
+    every: int
+    best_metric: str
+
+
+class MetricLogger:
+    """Writes ``metrics.jsonl``, feeds the tracker, and shows a bar on a terminal or a few lines elsewhere.
+
+    Used in a ``with``, which begins a new file, or keeps the lines of an interrupted training up to its
+    checkpoint. On all processes but the first it does nothing.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        tracker: Tracker,
+        settings: Mapping[str, Any],
+        progress: Progress,
+        *,
+        active: bool,
+    ) -> None:
+        """Open nothing yet; the tracker gets ``settings``. ``active`` on the first process only."""
+        self.path = output_dir / "metrics.jsonl"
+        self._tracker = tracker
+        self._settings = settings
+        self._progress = progress
+        self._active = active
+        self._bar = tqdm(
+            total=progress.total,
+            initial=progress.done,
+            desc="training",
+            unit="step",
+            disable=None if active else True,  # None: no bar where there is no terminal
+        )
+
+    def __enter__(self) -> "MetricLogger":
+        if self._active:
+            with writing(str(self.path)):
+                write_text(self.path, "".join(self._lines_to_keep()))
+            self._tracker.start(str(self.path.parent), self._settings, resumed=self._progress.done > 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._active and kind is None:
+            self._tracker.finish()
+
+    def trained(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log a step: its ``loss``, ``learning_rate``, ``tokens_per_second`` and others."""
+        text = (
+            f"loss {metrics['loss']:.4f}, learning rate {metrics['learning_rate']:.1e}, "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        total = self._progress.total
+        self._bar.update()
+        self._bar.set_postfix_str(text)
+        if step % self._progress.every == 0 or step == total:
+            self._write("train", step, metrics)
+        if self._bar.disable and step % max(1, total // 10) == 0:
+            self._show(f"step {step:,} of {total:,}: {text}")
+
+    def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log a validation."""
+        self._write("validation", step, metrics)
+        first = dict.fromkeys(
+            name for name in (self._progress.best_metric, "loss", *metrics) if name in metrics
+        )
+        text = ", ".join(f"{name} {metrics[name]:.4f}" for name in list(first)[:SHOWN])
+        self._show(f"step {step:,} of {self._progress.total:,}: validation {text}")
+
+    def _lines_to_keep(self) -> Iterator[str]:
+        """The lines written up to the checkpoint; one that was cut off is none."""
+        keep = {"train": self._progress.done, "validation": self._progress.validated}
+        if self._progress.done:
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n") and (row := json.loads(line))["step"] <= keep[row["kind"]]:
+                    yield line
+
+    def _write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
+        if self._active:
+            with writing(str(self.path)), self.path.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": step, "kind": kind, **metrics}, allow_nan=False) + "\n")
+            self._tracker.log({f"{kind}/{name}": value for name, value in metrics.items()}, step)
+
+    def _show(self, text: str) -> None:
+        if self._active:
+            show = log.info if self._bar.disable else tqdm.write
+            show(text)
