@@ -27,13 +27,14 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key
 from mllm_protector.guard.calibration import Aim
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
-from mllm_protector.models.backbone import Backbone, Tuning, require_length
+from mllm_protector.models.backbone import Backbone, require_length
 from mllm_protector.models.bases import provenance
 from mllm_protector.models.detector import worst_logits
 from mllm_protector.models.guard_file import GuardFile, library_versions, warn_of
 from mllm_protector.models.packing import model_inputs, packed_logits, use_packed_attention
 from mllm_protector.models.parts import save_part
 from mllm_protector.models.scale import Scale
+from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed, Share

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from mllm_protector.models.backbone import pick_device
-from mllm_protector.models.quantization import weight_count
+from mllm_protector.models.tuning import weight_count
 from mllm_protector.training.footprint import (
     FLOAT32,
     activation_bytes,

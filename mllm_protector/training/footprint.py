@@ -11,7 +11,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from mllm_protector.models.backbone import Float32Linear, pick_device
-from mllm_protector.models.quantization import weight_count
+from mllm_protector.models.tuning import weight_count
 from mllm_protector.training.cross_entropy import CHUNK_ELEMENTS
 
 FLOAT32, BFLOAT16 = 4, 2

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from mllm_protector.errors import RunError
-from mllm_protector.models.memory import is_out_of_memory
-from mllm_protector.models.quantization import is_quantized
+from mllm_protector.models.generating import is_out_of_memory
+from mllm_protector.models.tuning import is_quantized
 from mllm_protector.training.settings import FitConfig
 
 

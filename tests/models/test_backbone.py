@@ -10,15 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from mllm_protector.errors import InputError
 from mllm_protector.models import backbone as module
-from mllm_protector.models.backbone import (
-    Backbone,
-    FullTuning,
-    LoraTuning,
-    device_of,
-    inference,
-    pick_device,
-    require_length,
-)
+from mllm_protector.models.backbone import Backbone, device_of, inference, pick_device, require_length
+from mllm_protector.models.tuning import FullTuning, LoraTuning
 from tests.models.builders import FAMILIES, POSITIONS, Family
 
 HEADS: dict[Family, list[str]] = {

@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.tokens import encode_texts
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import Tuning
 from mllm_protector.models.detector import (
     HarmDetector,
     load_detector,
@@ -24,6 +23,7 @@ from mllm_protector.models.detector import (
 )
 from mllm_protector.models.guard_file import weight_hashes
 from mllm_protector.models.scale import Scale
+from mllm_protector.models.tuning import Tuning
 from mllm_protector.training.detector import detector_loss
 from tests.models.builders import FAMILIES, Family
 from tests.models.fixtures import LORA
@@ -116,7 +116,6 @@ def test_a_long_answer_is_as_harmful_as_its_worst_window(make_detector: Maker):
     logits = score_logits(detector.model, detector.encoder, rows, limit=detector.limit)
     assert detector.logits(**texts) == pytest.approx([max(logits)], abs=1e-6)
     assert max(logits) > max(logits[0], logits[-1]) + 1e-3
-    assert (detector.scored_answers, detector.scored_windows) == (1, len(rows))
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
@@ -148,18 +147,17 @@ def test_the_windows_of_an_answer_grow_in_proportion_to_it(make_detector: Maker,
     assert len(ids) == tokens
     assert math.isfinite(logit)
     assert max(widths) <= detector.limit.tokens
-    assert detector.scored_windows == math.ceil((tokens - 128) / 96) + 1
+    [rows] = detector.encoder.windows(queries=["Why?"], answers=[answer], window=128)
+    assert len(rows) == math.ceil((tokens - 128) / 96) + 1
 
 
 def test_the_window_comes_from_the_training_unless_another_is_given(make_detector: Maker, tmp_path: Path):
     detector = make_detector()
-    guard = replace(detector.guard, window=40, group_thresholds={"Fraud": 0.3})
+    guard = replace(detector.guard, window=40)
     HarmDetector(detector.model, detector.encoder, guard).save(tmp_path)
     learnt = load_detector(tmp_path, device="cpu")
     other = load_detector(tmp_path, device="cpu", window=64)
     assert (learnt.window, other.window, detector.window) == (40, 64, None)
-    assert learnt.group_thresholds == {"Fraud": 0.3}
-    assert detector.group_thresholds == {}
     assert learnt.identity()["window"] == 40
     assert other.identity() == learnt.identity() | {"window": 64}
     with pytest.raises(InputError, match="window=0: must be at least 1"):

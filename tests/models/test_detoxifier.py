@@ -9,7 +9,7 @@ import torch
 from mllm_protector.data.encoding import IGNORED
 from mllm_protector.data.tokens import encode_texts
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import Backbone, Tuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detoxifier import (
     TEMPERATURE,
     Detoxifier,
@@ -17,6 +17,7 @@ from mllm_protector.models.detoxifier import (
     load_detoxifier,
     load_untrained,
 )
+from mllm_protector.models.tuning import Tuning
 from mllm_protector.records import Correction
 from tests.models.builders import Family
 from tests.models.fixtures import LORA

@@ -28,8 +28,8 @@ from transformers import (
 from mllm_protector.data.packing import pack
 from mllm_protector.errors import InputError
 from mllm_protector.models import attention
-from mllm_protector.models.backbone import LoraTuning
 from mllm_protector.models.packing import hidden_states, use_packed_attention
+from mllm_protector.models.tuning import LoraTuning
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,

@@ -13,11 +13,12 @@ from mllm_protector.data.encoding import DetectorEncoder, DetoxifierEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
-from mllm_protector.models.backbone import Backbone, LoraTuning, Tuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier
 from mllm_protector.models.guard_file import GuardFile, weight_hashes
 from mllm_protector.models.shared import can_share, load_shared
+from mllm_protector.models.tuning import LoraTuning, Tuning
 from tests.models.builders import HEADS, SIZES
 from tests.models.fixtures import FULL, LORA
 

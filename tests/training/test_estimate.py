@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.packing import pretrained
+from mllm_protector.models.tuning import FullTuning, LoraTuning
 from mllm_protector.training import estimate as module
 from mllm_protector.training.estimate import Estimate, estimate, largest_pass, matmul_speed
 from mllm_protector.training.footprint import activation_bytes, cast_bytes, flops_per_token, loss_bytes
