@@ -16,9 +16,8 @@ from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id, fill
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models import export
-from mllm_protector.models.card import renders_alike
 from mllm_protector.models.detector import HarmDetector, load_detector
-from mllm_protector.models.export import export_detector
+from mllm_protector.models.export import export_detector, renders_alike
 from mllm_protector.models.guard_file import weight_hashes
 from tests.models.builders import save_tiny_classifier_base
 from tests.models.fixtures import FULL, LORA
