@@ -1,7 +1,8 @@
 """A trained detector as a folder that stock tools serve: merged weights, tokenizer, config, model card.
 
 ``transformers`` and vLLM's classification endpoint load it without this package; ``load_detector`` loads
-it too, with the scores it had before. Its model card (``card.md``) says what to send and how to read its logit.
+it too, with the scores it had before. The model card (``card.md``) says what to send and how to read the
+logit.
 
 The scale of the scores goes into the head, so that a stock tool's sigmoid of the logit is the score. An
 offset needs a head with a bias, and that of a decoder has none in ``transformers``: there it stays in

@@ -29,6 +29,7 @@ from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.parts import save_part
 from mllm_protector.models.tuning import FullTuning
 from mllm_protector.records import Failure, Outcome, Question, Reply
+from tests.cases import case
 from tests.models.builders import save_tiny_classifier_base
 
 SECRET = "placeholder of a harmful answer"
@@ -142,10 +143,10 @@ def test_a_score_at_the_threshold_is_flagged(harm: float, threshold: float, outc
     assert (reply.outcome, reply.harm) == (outcome, harm)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan, True])
-def test_a_threshold_that_is_no_probability_is_refused(threshold: float):
-    with pytest.raises(InputError, match=f"threshold={threshold}"):
-        protector(threshold=threshold)
+def test_a_threshold_that_is_no_probability_is_refused():
+    for threshold in [-0.1, 1.1, math.nan, True]:
+        with case(threshold), pytest.raises(InputError, match=f"threshold={threshold}"):
+            protector(threshold=threshold)
 
 
 def test_a_rewrite_that_is_harmful_itself_is_refused():

@@ -25,6 +25,7 @@ from mllm_protector.models.guard_file import weight_hashes
 from mllm_protector.models.scale import Scale
 from mllm_protector.models.tuning import Tuning
 from mllm_protector.training.detector import detector_loss
+from tests.cases import case
 from tests.models.builders import FAMILIES, Family
 from tests.models.fixtures import LORA
 
@@ -59,14 +60,15 @@ def rewrite_guard_file(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weight_hashes(folder)} | changes))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_score_does_not_depend_on_the_batch(make_detector: Maker, family: Family):
-    detector = make_detector(family)
-    ids = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
-    alone = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit(examples=1))
-    together = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit())
-    assert together == pytest.approx(alone, abs=1e-5)
-    assert len({round(logit, 4) for logit in alone}) == len(alone)
+def test_a_score_does_not_depend_on_the_batch(make_detector: Maker):
+    for family in FAMILIES:
+        with case(family):
+            detector = make_detector(family)
+            ids = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
+            alone = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit(examples=1))
+            together = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit())
+            assert together == pytest.approx(alone, abs=1e-5)
+            assert len({round(logit, 4) for logit in alone}) == len(alone)
 
 
 def test_scores_are_in_the_order_of_the_answers(make_detector: Maker):
@@ -84,20 +86,21 @@ def windowed(detector: HarmDetector, window: int | None, batch_tokens: int = 409
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_score_of_a_long_answer_does_not_depend_on_the_batch(make_detector: Maker, family: Family):
-    detector = make_detector(family)
-    queries = [*QUERIES, "Why? " * 90, "x"]
-    answers = [*ANSWERS, "One two three. " * 90, "Four five six. " * 300]
-    for window in (None, 40):
-        alone = windowed(detector, window, batch_tokens=1).logits(queries=queries, answers=answers)
-        together = windowed(detector, window).logits(queries=queries, answers=answers)
-        one_by_one = [
-            windowed(detector, window).logits(queries=[query], answers=[answer])[0]
-            for query, answer in zip(queries, answers, strict=True)
-        ]
-        assert together == pytest.approx(alone, abs=1e-5)
-        assert together == pytest.approx(one_by_one, abs=1e-5)
+def test_the_score_of_a_long_answer_does_not_depend_on_the_batch(make_detector: Maker):
+    for family in FAMILIES:
+        with case(family):
+            detector = make_detector(family)
+            queries = [*QUERIES, "Why? " * 90, "x"]
+            answers = [*ANSWERS, "One two three. " * 90, "Four five six. " * 300]
+            for window in (None, 40):
+                alone = windowed(detector, window, batch_tokens=1).logits(queries=queries, answers=answers)
+                together = windowed(detector, window).logits(queries=queries, answers=answers)
+                one_by_one = [
+                    windowed(detector, window).logits(queries=[query], answers=[answer])[0]
+                    for query, answer in zip(queries, answers, strict=True)
+                ]
+                assert together == pytest.approx(alone, abs=1e-5)
+                assert together == pytest.approx(one_by_one, abs=1e-5)
 
 
 def test_an_answer_that_fits_is_scored_as_if_there_were_no_windows(make_detector: Maker):

@@ -19,6 +19,7 @@ from mllm_protector.models import export
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.export import export_detector, renders_alike
 from mllm_protector.models.guard_file import weight_hashes
+from tests.cases import case
 from tests.models.builders import save_tiny_classifier_base
 from tests.models.fixtures import FULL, LORA
 
@@ -85,14 +86,13 @@ def test_an_export_scores_as_the_detector_did(
     assert not (folder / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_the_stock_pipeline_gives_the_calibrated_score(
-    detector: Path, exported: Path, batch_size: int
-) -> None:
-    assert json.loads((detector / "guard.json").read_text())["temperature"] == 1.5
-    assert json.loads((exported / "guard.json").read_text())["temperature"] == 1.0
-    assert stock_scores(exported, batch_size) == pytest.approx(scores(detector), abs=1e-6)
-    assert "The pipeline's score is the score above." in (exported / "README.md").read_text()
+def test_the_stock_pipeline_gives_the_calibrated_score(detector: Path, exported: Path) -> None:
+    for batch_size in [1, 4]:
+        with case(batch_size):
+            assert json.loads((detector / "guard.json").read_text())["temperature"] == 1.5
+            assert json.loads((exported / "guard.json").read_text())["temperature"] == 1.0
+            assert stock_scores(exported, batch_size) == pytest.approx(scores(detector), abs=1e-6)
+            assert "The pipeline's score is the score above." in (exported / "README.md").read_text()
 
 
 def bias_added(model: torch.nn.Module) -> torch.nn.Module:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mllm_protector.models.generating import Batches, is_out_of_memory
+from tests.cases import case
 
 
 class Work:
@@ -59,15 +60,13 @@ def test_what_every_row_fails_with_is_raised() -> None:
     assert isinstance(alone, ValueError)
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
+def test_only_a_lack_of_memory_is_taken_for_one() -> None:
+    for error, expected in [
         (torch.OutOfMemoryError("x"), True),
         (MemoryError(), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("shapes do not match"), False),
         (ValueError("cannot read 'the tank is out of memory'"), False),
-    ],
-)
-def test_only_a_lack_of_memory_is_taken_for_one(error: Exception, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
+    ]:
+        with case(error, expected):
+            assert is_out_of_memory(error) is expected

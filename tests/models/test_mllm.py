@@ -16,6 +16,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.images import EncodedImage, ImageFile, Picture
 from mllm_protector.models.mllm import HuggingFaceMLLM, _source, load_mllm
 from mllm_protector.records import CutText, Failure, Question
+from tests.cases import case
 from tests.models.builders import (
     TEXTS,
     save_tiny_classifier_base,
@@ -289,30 +290,26 @@ class Limited:
         return self.inner(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("rows", "error"),
-    [
+def test_a_batch_too_large_for_the_memory_is_halved_and_stays_so(folders: dict[str, Path]) -> None:
+    for rows, error in [
         (1, None),
         (3, None),
         (2, MemoryError()),
         (2, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-    ],
-)
-def test_a_batch_too_large_for_the_memory_is_halved_and_stays_so(
-    folders: dict[str, Path], rows: int, error: Exception | None
-) -> None:
-    questions = [ask(str(number), f"Question {number}?") for number in range(11)] + MIXED
-    expected = load(folders["llava"], batch_size=8).generate(questions)
-    mllm = load(folders["llava"], batch_size=8)
-    limited = Limited(mllm, rows, error)
-    assert mllm.generate(questions) == expected
-    fitting = [asked for asked in limited.asked if asked <= rows]
-    assert sum(fitting) == len(questions)
-    too_large = [asked for asked in limited.asked if asked > rows]
-    assert too_large == [8, 4, 2][: len(too_large)]
-    limited.asked.clear()
-    assert mllm.generate(questions) == expected
-    assert max(limited.asked) <= rows
+    ]:
+        with case(rows, error):
+            questions = [ask(str(number), f"Question {number}?") for number in range(11)] + MIXED
+            expected = load(folders["llava"], batch_size=8).generate(questions)
+            mllm = load(folders["llava"], batch_size=8)
+            limited = Limited(mllm, rows, error)
+            assert mllm.generate(questions) == expected
+            fitting = [asked for asked in limited.asked if asked <= rows]
+            assert sum(fitting) == len(questions)
+            too_large = [asked for asked in limited.asked if asked > rows]
+            assert too_large == [8, 4, 2][: len(too_large)]
+            limited.asked.clear()
+            assert mllm.generate(questions) == expected
+            assert max(limited.asked) <= rows
 
 
 def test_a_row_that_fits_by_itself_in_no_memory_fails_alone(folders: dict[str, Path]) -> None:
