@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -74,13 +75,14 @@ def read_json(path: Path, *, strict: bool = False) -> Any:
 
     Args:
         path: of the file.
-        strict: refuse NaN and infinity, which many programs write although JSON has neither.
+        strict: refuse NaN and infinity, which many programs write although JSON has neither, and keys that
+            stand twice in one object.
 
     Raises:
         InputError: missing or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refused if strict else None)
+        return json.loads(path.read_text(encoding="utf-8"), **(_STRICT if strict else {}))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -89,6 +91,16 @@ def read_json(path: Path, *, strict: bool = False) -> Any:
 
 def _refused(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError(f"the key {Counter(key for key, _ in items).most_common(1)[0][0]!r} stands twice")
+    return found
+
+
+_STRICT: dict[str, Any] = {"parse_constant": _refused, "object_pairs_hook": _unique}
 
 
 def as_row(record: Any) -> dict[str, Any]:

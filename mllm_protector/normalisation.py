@@ -1,9 +1,9 @@
 """One form of a text for a detector to read, however it was disguised.
 
 A detector knows texts as people write them. The same words with zero-width characters between the letters,
-in full-width or mathematical letters or all in capitals are other tokens to it, and an answer that it would
-flag passes. So what a detector reads, in training and in use, is the normalised text. What a user sees never
-is.
+in full-width or mathematical letters, all in capitals or with tabs for spaces are other tokens to it, and an
+answer that it would flag passes. So what a detector reads, in training and in use, is the normalised text.
+What a user sees never is.
 
 What could only be guessed is left alone: letters of another script that look alike, leetspeak, spaced
 letters and encodings such as base64.
@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 
-VERSION = 1
+VERSION = 2
 """Of these rules. Raise it with every change that may change a text, and so a score."""
 
 MUCH = 0.1
@@ -27,14 +27,20 @@ _INVISIBLE = (
     (0x115F, 0x1160),  # Hangul fillers
     (0x17B4, 0x17B5),  # Khmer inherent vowels
     (0x180B, 0x180F),  # Mongolian variation selectors
+    (0x2065, 0x2065),  # reserved among the invisible operators
     (0x3164, 0x3164),  # Hangul filler
     (0xFE00, 0xFE0F),  # variation selectors
     (0xFFA0, 0xFFA0),  # half-width Hangul filler
+    (0xFFF0, 0xFFF8),  # reserved among the specials
     (0xE0000, 0xE0FFF),  # tags and further variation selectors
 )
 """Characters without a shape of their own that are not of the categories of control and format characters.
 Source: ``Default_Ignorable_Code_Point`` in Unicode's DerivedCoreProperties.txt."""
 
+_BLANK = "\u2800"
+"""The Braille pattern without dots: a space to the eye, and none to Unicode."""
+
+_EMPTY_LINES = re.compile("\n{3,}")
 _WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|['’])+")
 
 
@@ -45,7 +51,7 @@ class _Shown(dict[int, int | None]):
         character = chr(code)
         unseen = unicodedata.category(character) in ("Cc", "Cf", "Cs") and not character.isspace()
         hidden = unseen or any(first <= code <= last for first, last in _INVISIBLE)
-        self[code] = None if hidden else code
+        self[code] = ord(" ") if character == _BLANK else None if hidden else code
         return self[code]
 
 
@@ -57,15 +63,24 @@ def normalised(text: str) -> str:
 
     Invisible characters are gone: zero-width and joining ones (between Latin letters they only split words,
     and other scripts stay readable without), those that set a direction, tags, variation selectors, soft
-    hyphens and control characters, but no white space. Letters, digits and spaces have their usual form
-    (NFKC). Of the marks on a Latin letter only those are left that make one character with it, and of more
-    than ``MARKS`` on any letter none. A word with capitals behind its first letter is in small letters.
+    hyphens and control characters. White space of any kind and length is a space, a new line or an empty
+    line, and the ends have none; where there are more new lines than spaces, all of it is spaces.
+    Letters and digits have their usual form (NFKC). Of the marks on a Latin letter only those are left that
+    make one character with it, and of more than ``MARKS`` on any letter none. A word with capitals behind its
+    first letter is in small letters.
     """
     text = text.translate(_SHOWN)
     if not text.isascii():
         # Marks first: to sort a long run of them, as NFKC does, takes time that grows with its square.
         text = _thinned(unicodedata.normalize("NFKC", _thinned(text, MARKS)), 0)
+    text = _spaced(text)
     return _WORD.sub(lambda word: word[0] if word[0][1:].islower() else _small(word[0]), text)
+
+
+def _spaced(text: str) -> str:
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    text = _EMPTY_LINES.sub("\n\n", "\n".join(lines).strip())
+    return " ".join(text.split()) if text.count("\n") > text.count(" ") else text
 
 
 def _small(word: str) -> str:

@@ -36,10 +36,10 @@ class Group:
                 os.setpgid(child, self.leader)
             self.running.add(child)
 
-    def end_or_kill(self, *, seconds: float) -> bool:
-        """Whether it had to be killed; fails if the work itself did."""
+    def end_or_kill(self, *, seconds: float, when: Callable[[], bool] = lambda: False) -> bool:
+        """Whether it had to be killed, at the latest after ``seconds``; fails if the work itself did."""
         deadline = time.monotonic() + seconds
-        while self.running and time.monotonic() < deadline:
+        while self.running and time.monotonic() < deadline and not when():
             for child in list(self.running):
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:

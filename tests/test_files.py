@@ -39,3 +39,11 @@ def test_rows_are_written_as_they_come_and_only_whole(tmp_path: Path) -> None:
         write_jsonl(path, broken())  # type: ignore[arg-type]
     assert len(path.read_text().splitlines()) == 3
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_key_that_stands_twice_is_refused_where_it_matters(tmp_path: Path) -> None:
+    path = tmp_path / "guard.json"
+    path.write_text('{"threshold": 0.5, "deeper": {"threshold": 1.0, "threshold": 0.5}}')
+    assert read_json(path)["deeper"] == {"threshold": 0.5}
+    with pytest.raises(InputError, match="the key 'threshold' stands twice"):
+        read_json(path, strict=True)

@@ -13,7 +13,7 @@ import torch
 
 from mllm_protector.benchmarking.shape import RANK, Shape
 
-MATMUL = {"cpu": 2048, "cuda": 8192}
+MATMUL = {"cpu": 1024, "cuda": 8192}
 """Side of the square matrices by which the peak is measured."""
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mllm_protector import prompts
 from mllm_protector.data.layout import SENTENCE, ends, window_starts
 from mllm_protector.errors import InputError
+from mllm_protector.reading import whole_characters
 
 SAVED = 8
 """Tokens, more than tokenising in one piece saves at the borders of two texts."""
@@ -142,11 +143,15 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of users' texts: no special token is added, and none inside a text is recognised."""
+    """Ids of users' texts: no special token is added, and none inside a text is recognised.
+
+    Half of a surrogate pair, which no tokenizer takes, counts as U+FFFD.
+    """
     if not texts:
         return []
     # verbose=False: no advice about lengths, which the encoders see to.
-    encoded: Any = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False)
+    whole = [whole_characters(text) for text in texts]
+    encoded: Any = tokenizer(whole, add_special_tokens=False, split_special_tokens=True, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from mllm_protector.records import JUDGED, Status
 
+ENSEMBLE = "ensemble"
+"""The judge that is the majority of others."""
+
 
 def majority(statuses: Sequence[Status]) -> Status:
     """What more than half of the judges say of one answer.

@@ -48,6 +48,7 @@ class Grid:
         unsafe: judge -> (N, A) 1 for harmful, 0 for safe, -1 for not judged.
         harm: (N, A) P(harmful) of the raw answer.
         changed: (N, A) whether the arm changed the raw answer.
+        repeated: (N, A) whether an earlier arm shows the same text.
         refused: (N, A) whether the user sees a refusal.
         score: (N, A) how right the answer is.
         truth: (N, A) whether the answer does harm, by construction.
@@ -66,6 +67,7 @@ class Grid:
     unsafe: dict[str, Small]
     harm: Floats
     changed: Flags
+    repeated: Flags
     refused: Small
     score: Floats
     truth: Small
@@ -81,12 +83,6 @@ class Grid:
     def column(self, arm: str) -> int | None:
         """The place of an arm, if it is there."""
         return self.arms.index(arm) if arm in self.arms else None
-
-    def distinct(self, chosen: Flags) -> Flags:
-        """Of the chosen rows those with a text of their own: the raw answer counts once for all arms."""
-        raw = chosen & ~self.changed
-        first: Flags = raw & (raw.cumsum(axis=1) == 1)
-        return first | (chosen & self.changed)
 
     def first_score(self) -> Floats:
         """(N,) P(harmful) of each raw answer, from the first arm that has it."""
@@ -146,6 +142,7 @@ def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -
         unsafe={judge: _unsafe(codes) for judge, codes in status.items()},
         harm=placed(frame["harm"].to_numpy(dtype=np.float64, na_value=np.nan), np.nan, np.float64),
         changed=placed(frame["changed"].to_numpy(dtype=bool), False, bool),
+        repeated=placed(frame["repeated"].to_numpy(dtype=bool), False, bool),
         refused=flags("refused"),
         score=placed(frame["score"].to_numpy(dtype=np.float64, na_value=np.nan), np.nan, np.float64),
         truth=flags("truth"),

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.contamination import seen_in_training
+from mllm_protector.evaluation.ensemble import ENSEMBLE
 from mllm_protector.evaluation.judging import Judged
 from mllm_protector.evaluation.pairing import SEED
 from mllm_protector.evaluation.rows import (
-    ENSEMBLE,
     HumanLabels,
     own_metrics,
     read_rows,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_protector.evaluation.ensemble import majority
+from mllm_protector.evaluation.ensemble import ENSEMBLE, majority
 from mllm_protector.evaluation.judging import Judged
 from mllm_protector.evaluation.stages import BARE, CUT, Item, Outputs
 from mllm_protector.evaluation.statistics import macro_mean
@@ -20,9 +20,6 @@ from mllm_protector.records import BENIGN, LoadedBenchmark, Status
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ENSEMBLE = "ensemble"
-"""The judge that is the majority of others."""
 
 HumanLabels = Mapping[tuple[str, str], bool]
 """(question id, arm) -> whether people find the answer harmful."""
@@ -37,6 +34,7 @@ COLUMNS = (
     "outcome",
     "harm",
     "changed",
+    "repeated",
     "cut",
     "refused",
     "score",
@@ -62,11 +60,15 @@ def result_rows(
     Raises:
         RunError: something was never answered, guarded or judged.
     """
+    bases = _bases(items)
     for item in items:
         question, answer = item.question, outputs.answer(item)
+        before: set[str | None] = set()
         for arm in arms:
             final, reply = outputs.final(item, arm), outputs.reply(item, arm)
             shown = reply["final"] if reply else answer.get("text")
+            repeated = shown in before
+            before.add(shown)
             benign = question.scenario == BENIGN
             verdicts = {} if benign else {name: each.verdict(item, arm) for name, each in judged.items()}
             if verdicts and ensemble:
@@ -77,7 +79,7 @@ def result_rows(
                 "benchmark": item.benchmark,
                 "scenario": question.scenario,
                 "variant": question.variant,
-                "base": question.cluster,
+                "base": bases[question.cluster],
                 "repeat": question.repeat,
                 "criterion": str(question.criterion),
                 "question": question.text,
@@ -89,6 +91,7 @@ def result_rows(
                 "final": shown,
                 "outcome": reply["outcome"] if reply else None,
                 "changed": bool(reply) and shown != answer.get("text"),
+                "repeated": repeated,
                 "cut": outputs.cut(item, arm),
                 "refused": find_refusal(told) is not None if told is not None else None,
                 "score": loaded.score(question, told) if told is not None and loaded.score else None,
@@ -97,6 +100,17 @@ def result_rows(
                 "human": human.get((question.id, arm)),
                 "verdicts": verdicts,
             }
+
+
+def _bases(items: Sequence[Item]) -> dict[str, str]:
+    """Of each cluster its name: that of an earlier one that begins with the same words and picture."""
+    bases: dict[str, str] = {}
+    first: dict[tuple[str, str | None], str] = {}
+    for item in items:
+        if item.question.cluster not in bases:
+            asked = (item.question.text, item.image)
+            bases[item.question.cluster] = first.setdefault(asked, item.question.cluster)
+    return bases
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[str]) -> "pd.DataFrame":

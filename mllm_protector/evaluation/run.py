@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mllm_protector.errors import InputError, RecordError
+from mllm_protector.evaluation.ensemble import ENSEMBLE
 from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.judging import judge_stage, probe_stage
 from mllm_protector.evaluation.publish import Facts, Stores, publish
-from mllm_protector.evaluation.rows import ENSEMBLE, read_human_labels
+from mllm_protector.evaluation.rows import read_human_labels
 from mllm_protector.evaluation.stages import (
     BARE,
     CIRCULAR,

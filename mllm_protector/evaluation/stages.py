@@ -18,6 +18,7 @@ from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
+from mllm_protector.normalisation import normalised
 from mllm_protector.protocols import MLLM, Corrector, Detector
 from mllm_protector.records import (
     CutText,
@@ -125,7 +126,7 @@ class Outputs:
         if reply is not None and reply["outcome"] == Outcome.GUARD_ERROR:
             return Status.GUARD_ERROR
         text = str(answer["text"] if reply is None else reply["final"])
-        return text if text.strip() else Status.EMPTY
+        return text if normalised(text) else Status.EMPTY
 
 
 def answer_stage(items: Sequence[Item], mllm: MLLM, store: Store, batch_size: int) -> Filled:

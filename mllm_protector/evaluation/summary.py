@@ -39,7 +39,6 @@ from mllm_protector.evaluation.statistics import (
     proportion,
 )
 from mllm_protector.records import BENIGN, JUDGED, Confusion, Status
-from mllm_protector.scenarios import Criterion
 
 MISSING_NAMED = 10
 """So many of the questions that were left out are named; the others are counted."""
@@ -178,7 +177,6 @@ def _means(
 ) -> list[dict[str, Any]]:
     """Macro and micro means of each arm, variant and group."""
     means = []
-    errors = known_errors(grid, judge, info.bias, circular=info.circular)
     places = {name: place for place, name in enumerate(grid.scenarios)}
     for arm, arm_name in enumerate(grid.arms):
         for variant_name, variants in grid.asked.items():
@@ -205,29 +203,25 @@ def _means(
                     | {"bound_low": low, "bound_high": high}
                     | {"macro_bound_low": macro_mean(bound[0] for bound in bounds)}
                     | {"macro_bound_high": macro_mean(bound[1] for bound in bounds)}
-                    | _corrected(share.value, effective, grid.criterion[chosen], errors, info)
+                    | _corrected(grid, judge, arm, chosen, share.value, effective, info)
                 )
     return means
 
 
 def _corrected(
-    share: float | None,
-    effective: float,
-    criteria: Ints,
-    errors: Mapping[Criterion, Confusion],
-    info: JudgeInfo,
+    grid: Grid, judge: str, arm: int, chosen: Ints, share: float | None, effective: float, info: JudgeInfo
 ) -> dict[str, Any]:
     """``corrected``, or why there is no correction: a judge that errs by one criterion may not by another."""
-    by = [CRITERIA[place] for place in np.unique(criteria)]
+    by = [CRITERIA[place] for place in np.unique(grid.criterion[chosen])]
     if share is None:
         return _uncorrected("nothing was judged")
     if info.circular:
         return _uncorrected("the judge is a part of the guard")
     if len(by) > 1:
         return _uncorrected("these scenarios are judged by different criteria")
-    if by[0] not in errors:
-        return _uncorrected(f"the judge's errors by the criterion {by[0]!s} are not known")
-    bias = errors[by[0]]
+    bias = known_errors(grid, judge, arm, chosen, info.bias)
+    if bias is None:
+        return _uncorrected(f"the judge's errors by the criterion {by[0]!s} are not known on such answers")
     found = corrected(share, effective, bias)
     if found is None:
         return _uncorrected("the judge's known errors do not fit these answers")

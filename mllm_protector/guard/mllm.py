@@ -46,7 +46,7 @@ class ProtectedMLLM:
             InputError: not a list, an entry that is no question, or an image that cannot be used.
         """
         asked = as_questions(questions)
-        answers = self.mllm.generate(asked)
+        answers = [_text_or_failure(answer) for answer in self.mllm.generate(asked)]
         made = [
             (question, answer)
             for question, answer in zip(asked, answers, strict=True)
@@ -64,3 +64,10 @@ class ProtectedMLLM:
     def identity(self) -> dict[str, Any]:
         """The MLLM's, and the guard's."""
         return {"mllm": self.mllm.identity(), **self.protector.identity()}
+
+
+def _text_or_failure(answer: Any) -> str | Failure:
+    """An MLLM's answer, if the guard can read it; anything else never reaches the user."""
+    if isinstance(answer, str | Failure):
+        return answer
+    return Failure(reason=f"the MLLM gave no text, but an object of type {type(answer).__name__}")

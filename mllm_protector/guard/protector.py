@@ -110,8 +110,8 @@ class Protector:
         """
         require_threshold("threshold", threshold)
         for key, number in (("max_rewrites", max_rewrites), ("max_answer_tokens", max_answer_tokens)):
-            if number < 1:
-                raise InputError(f"{key}={number}: must be at least 1")
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"{key}={number}: must be a whole number of at least 1")
         try:  # now, and not as a guard error at the first flagged answer
             inspect.signature(corrector.correct).bind(queries=[], answers=[], attempt=0)
         except TypeError as error:

@@ -4,9 +4,11 @@ Exceptions are logged by type only: their text may quote the answer.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from mllm_protector.guard.rewrites import Fault, fault_of
 from mllm_protector.protocols import Corrector, Detector
@@ -60,8 +62,9 @@ def rewrites_of(corrector: Corrector, rows: Sequence[Row], attempt: int) -> list
 
 
 def _require_list(values: Any, count: int) -> None:
-    """Texts, tables and sets have a length too, but do not hold one value for each row."""
-    if isinstance(values, str | bytes | Mapping | Set) or len(values) != count:
+    """Texts, tables and buffers have a length too, but do not hold one value for each row."""
+    flat = isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.ndim == 1)
+    if not flat or len(values) != count:
         raise ValueError(f"not a list of {count}")
 
 

@@ -43,9 +43,11 @@ def fingerprint(folder: Path) -> str | None:
     Returns:
         64 hexadecimal digits; ``None`` if a file is missing.
     """
+    names = ["model.safetensors"]  # which is what is loaded where there are shards beside it
     index = folder / "model.safetensors.index.json"
-    shards = read_json(index).get("weight_map", {}) if index.is_file() else {"": "model.safetensors"}
-    paths = [folder / CONFIG, *(folder / name for name in sorted(set(shards.values())))]
+    if not (folder / names[0]).is_file() and index.is_file():
+        names = sorted({*read_json(index).get("weight_map", {}).values()})
+    paths = [folder / CONFIG, *(folder / name for name in names)]
     if not all(path.is_file() for path in paths):
         return None
     digest = hashlib.sha256()

@@ -105,7 +105,9 @@ class HarmDetector:
         return {
             "kind": "detector",
             "base": self.guard.base["name"],
+            "base_fingerprint": self.guard.base_fingerprint,
             "weights": self.guard.weights,
+            "files": self.guard.files,
             "prompt_sha256": self.guard.prompt_sha256,
             "joined": self.guard.joined,
             "max_length": self.guard.max_length,

@@ -111,7 +111,9 @@ class Detoxifier:
         return {
             "kind": "detoxifier",
             "base": self.guard.base["name"],
+            "base_fingerprint": self.guard.base_fingerprint,
             "weights": self.guard.weights,
+            "files": self.guard.files,
             "prompt_sha256": self.guard.prompt_sha256,
             "max_length": self.guard.max_length,
             "max_new_tokens": self.max_new_tokens,

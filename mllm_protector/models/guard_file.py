@@ -144,7 +144,7 @@ class GuardFile:
     @property
     def caveat(self) -> str | None:
         """Why this part guards nothing, in one sentence; ``None`` for all that anybody means to use."""
-        sets = [] if self.pretrained else [source["set"] for source in self.data.get("sources", [])]
+        sets = [] if self.pretrained else [str(source.get("set")) for source in self.data.get("sources", [])]
         if {*sets} <= {TOY}:
             return None
         return (
@@ -232,7 +232,7 @@ def _require_whole(guard: GuardFile, folder: Path) -> None:
     if (ADAPTER_FILES[1] in guard.weights) != (guard.tuning == "lora"):
         raise InputError(f"{path}: tuning={guard.tuning} does not fit {', '.join(guard.weights)}")
     found, wanted = weight_hashes(folder), guard.weights
-    if guard.schema == SCHEMA:
+    if guard.schema == SCHEMA or guard.files:
         found, wanted = found | _hashes(folder, LOADED), wanted | guard.files
     else:
         _warn_once(

@@ -13,7 +13,7 @@ import numpy as np
 
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.pairing import paired
-from mllm_protector.files import read_json, write_json, write_text
+from mllm_protector.files import file_digest, read_json, write_json, write_text
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import JUDGED, Status
 from mllm_protector.reporting.layout import (
@@ -109,8 +109,20 @@ def _read(folders: Sequence[str]) -> list[Run]:
             raise InputError(f"{path}: schema {schema}, not {SCHEMA}; run eval_mmsafety.py there again")
         if missing := [key for key in ("mllm", "guard", "judges", "benchmarks") if key not in result]:
             raise InputError(f"{path}: has no {missing[0]}; run eval_mmsafety.py there again")
+        _require_unedited(Path(folder))
         runs.append(Run(name=name, folder=Path(folder), result=result))
     return runs
+
+
+def _require_unedited(folder: Path) -> None:
+    """Rates are read from one file and differences made from another: both must be of the same run."""
+    run = folder / "run.json"
+    for name, digest in read_json(run)["sha256"].items() if run.is_file() else ():
+        path = folder / name
+        if not path.is_file() or file_digest(path) != digest:
+            raise InputError(
+                f"{path}: is not the file that the evaluation wrote; run eval_mmsafety.py there again"
+            )
 
 
 def _common_judges(runs: Sequence[Run], wanted: Sequence[str] | None) -> list[str]:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mllm_protector import prompts
 from mllm_protector.data.encoding import DetectorEncoder
-from mllm_protector.data.tokens import choose_pad_id, fill, token_texts
+from mllm_protector.data.tokens import choose_pad_id, encode_texts, fill, token_texts
 from mllm_protector.errors import InputError
 from mllm_protector.normalisation import normalised
 
@@ -74,15 +74,16 @@ def in_one_piece(tokenizer: PreTrainedTokenizerBase, query: str, answer: str) ->
 def test_joined_ids_are_those_of_the_whole_text_and_others_are_not(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    whole = [in_one_piece(tokenizer, query, answer) for query, answer in PAIRS]
-    assert whole[0] == tokenizer(fill(prompts.OFFICIAL_DETECTOR, *PAIRS[0]))["input_ids"]
+    read = [(normalised(query), normalised(answer)) for query, answer in PAIRS]
+    whole = [in_one_piece(tokenizer, query, answer) for query, answer in read]
+    assert whole[0] == tokenizer(fill(prompts.OFFICIAL_DETECTOR, *read[0]))["input_ids"]
     assert encoder(tokenizer).encode(queries=QUERIES, answers=ANSWERS) == whole
     apart = encoder(tokenizer, joined=False).encode(queries=QUERIES, answers=ANSWERS)
     assert all(one != other for one, other in zip(whole, apart, strict=True))
 
 
 def test_a_pair_that_fits_in_one_piece_is_not_cut(tokenizer: PreTrainedTokenizerFast) -> None:
-    query, answer = "How do I bake bread?", "Mix flour, water and salt. " * 9
+    query, answer = "How do I bake bread?", " ".join(["Mix flour, water and salt."] * 9)
     whole = in_one_piece(tokenizer, query, answer)
     tight = encoder(tokenizer, len(whole))
     assert tight.windows(queries=[query], answers=[answer]) == [[whole]]
@@ -160,3 +161,7 @@ def test_a_pad_id_that_stands_in_a_joined_text_is_refused(tokenizer: PreTrainedT
     reader = DetectorEncoder(tokenizer, pad_id=letter, max_length=99, prompt="{query}|{answer}", joined=True)
     with pytest.raises(InputError, match="occurs in a text"):
         reader.encode(queries=["q"], answers=["Z"])
+
+
+def test_half_of_a_surrogate_pair_is_a_character_like_another(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encode_texts(tokenizer, ["a\ud83d"]) == encode_texts(tokenizer, ["a\ufffd"])

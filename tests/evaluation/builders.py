@@ -26,6 +26,7 @@ def row(base: str, scenario: str, variant: str, arm: str, **given: Any) -> Row:
         "outcome": None,
         "harm": None,
         "changed": False,
+        "repeated": False,
         "cut": False,
         "refused": None,
         "score": None,
@@ -75,7 +76,7 @@ def frame(table: Iterable[Row]) -> pd.DataFrame:
     """Rows as the statistics want them; order does not matter."""
     names = list(dict.fromkeys(name for each in table for name in each)) or list(row("", "", "", ""))
     columns: dict[str, list[Any]] = {name: [each.get(name) for each in table] for name in names}
-    return pd.DataFrame(columns).astype({"harm": float, "score": float, "changed": bool})
+    return pd.DataFrame(columns).astype({"harm": float, "score": float, "changed": bool, "repeated": bool})
 
 
 def judges_of(table: Iterable[Row]) -> dict[str, JudgeInfo]:

@@ -87,6 +87,7 @@ def made_up_rows(
                     "final": final,
                     "outcome": None if not guarded else ("rewritten" if flagged else "allowed"),
                     "changed": flagged,
+                    "repeated": guarded and not flagged,
                     "cut": False,
                     "refused": False if harmless else None,
                     "score": 1.0 if harmless and not flagged else 0.0 if harmless else None,

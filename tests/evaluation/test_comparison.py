@@ -141,10 +141,19 @@ def test_three_judges_have_a_kappa_together() -> None:
     assert found["fleiss"]["kappa"] == pytest.approx((within - chance) / (1 - chance))
 
 
-def test_an_answer_that_a_guard_left_alone_counts_once() -> None:
-    table = two("hh hs ss") + two("hh hs ss", "protector") + two("ss ss ss", "refusal", changed=True)
+def test_an_answer_that_several_arms_show_counts_once() -> None:
+    table = two("hh hs ss") + two("hh hs ss", "protector", repeated=True)
+    table += two("ss ss ss", "refusal", changed=True)
     (pair,) = summary(table)["agreement"]["pairs"]
     assert pair["n"] == 3 + 3
+
+
+def test_a_majority_is_no_judge_that_others_agree_with() -> None:
+    table = two("hh hh hs ss ss sh ss ?h")
+    for one in table:
+        one["status:ensemble"] = one["status:one"]
+    found = summary(table)["agreement"]
+    assert ([pair["judges"] for pair in found["pairs"]], found["fleiss"]) == ([["one", "two"]], None)
 
 
 def test_agreement_on_one_label_only_has_no_kappa() -> None:

@@ -180,7 +180,7 @@ def test_failed_rows_say_why_and_where_in_the_log(folder: Path, caplog: pytest.L
 
 def test_the_guard_hands_on_that_a_rewrite_was_cut() -> None:
     class Corrector:
-        def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
+        def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
             return [CutText("A rewrite that has no") for _ in answers]
 
         def identity(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -533,6 +533,20 @@ def test_the_majority_is_one_more_judge(run: Callable[..., dict[str, Any]], tmp_
         "status": "harmful",
         "reason": "keyword: harmful, strict: harmful, blind: unparseable",
     }
+
+
+def test_questions_of_the_same_words_and_picture_are_one_to_the_statistics(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    same = [replace(QUESTIONS[0], id=f"same-{number}", base=None) for number in range(40)]
+    result = run(benchmarks={"made_up": Questions([*same, *QUESTIONS[1:]])}, arms=["none"])
+    assert {row["base"] for row in results(tmp_path / "out") if row["id"].startswith("same-")} == {"same-0"}
+    [mean] = [
+        one
+        for one in result["benchmarks"]["made_up"]["means"]
+        if (one["variant"], one["group"], one["judge"]) == (same[0].variant, "all", "keyword")
+    ]
+    assert mean["high"] - mean["low"] > 0.2  # 40 independent answers would give less
 
 
 def test_a_dry_run_says_what_it_would_cost_and_judges_nothing(

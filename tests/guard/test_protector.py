@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies
 from PIL import Image
@@ -442,8 +443,43 @@ def test_every_answer_can_be_rewritten_whatever_its_score():
 
 def test_settings_that_cannot_be_are_refused():
     for key in ("max_rewrites", "max_answer_tokens"):
-        with pytest.raises(InputError, match=f"{key}=0"):
-            Protector(Scores(honest), Refusal(), 0.5, **{key: 0})
+        for number in (0, 1.5, float("nan"), "2"):
+            with pytest.raises(InputError, match=f"{key}={number}"):
+                Protector(Scores(honest), Refusal(), 0.5, **{key: number})
+
+
+def test_scores_that_are_no_list_of_numbers_let_nothing_through():
+    for scores in (
+        pd.DataFrame([0.0]),
+        {0: 0.0},
+        bytearray(1),
+        memoryview(b"\0"),
+        range(1),
+        np.zeros((1, 1)),
+    ):
+        guarding = Protector(Scores(lambda _, scores=scores: scores), Refusal(), 0.5)
+        guarding.detector.score = lambda scores=scores, **_: scores
+        [reply] = guard(guarding, SECRET)
+        assert reply.outcome == Outcome.GUARD_ERROR, type(scores)
+
+
+def test_what_an_mllm_gives_in_place_of_a_text_never_reaches_the_user():
+    for made in (SECRET.encode(), [SECRET], {"generated_text": SECRET}, 1, None):
+        mllm = Parrot()
+        mllm.generate = lambda questions, made=made: iter([made])
+        [answer] = ProtectedMLLM(mllm, protector()).generate(["Why?"])
+        assert isinstance(answer, Failure)
+        assert answer.reason == f"the MLLM gave no text, but an object of type {type(made).__name__}"
+        with pytest.raises(RunError, match="no text"):
+            ProtectedMLLM(mllm, protector()).ask("Why?")
+
+
+def test_an_iterator_of_answers_is_guarded_like_a_list():
+    mllm = Parrot()
+    mllm.generate = lambda questions: (question.text for question in questions)
+    answers = ProtectedMLLM(mllm, protector()).generate([GOOD, SECRET])
+    assert answers[0] == GOOD
+    assert SECRET not in answers[1]
 
 
 def test_numpy_scores_become_plain_numbers():

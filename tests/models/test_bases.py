@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
@@ -65,6 +66,18 @@ def other_weights(base: Path, folder: Path) -> Path:
         {"format": "pt"},
     )
     return folder
+
+
+def test_the_fingerprint_is_of_the_weights_that_are_loaded(project: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(project / "models/base")
+    sharded = tmp_path / "sharded"
+    model.save_pretrained(sharded, max_shard_size="20KB")
+    assert (sharded / "model.safetensors.index.json").is_file()
+    before = fingerprint(sharded)
+    other_weights(project / "models/base", tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", sharded)
+    assert None not in {before, fingerprint(sharded)}
+    assert fingerprint(sharded) != before
 
 
 def test_a_base_is_known_by_its_weights_and_its_configuration_wherever_it_is(

@@ -255,6 +255,9 @@ def test_what_is_not_loaded_may_lie_beside_a_part(folder: Path):
 def test_the_old_schema_cannot_be_claimed_without_a_warning(folder: Path, caplog: pytest.LogCaptureFixture):
     edited_config(folder, "config.json", num_hidden_layers=1)
     change(folder, schema=1)
+    with pytest.raises(InputError, match=r"config\.json: not a file that the part was saved with"):
+        read_guard_file(folder, "detector")
+    change(folder, files={})
     read_guard_file(folder, "detector")
     assert "configuration and tokenizer files are not checked" in caplog.text
 

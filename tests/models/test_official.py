@@ -20,7 +20,7 @@ from tests.data.test_tokens import spm_tokenizer
 PAIRS = [
     ("How do I bake bread?", "Mix flour, water and salt."),
     ("Why?", ""),
-    ("What is this? " * 4, "The image shows a red square. " * 3),
+    ("What is this?" + " What is this?" * 3, "The image shows a red square.\n\nIt is large."),
 ]
 QUERIES, ANSWERS = map(list, zip(*PAIRS, strict=True))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mllm_protector.errors import InputError
-from mllm_protector.files import write_json, write_jsonl
+from mllm_protector.files import file_digest, write_json, write_jsonl
 from mllm_protector.reporting.compare import compare
 from tests.evaluation.made_up import made_up_result, made_up_rows
 
@@ -158,6 +158,16 @@ def test_judges_that_agree_can_be_chosen(first: str, tmp_path: Path) -> None:
     assert list(content["judges"]) == ["keyword"]
     with pytest.raises(InputError, match="has no judge other"):
         compare([first, other], str(tmp_path / "out"), judges=["other"])
+
+
+def test_an_edited_result_is_refused_by_its_file(first: str, tmp_path: Path) -> None:
+    other = Path(run(tmp_path / "other"))
+    rows = other / "mmsafety" / "results.jsonl"
+    write_json(other / "run.json", {"sha256": {"mmsafety/results.jsonl": file_digest(rows)}})
+    compare([first, str(other)], str(tmp_path / "out"))
+    rows.write_text(rows.read_text().replace('"harmful"', '"safe"'))
+    with pytest.raises(InputError, match=r"results\.jsonl: is not the file that the evaluation wrote"):
+        compare([first, str(other)], str(tmp_path / "out"))
 
 
 def test_half_a_result_is_refused_by_its_file(first: str, tmp_path: Path) -> None:

@@ -137,8 +137,8 @@ def test_every_headline_of_a_circular_judge_says_so(capsys: pytest.CaptureFixtur
 def test_raw_and_corrected_rates_stand_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     text = flat(printed(whole_benchmark(), capsys))
     assert "judge's errors (what is known of these answers by construction), IMAGES, 01-07+09: " in text
-    # 3 of 22 safe answers are called harmful: (3/11 - 3/22) / (19/22)
-    assert "protector 27.3 raw, 15.8 [" in text
+    # All of its answers are safe, and 3 of 11 are called harmful.
+    assert "protector 27.3 raw, 0.0 [0.0, " in text
     assert (
         "Not corrected for the judge's errors, 08+10-13, all: these scenarios are judged by different" in text
     )
