@@ -19,6 +19,7 @@ from mllm_protector.models import export
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.export import export_detector, renders_alike
 from mllm_protector.models.guard_file import weight_hashes
+from mllm_protector.normalisation import readings
 from tests.cases import case
 from tests.models.builders import save_tiny_classifier_base
 from tests.models.fixtures import FULL, LORA
@@ -159,7 +160,8 @@ def code_scores(folder: Path, queries: list[str] = QUERIES, answers: list[str] =
 
 def test_the_code_of_the_card_gives_the_score_of_any_text(detector: Path, exported: Path) -> None:
     queries, answers = QUERIES + ODD_QUERIES, ANSWERS + ODD_ANSWERS
-    found = code_scores(exported, queries, answers)
+    read = [readings(*pair) for pair in zip(queries, answers, strict=True)]
+    found = [max(code_scores(exported, *map(list, zip(*pairs, strict=True)))) for pairs in read]
     assert found == pytest.approx(scores(detector, queries, answers), abs=1e-6)
 
 
