@@ -4,14 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mllm_protector.guard.protector import ProtectedMLLM, Protector
+    from mllm_protector.guard.mllm import ProtectedMLLM
+    from mllm_protector.guard.protector import Protector
     from mllm_protector.models.mllm import load_mllm
     from mllm_protector.records import Question
 
 __all__ = ["ProtectedMLLM", "Protector", "Question", "load_mllm"]
 
 _HOMES = {
-    "ProtectedMLLM": "mllm_protector.guard.protector",
+    "ProtectedMLLM": "mllm_protector.guard.mllm",
     "Protector": "mllm_protector.guard.protector",
     "Question": "mllm_protector.records",
     "load_mllm": "mllm_protector.models.mllm",

@@ -1,7 +1,6 @@
-"""What callers hand over, checked before anything is done with it: lists, texts and questions.
+"""Checks of what callers pass: lists, texts and questions.
 
-A text is a sequence too, of its letters, and so is a dict, of its keys: taken for lists, each letter would be
-answered.
+A text is also a sequence of letters, and a dict one of keys: taken for a list, each letter would be answered.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -15,14 +14,14 @@ from mllm_protector.images import ImageSource, as_image
 from mllm_protector.records import Question, Variant
 
 AnyImage = str | PathLike[str] | Image.Image | ImageSource
-"""A file, a PIL image, or what ``images`` has; never an address."""
+"""A file, a PIL image, or an image of ``images``; never an address."""
 
 Asked = Question | str | tuple[str, AnyImage | None]
-"""A question, its words, or its words and its image."""
+"""A question, its text, or its text and its image."""
 
 
 def require_lists(**lists: Any) -> None:
-    """Refuse what is not one list of the same length under each name; ``None`` is a list not given.
+    """Refuse anything but lists of the same length; ``None`` is a list not given.
 
     Raises:
         InputError: a text, a dict, a set or no list at all, or lists of different lengths.
@@ -34,11 +33,11 @@ def require_lists(**lists: Any) -> None:
     lengths = {name: len(values) for name, values in given.items()}
     if len({*lengths.values()}) > 1:
         counts = ", ".join(f"{name} has {count}" for name, count in lengths.items())
-        raise InputError(f"lists of the same length are wanted, but {counts}")
+        raise InputError(f"the lists must have the same length, but {counts}")
 
 
 def require_texts(**lists: Any) -> None:
-    """``require_lists`` of lists that hold nothing but texts.
+    """``require_lists`` of lists of texts.
 
     Raises:
         InputError: as ``require_lists``, or an entry is no text.
@@ -51,7 +50,7 @@ def require_texts(**lists: Any) -> None:
 
 
 def as_questions(questions: Sequence[Asked]) -> list[Question]:
-    """Questions from whatever says what is asked; those without an id are called by their position.
+    """Questions of all three forms of ``Asked``; their position is the id of those that have none.
 
     Raises:
         InputError: not a list, an entry that is no question, or an image that cannot be used.
@@ -68,9 +67,9 @@ def _as_question(asked: Asked, number: int) -> Question:
         raise InputError(
             f"questions[{number}]: must be a Question, a text, or a pair (text, image), not {_kind(text)}"
         )
-    picture = None if image is None else as_image(image)
-    variant: Variant = "TEXT" if picture is None else "SD"
-    return Question(id=str(number), scenario="", variant=variant, text=text, image=picture)
+    shown = None if image is None else as_image(image)
+    variant: Variant = "TEXT" if shown is None else "SD"
+    return Question(id=str(number), scenario="", variant=variant, text=text, image=shown)
 
 
 def _kind(value: Any) -> str:

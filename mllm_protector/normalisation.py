@@ -5,8 +5,8 @@ in full-width or mathematical letters, all in capitals or with tabs for spaces a
 answer that it would flag passes. So what a detector reads, in training and in use, is the normalised text.
 What a user sees never is.
 
-Left alone is what would take a guess: letters of another script that look alike, leetspeak, spaced letters
-and encodings such as base64.
+What could only be guessed is left alone: letters of another script that look alike, leetspeak, spaced
+letters and encodings such as base64.
 """
 
 import re
@@ -14,10 +14,10 @@ import unicodedata
 from collections import Counter
 
 VERSION = 2
-"""Of what follows; a detector's scores depend on it. Raise it with every change that may change a text."""
+"""Of these rules. Raise it with every change that may change a text, and so a score."""
 
 MUCH = 0.1
-"""From this share of changed characters on, a text is read as it was written, too."""
+"""From this share of changed characters on, a text is also read as it was written."""
 
 MARKS = 4
 """The most combining marks on one letter; scripts that write their vowels as marks need no more."""
@@ -95,7 +95,7 @@ def _small(word: str) -> str:
 def readings(*texts: str) -> list[tuple[str, ...]]:
     """How texts that belong together are read: normalised, and as written where that changes one much.
 
-    What takes the place of the unusual may hide what was harmful in it, so the higher of two scores counts.
+    Normalisation may remove what was harmful in an unusual text, so the higher of the two scores counts.
     """
     normal = tuple(map(normalised, texts))
     return [normal, texts] if any(map(_changes_much, texts, normal)) else [normal]

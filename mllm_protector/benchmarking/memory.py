@@ -10,7 +10,7 @@ from mllm_protector.benchmarking.arms import ENTRIES, Bench, Settings
 from mllm_protector.benchmarking.shape import Shape
 from mllm_protector.benchmarking.workload import Texts
 from mllm_protector.config import quiet_libraries
-from mllm_protector.models import quantization
+from mllm_protector.models import tuning
 
 
 def peaks(
@@ -27,7 +27,7 @@ def peaks(
     """
     # One process imports everything and computes nothing; each arm gets a copy of it.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([quantization.__name__, __name__])  # the first one quiets bitsandbytes
+    context.set_forkserver_preload([tuning.__name__, __name__])  # the first one quiets bitsandbytes
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         return [pool.submit(_peak, *entry, shape, texts, settings, threads).result() for entry in entries]
 

@@ -30,12 +30,13 @@ from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.files import read_json
 from mllm_protector.judges.keyword import KeywordJudge
-from mllm_protector.models.backbone import Backbone, FullTuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.bases import provenance
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.replay import Replay
 from mllm_protector.models.tiny import save_tiny_lm
+from mllm_protector.models.tuning import FullTuning
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.scenarios import SCENARIOS
 

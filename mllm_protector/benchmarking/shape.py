@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import DTYPES, Float32Linear, LoraTuning
+from mllm_protector.models.backbone import DTYPES, Float32Linear
+from mllm_protector.models.tuning import LoraTuning
 
 Precision = Literal["fp32", "bf16"]
 Kind = Literal["detector", "detoxifier"]

@@ -1,7 +1,7 @@
 """Several texts end to end in one row, so that no position is padding.
 
 A packed batch says where its texts begin (``cu_seq_lens``) and counts positions anew in each; attention
-must stay within them (``models.attention``).
+must stay within them (``models.packing``).
 """
 
 from collections.abc import Sequence

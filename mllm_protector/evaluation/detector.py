@@ -110,7 +110,7 @@ def eval_detector(
         raise RunError(f"{detector}: a score is not a number; look at its training, or train it again")
     scale = scorer.guard.scale
     scores, uncalibrated = scale.scores(logits), Scale().scores(logits)
-    limits = [scorer.group_thresholds.get(name or "", scorer.threshold) for name in names]
+    limits = [scorer.threshold] * len(answers)
 
     log.info("teaching the baselines")
     baselines = _baselines(taught_on, answers, notes)
@@ -127,7 +127,7 @@ def eval_detector(
         **figures["detector"],
         "threshold": scorer.threshold,
         "threshold_how": scorer.guard.threshold_how,
-        "group_thresholds": dict(scorer.group_thresholds),
+        "group_thresholds": {},
         "temperature": scale.temperature,
         "offset": scale.offset,
         "scale_how": (scorer.guard.calibration or {}).get("scale_how"),

@@ -230,14 +230,14 @@ def _harms(judge: HarmDetector, queries: Sequence[str], texts: Sequence[str], fo
 def _course(guarded: Sequence[Rewrite], clusters: Ints) -> dict[str, Any]:
     """How often a rewrite was rejected and why, and what became of it."""
     return {
-        **share("retried", np.array([bool(rewrite.rejected) for rewrite in guarded]), clusters),
+        **share("retried", np.array([bool(rewrite.discarded) for rewrite in guarded]), clusters),
         **share(
             "refused_in_the_end",
             np.array([rewrite.outcome == Outcome.REFUSED for rewrite in guarded]),
             clusters,
         ),
         "guard_errors": sum(rewrite.outcome == Outcome.GUARD_ERROR for rewrite in guarded),
-        "rejections": dict(sorted(Counter(why for rewrite in guarded for why in rewrite.rejected).items())),
+        "rejections": dict(sorted(Counter(why for rewrite in guarded for why in rewrite.discarded).items())),
     }
 
 
@@ -267,7 +267,7 @@ def _rows(
         {
             "query": pair.query,
             "outcome": str(rewrite.outcome),
-            "rejections": list(rewrite.rejected),
+            "rejections": list(rewrite.discarded),
             "judge": {name: judge[name] for name in ("folder", "threshold", "circular")},
             "arms": {
                 name: {

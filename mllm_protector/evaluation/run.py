@@ -204,7 +204,7 @@ def _guard(
         facts.stages[f"guard: {arm}"] = guard_stage(
             arm, protector, items, outputs, stores.replies, MANY * batch_size
         )
-        facts.rejections[arm] = dict(protector.rejections)
+        facts.rejections[arm] = dict(protector.discarded)
         if sample := _sample(items, outputs, latency_rows):
             facts.latency[arm] = guards.latency(protector, sample)
 

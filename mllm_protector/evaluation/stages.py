@@ -85,7 +85,6 @@ class Outputs:
         self._answers = answers
         self._replies = replies
         self._guards = {arm: content_key(identity) for arm, identity in guards.items()}
-        self._by_group = {arm for arm, identity in guards.items() if identity.get("group_thresholds")}
         self._last: tuple[str, dict[str, Any]] | None = None
 
     def answer(self, item: Item) -> dict[str, Any]:
@@ -100,8 +99,7 @@ class Outputs:
 
     def reply_key(self, item: Item, arm: str, raw: str) -> str:
         """What a reply is known by."""
-        group = item.question.scenario if arm in self._by_group else None
-        return content_key(self._guards[arm], item.question.text, raw, group)
+        return content_key(self._guards[arm], item.question.text, raw, None)
 
     def reply(self, item: Item, arm: str) -> dict[str, Any] | None:
         """The row of a guard's reply: ``harm``, ``final``, ``outcome``; ``None`` where nothing was guarded.
@@ -175,7 +173,7 @@ class Guards:
             detector: folder of a trained detector.
             detoxifier: folder of a trained detoxifier; ``None`` if no arm rewrites.
             base: where the backbone of the adapters is now, as for ``Protector.from_pretrained``.
-            threshold: for all answers; ``None`` for the detector's own, those of groups included.
+            threshold: for all answers; ``None`` for the detector's own.
             rewrite_tokens: longest rewrite.
         """
         self._corrector: Corrector | None = None
@@ -192,7 +190,6 @@ class Guards:
         self._scorer = RememberingDetector(self._detector)
         self._detoxifier = detoxifier
         self._threshold = self._detector.threshold if threshold is None else threshold
-        self._group_thresholds = self._detector.group_thresholds if threshold is None else {}
         self._rewrite_tokens = rewrite_tokens
 
     def protector(self, arm: str) -> Protector:
@@ -205,7 +202,7 @@ class Guards:
         return self._guarding(corrector)
 
     def _guarding(self, corrector: Corrector) -> Protector:
-        return Protector(self._scorer, corrector, self._threshold, group_thresholds=self._group_thresholds)
+        return Protector(self._scorer, corrector, self._threshold)
 
     def latency(self, protector: Protector, rows: Sequence[tuple[str, str]]) -> dict[str, float]:
         """What an arm's guard adds to the time of one answer; see ``measure_latency``."""
@@ -227,7 +224,6 @@ def guard_stage(
             queries=[question.text for question, _ in rows],
             answers=[raw for _, raw in rows],
             ids=[question.id for question, _ in rows],
-            groups=[question.scenario for question, _ in rows],
         )
         return [
             {"question": reply.id, "harm": reply.harm, "final": reply.final, "outcome": str(reply.outcome)}

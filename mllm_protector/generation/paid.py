@@ -11,7 +11,7 @@ from mllm_protector.evaluation.store import FAILED, Store
 from mllm_protector.files import content_key
 from mllm_protector.generation.ledger import STOPPED, Ledger, Ticket, most_tokens
 from mllm_protector.models.chat import ServedChat
-from mllm_protector.models.metering import NOT_SENT, Usage
+from mllm_protector.models.metering import NOT_SENT, Usage, complete_metered
 from mllm_protector.records import CutText, Failure
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -73,7 +73,8 @@ class PaidChat:
             most=[most_tokens(conversations[number], max_tokens) for number in wanted.values()],
         )
         chosen_seeds = [seeds[number] for number in wanted.values()]
-        made = self._chat.complete(
+        made = complete_metered(
+            self._chat,
             [conversations[number] for number in wanted.values()],
             max_tokens=max_tokens,
             seeds=chosen_seeds if any(seed is not None for seed in chosen_seeds) else None,

@@ -1,7 +1,7 @@
 """Detect, then correct: the guard around any multimodal LLM.
 
-Source: paper arXiv 2401.02906, section 3. The MLLM is never touched and its pictures are never needed:
-the guard reads the query and the answer. A rewrite is checked like an answer, and for the ways in which
+Source: paper arXiv 2401.02906, section 3. The MLLM is never touched and its images are never needed: the
+guard reads the query and the answer. A rewrite is scored like an answer, and checked for the ways in which
 rewrites go wrong (``rewrites``). **It fails closed**: whatever goes wrong inside, the raw answer is not
 returned, and what went wrong is logged without it.
 """
@@ -10,41 +10,36 @@ import inspect
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
+from typing import Any
 
 from mllm_protector import prompts
-from mllm_protector.arguments import AnyImage, Asked, as_questions, require_lists, require_texts
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.arguments import require_texts
+from mllm_protector.errors import InputError
 from mllm_protector.guard import rewrites
 from mllm_protector.guard.calibration import require_threshold
-from mllm_protector.guard.rewrites import Fault, fault_of
+from mllm_protector.guard.rewrites import Fault
+from mllm_protector.guard.rows import Row, rewrites_of, scores_of
 from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
 from mllm_protector.normalisation import normalised
-from mllm_protector.protocols import MLLM, Corrector, Detector
-from mllm_protector.records import Failure, Outcome, Reply
+from mllm_protector.protocols import Corrector, Detector
+from mllm_protector.records import Outcome, Reply
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MAX_ANSWER_TOKENS = 32_768
 """Of the longest answer that is read; models that answer at greater length are rare."""
 
 BYTES_PER_TOKEN = 4
-"""By which tokens are counted here: about what a tokenizer makes of English, and no text has to be tokenised
-to be found too long."""
+"""About what a tokenizer makes of English, so that no text has to be tokenised to be found too long."""
 
 HARMFUL = "harmful"
-"""Why a rewrite was rejected, where it is no ``rewrites.Fault``: its own score."""
+"""Why a rewrite was discarded, where it has no ``rewrites.Fault``: its score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +62,24 @@ class Refusal:
         return {"kind": "refusal", "text": self.text}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Rewrite:
-    """What became of a flagged answer.
+    """What takes the place of an answer.
 
     Attributes:
         text: what the user may see.
-        outcome: ``REWRITTEN``, ``REFUSED``, ``TOO_LONG`` or ``GUARD_ERROR``.
-        rejected: why each earlier try was rejected: ``harmful``, or a ``rewrites.Fault``.
+        outcome: what the guard did.
+        discarded: why each earlier rewrite was discarded: ``harmful``, or a ``rewrites.Fault``.
     """
 
     text: str
     outcome: Outcome
-    rejected: tuple[str, ...] = ()
+    discarded: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One answer, the score from which on it counts as harmful, and whether it is too long to be read."""
-
-    query: str
-    answer: str
-    threshold: float
-    too_long: bool
+TOO_LONG = Rewrite(prompts.REFUSAL, Outcome.TOO_LONG)
+FAILED = Rewrite(prompts.REFUSAL, Outcome.GUARD_ERROR)
+REFUSED = Rewrite(prompts.REFUSAL, Outcome.REFUSED)
 
 
 class Protector:
@@ -102,7 +92,6 @@ class Protector:
         threshold: float,
         *,
         max_rewrites: int = 2,
-        group_thresholds: Mapping[str, float] | None = None,
         max_answer_tokens: int = MAX_ANSWER_TOKENS,
     ) -> None:
         """Join the two parts.
@@ -111,23 +100,19 @@ class Protector:
             detector: scores answers.
             corrector: rewrites what scores at or above the threshold.
             threshold: in [0, 1].
-            max_rewrites: so often an answer is rewritten until a rewrite is good, and refused after that.
-            group_thresholds: name of a group, such as a scenario, to its own threshold.
+            max_rewrites: attempts at a good rewrite, after which an answer is refused.
             max_answer_tokens: longer answers are refused unread. A token counts as ``BYTES_PER_TOKEN`` bytes
-                of UTF-8, of the text or of what normalisation makes of it, whichever is longer.
+                of UTF-8, of the text or of its normalised form, whichever is longer.
 
         Raises:
-            InputError: a threshold outside [0, 1], fewer than one rewrite or token, or a corrector that
-                cannot be told which attempt it is.
+            InputError: a threshold outside [0, 1], fewer than one rewrite or token, or a corrector whose
+                ``correct`` takes no attempt.
         """
-        self.group_thresholds = dict(sorted((group_thresholds or {}).items()))
-        named = {f"group_thresholds.{name}": each for name, each in self.group_thresholds.items()}
-        for name, each in {"threshold": threshold, **named}.items():
-            require_threshold(name, each)
+        require_threshold("threshold", threshold)
         for key, number in (("max_rewrites", max_rewrites), ("max_answer_tokens", max_answer_tokens)):
             if not isinstance(number, int) or number < 1:
                 raise InputError(f"{key}={number}: must be a whole number of at least 1")
-        try:  # once and aloud, rather than as an error of the guard at the first flagged answer
+        try:  # now, and not as a guard error at the first flagged answer
             inspect.signature(corrector.correct).bind(queries=[], answers=[], attempt=0)
         except TypeError as error:
             raise InputError(
@@ -138,7 +123,7 @@ class Protector:
         self.threshold = threshold
         self.max_rewrites = max_rewrites
         self.max_answer_tokens = max_answer_tokens
-        self._rejections: Counter[str] = Counter()
+        self._discarded: Counter[str] = Counter()
         self._counting = threading.Lock()
 
     @classmethod
@@ -176,19 +161,13 @@ class Protector:
             one, other = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
             scorer = load_detector(detector, base=one, device=device)
             corrector = load_detoxifier(detoxifier, base=other, device=device)
-        return cls(
-            scorer,
-            corrector,
-            scorer.threshold,
-            group_thresholds=scorer.group_thresholds,
-            max_answer_tokens=max_answer_tokens,
-        )
+        return cls(scorer, corrector, scorer.threshold, max_answer_tokens=max_answer_tokens)
 
     @property
-    def rejections(self) -> Counter[str]:
-        """How many rewrites were rejected so far, by reason: ``harmful``, or a ``rewrites.Fault``; a copy."""
+    def discarded(self) -> Counter[str]:
+        """A copy of how many rewrites were discarded so far, by reason (see ``Rewrite.discarded``)."""
         with self._counting:
-            return self._rejections.copy()
+            return self._discarded.copy()
 
     def identity(self) -> dict[str, Any]:
         """What the replies depend on, as JSON."""
@@ -196,28 +175,20 @@ class Protector:
             "detector": self.detector.identity(),
             "corrector": self.corrector.identity(),
             "threshold": self.threshold,
-            "group_thresholds": self.group_thresholds,
             "max_rewrites": self.max_rewrites,
             "max_answer_tokens": self.max_answer_tokens,
             "checks": rewrites.VERSION,
         }
 
     def guard(
-        self,
-        *,
-        queries: Sequence[str],
-        answers: Sequence[str],
-        ids: Sequence[str] | None = None,
-        groups: Sequence[str | None] | None = None,
+        self, *, queries: Sequence[str], answers: Sequence[str], ids: Sequence[str] | None = None
     ) -> list[Reply]:
-        """Score each answer, and replace those at or above their threshold as ``rewrite`` does.
+        """Score each answer, and replace those at or above the threshold as ``rewrite`` does.
 
         Args:
-            queries: what was asked, in words.
+            queries: the words of the questions.
             answers: the MLLM's answers.
             ids: names for the replies; by default their position.
-            groups: whose threshold holds for each answer; those without one of their own, and ``None``,
-                have the common threshold.
 
         Returns:
             One reply for each answer. ``final`` is the text to show; ``raw`` is not.
@@ -226,239 +197,96 @@ class Protector:
             InputError: not lists of texts, or lists of different lengths.
         """
         require_texts(queries=queries, answers=answers, ids=ids)
-        rows = self._rows(queries, answers, groups)
-        names = map(str, range(len(rows))) if ids is None else ids
-        read = [index for index, row in enumerate(rows) if not row.too_long]
-        scores = _each(self._scores, [rows[index] for index in read], "scoring")
-        harms = dict(zip(read, scores, strict=True))
-        flagged = [
-            index for index, harm in harms.items() if harm is not None and harm >= rows[index].threshold
-        ]
-        made = dict(zip(flagged, self._rewrites([rows[index] for index in flagged]), strict=True))
+        rows = [*map(Row, queries, answers)]
+        names = [*map(str, range(len(rows)))] if ids is None else ids
+        short = [index for index, row in enumerate(rows) if not self._is_too_long(row.answer)]
+        scores = scores_of(self.detector, [rows[index] for index in short])
+        harms = dict(zip(short, scores, strict=True))
+        flagged = [index for index, harm in harms.items() if harm is not None and harm >= self.threshold]
+        rewrites = dict(zip(flagged, self._rewrite([rows[index] for index in flagged]), strict=True))
         replies = []
         for index, (name, row) in enumerate(zip(names, rows, strict=True)):
             harm = harms.get(index)
-            if row.too_long:
-                final, outcome = prompts.REFUSAL, Outcome.TOO_LONG
+            if index not in harms:
+                made = TOO_LONG
             elif harm is None:
-                final, outcome = prompts.REFUSAL, Outcome.GUARD_ERROR
-            elif index in made:
-                final, outcome = made[index].text, made[index].outcome
+                made = FAILED
             else:
-                final, outcome = row.answer, Outcome.ALLOWED
-            replies.append(Reply(id=name, raw=row.answer, harm=harm, final=final, outcome=outcome))
+                made = rewrites.get(index, Rewrite(row.answer, Outcome.ALLOWED))
+            replies.append(Reply(id=name, raw=row.answer, harm=harm, final=made.text, outcome=made.outcome))
         return replies
 
-    def rewrite(
-        self,
-        *,
-        queries: Sequence[str],
-        answers: Sequence[str],
-        groups: Sequence[str | None] | None = None,
-    ) -> list[Rewrite]:
+    def rewrite(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[Rewrite]:
         """Replace every answer, whatever its score.
 
-        A rewrite that has a fault, or is scored at or above the threshold itself, is rejected and asked for
-        again; after ``max_rewrites`` tries the fixed refusal stands in its place. All answers that still
-        want one are rewritten together.
+        A rewrite that has a fault, or scores at or above the threshold itself, is discarded and another one
+        is made; after ``max_rewrites`` attempts the fixed refusal takes its place. All answers that still
+        need a rewrite are rewritten together.
 
         Args:
-            queries: what was asked, in words.
+            queries: the words of the questions.
             answers: what was flagged.
-            groups: as for ``guard``.
 
         Raises:
             InputError: as ``guard``.
         """
         require_texts(queries=queries, answers=answers)
-        return self._rewrites(self._rows(queries, answers, groups))
-
-    def _rows(
-        self, queries: Sequence[str], answers: Sequence[str], groups: Sequence[str | None] | None
-    ) -> list[_Row]:
-        require_lists(answers=answers, groups=groups)
-        names = [None] * len(answers) if groups is None else groups
-        thresholds = [
-            self.threshold if name is None else self.group_thresholds.get(name, self.threshold)
-            for name in names
-        ]
-        return [
-            _Row(query, answer, threshold, self._is_too_long(answer))
-            for query, answer, threshold in zip(queries, answers, thresholds, strict=True)
-        ]
+        rows = [*map(Row, queries, answers)]
+        too_long = [self._is_too_long(row.answer) for row in rows]
+        rewrites = iter(self._rewrite([row for row, long in zip(rows, too_long, strict=True) if not long]))
+        return [TOO_LONG if long else next(rewrites) for long in too_long]
 
     def _is_too_long(self, answer: str) -> bool:
         most = BYTES_PER_TOKEN * self.max_answer_tokens
         return _size(answer) > most or _size(normalised(answer)) > most
 
-    def _rewrites(self, rows: Sequence[_Row]) -> list[Rewrite]:
+    def _rewrite(self, rows: Sequence[Row]) -> list[Rewrite]:
         if isinstance(self.corrector, Refusal):
             text = self.corrector.text.strip() or prompts.REFUSAL
-            return [Rewrite(text=text, outcome=Outcome.REFUSED)] * len(rows)
-        found = [Rewrite(text=prompts.REFUSAL, outcome=Outcome.REFUSED)] * len(rows)
-        for index, row in enumerate(rows):
-            if row.too_long:
-                found[index] = Rewrite(text=prompts.REFUSAL, outcome=Outcome.TOO_LONG)
-        waiting = [index for index, row in enumerate(rows) if not row.too_long]
+            return [Rewrite(text, Outcome.REFUSED)] * len(rows)
+        rewrites = [REFUSED] * len(rows)
+        waiting = [*range(len(rows))]
         for attempt in range(self.max_rewrites):
-            tried = self._try([rows[index] for index in waiting], attempt)
+            tried = self._attempt([rows[index] for index in waiting], attempt)
             for index, rewrite in zip(waiting, tried, strict=True):
-                found[index] = replace(rewrite, rejected=found[index].rejected + rewrite.rejected)
-            waiting = [index for index in waiting if found[index].outcome == Outcome.REFUSED]
-        rejected = Counter(reason for rewrite in found for reason in rewrite.rejected)
-        if rejected:
+                discarded = rewrites[index].discarded + rewrite.discarded
+                rewrites[index] = replace(rewrite, discarded=discarded)
+            waiting = [index for index in waiting if rewrites[index].outcome == Outcome.REFUSED]
+        self._count(rewrites)
+        return rewrites
+
+    def _attempt(self, rows: Sequence[Row], attempt: int) -> list[Rewrite]:
+        """One rewrite of each row, checked and scored; ``REFUSED`` where it is discarded."""
+        texts = rewrites_of(self.corrector, rows, attempt)
+        sound = {index: text for index, text in enumerate(texts) if text and not isinstance(text, Fault)}
+        again = [Row(rows[index].query, text) for index, text in sound.items()]
+        scores = scores_of(self.detector, again, "scoring rewrites")
+        harms = dict(zip(sound, scores, strict=True))
+        rewrites = []
+        for index, text in enumerate(texts):
+            harm = harms.get(index)
+            if isinstance(text, Fault):
+                rewrites.append(replace(REFUSED, discarded=(str(text),)))
+            elif text is None or harm is None:
+                rewrites.append(FAILED)
+            elif harm >= self.threshold:
+                rewrites.append(replace(REFUSED, discarded=(HARMFUL,)))
+            else:
+                rewrites.append(Rewrite(text, Outcome.REWRITTEN))
+        return rewrites
+
+    def _count(self, rewrites: Sequence[Rewrite]) -> None:
+        if discarded := Counter(reason for rewrite in rewrites for reason in rewrite.discarded):
             with self._counting:
-                self._rejections += rejected
-            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(rejected.items()))
+                self._discarded += discarded
             log.info(
-                "of %d flagged answers %d were rewritten; rejected rewrites: %s",
-                len(found),
-                sum(rewrite.outcome == Outcome.REWRITTEN for rewrite in found),
-                reasons,
+                "%d of %d flagged answers were rewritten; discarded rewrites: %s",
+                sum(rewrite.outcome == Outcome.REWRITTEN for rewrite in rewrites),
+                len(rewrites),
+                ", ".join(f"{reason} {count}" for reason, count in sorted(discarded.items())),
             )
-        return found
-
-    def _try(self, rows: Sequence[_Row], attempt: int) -> list[Rewrite]:
-        """One rewrite of each row; refused where it was rejected."""
-        texts = _each(lambda some: self._corrections(some, attempt), rows, "rewriting")
-        again = {
-            index: replace(rows[index], answer=text)
-            for index, text in enumerate(texts)
-            if text is not None and not isinstance(text, Fault)
-        }
-        scores = _each(self._scores, [*again.values()], "scoring rewrites")
-        harms = dict(zip(again, scores, strict=True))
-        return [
-            _tried(text, harms.get(index), row.threshold)
-            for index, (row, text) in enumerate(zip(rows, texts, strict=True))
-        ]
-
-    def _scores(self, rows: Sequence[_Row]) -> list[float]:
-        scores = self.detector.score(
-            queries=[row.query for row in rows], answers=[row.answer for row in rows]
-        )
-        _require_list(scores, len(rows))
-        numbers = (isinstance(score, Real) and not isinstance(score, bool) for score in scores)
-        if not all(numbers) or not all(0.0 <= score <= 1.0 for score in scores):
-            raise ValueError("a score is not a number in [0, 1]")
-        return [float(score) for score in scores]
-
-    def _corrections(self, rows: Sequence[_Row], attempt: int) -> list[str | Fault]:
-        """A rewrite of each row, or what is wrong with it."""
-        queries, answers = [row.query for row in rows], [row.answer for row in rows]
-        texts = self.corrector.correct(queries=queries, answers=answers, attempt=attempt)
-        _require_list(texts, len(rows))
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError("a rewrite is not a text")
-        return [
-            fault_of(row.query, row.answer, text) or text.strip()
-            for row, text in zip(rows, texts, strict=True)
-        ]
-
-
-class ProtectedMLLM:
-    """An MLLM with the guard in front of it; itself an MLLM."""
-
-    def __init__(self, mllm: MLLM, protector: Protector) -> None:
-        """Wrap a model that answers questions."""
-        self.mllm = mllm
-        self.protector = protector
-
-    def ask(self, text: str, image: AnyImage | None = None) -> str:
-        """The guarded answer to one question, for the user to see.
-
-        Its score and what the guard did are not told; ``Protector.guard`` tells them.
-
-        Args:
-            text: the question.
-            image: a file's path or a PIL image; nothing is fetched from an address.
-
-        Raises:
-            InputError: the text is none, or the image cannot be used.
-            RunError: the MLLM made no answer; the message says why.
-        """
-        [answer] = self.generate([(text, image)])
-        if isinstance(answer, Failure):
-            raise RunError(f"the MLLM made no answer: {answer.reason}")
-        return answer
-
-    def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
-        """The guarded answer to each question; where the MLLM made none, its reason.
-
-        Args:
-            questions: each a ``Question``, a text, or a pair of a text and an image as for ``ask``.
-
-        Raises:
-            InputError: not a list, an entry that is no question, or an image that cannot be used.
-        """
-        asked = as_questions(questions)
-        answers = [_text_or_failure(answer) for answer in self.mllm.generate(asked)]
-        made = [
-            (question, answer)
-            for question, answer in zip(asked, answers, strict=True)
-            if isinstance(answer, str)
-        ]
-        replies = iter(
-            self.protector.guard(
-                queries=[question.text for question, _ in made],
-                answers=[answer for _, answer in made],
-                ids=[question.id for question, _ in made],
-            )
-        )
-        return [next(replies).final if isinstance(answer, str) else answer for answer in answers]
-
-    def identity(self) -> dict[str, Any]:
-        """The MLLM's, and the guard's."""
-        return {"mllm": self.mllm.identity(), **self.protector.identity()}
-
-
-def _text_or_failure(answer: Any) -> str | Failure:
-    """What an MLLM gave, if the guard can read it; anything else never reaches the user."""
-    if isinstance(answer, str | Failure):
-        return answer
-    return Failure(reason=f"the MLLM gave no text, but an object of type {type(answer).__name__}")
-
-
-def _tried(text: str | Fault | None, harm: float | None, threshold: float) -> Rewrite:
-    """What one try came to: a text or what is wrong with it, and its score if it was clean."""
-    if isinstance(text, Fault):
-        return Rewrite(text=prompts.REFUSAL, outcome=Outcome.REFUSED, rejected=(str(text),))
-    if text is None or harm is None:
-        return Rewrite(text=prompts.REFUSAL, outcome=Outcome.GUARD_ERROR)
-    if harm >= threshold:
-        return Rewrite(text=prompts.REFUSAL, outcome=Outcome.REFUSED, rejected=(HARMFUL,))
-    return Rewrite(text=text, outcome=Outcome.REWRITTEN)
 
 
 def _size(text: str) -> int:
+    """Bytes of UTF-8."""
     return len(text.encode(errors="surrogatepass"))
-
-
-def _require_list(values: Any, count: int) -> None:
-    """Texts, tables and buffers have a length too, but what they hold is not one value for each row."""
-    flat = isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.ndim == 1)
-    if not flat or len(values) != count:
-        raise ValueError(f"not a list of {count}")
-
-
-def _each(work: Callable[[Sequence[_Row]], list[T]], rows: Sequence[_Row], verb: str) -> list[T | None]:
-    """``work`` on all rows at once, or row by row if that fails; ``None`` for rows that fail alone.
-
-    Exceptions are logged by type only: their text may quote the answer.
-    """
-    if not rows:
-        return []
-    try:
-        return list(work(rows))
-    except Exception as error:
-        log.warning(
-            "the guard failed at %s %d answers (%s); one at a time", verb, len(rows), type(error).__name__
-        )
-    results: list[T | None] = []
-    for row in rows:
-        try:
-            results += work([row])
-        except Exception as error:
-            log.error("the guard failed at %s (%s); a refusal is returned", verb, type(error).__name__)
-            results.append(None)
-    return results

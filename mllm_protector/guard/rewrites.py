@@ -1,16 +1,16 @@
 """What can be wrong with a rewrite, seen from the texts alone: pure functions, linear in their length.
 
-They catch what a detector passes because there is no harm in it, or because the harm is cut into pieces that
-it does not know: nothing at all, a loop, the prompt, and the harmful answer once more. Whether a rewrite is
-true, on the question or well written they do not know.
+They catch what a detector passes because it is not harmful, or because the harm is cut into pieces that the
+detector does not know: empty texts, loops, the prompt, and copies of the harmful answer. They cannot tell
+whether a rewrite is true, on topic or well written.
 
-Where the accepted answer counts as the rewrite of the rejected one, they reject 7 of 1,791 pairs of hh-rlhf
+With the accepted answer as the rewrite of the rejected one, they discard 7 of 1,791 pairs of hh-rlhf
 (harmless-base, 1,800 rows of its test file; 0.4 %): 4 copies, all of them thanks in the same words, 2 texts
 of punctuation and 1 echo; of the 1,066 toy corrections none. Of its 1,008 rejected answers with 24 words or
-more they know all again as they are, 97 % cut in half, 88 % with each tenth word replaced and 27 % with each
-fifth: copies in other words are the detector's business. The thresholds were set in sight of these pairs; of
-1,620 completions of XSTest, looked at only afterwards, none is called empty, looping or an echo (what copies
-would be there is not known).
+more they recognise all as they are, 97 % cut in half, 88 % with every tenth word replaced and 27 % with every
+fifth: copies in other words are left to the detector. The thresholds were chosen on these pairs; of 1,620
+completions of XSTest, examined only afterwards, none is called empty, looping or an echo (how many copies
+there are is not known).
 """
 
 import re
@@ -21,44 +21,44 @@ from mllm_protector import prompts
 from mllm_protector.normalisation import normalised
 
 VERSION = 2
-"""Of the checks; a guard's replies depend on it. Raise it with every change that may change a reply."""
+"""Of the checks. Raise it with every change that may change a reply."""
 
 GRAM = 4
-"""Words in a row that are looked for again. Three in a row are often idiom, five break at any edit."""
+"""Words of an n-gram. Three in a row are often idiom, five break at any edit."""
 
 LOOP_SHARE = 0.5
-"""From this share of n-grams that stood there before, a text says more again than it says."""
+"""From this share of repeated n-grams on, a text is a loop."""
 
 LOOP_WORDS = 24
-"""The shortest text whose share is looked at: in a shorter one two like sentences are half of it."""
+"""The shortest text whose share counts: two similar sentences are half of a shorter one."""
 
 CYCLE_REPEATS = 4
-"""A text that ends in so many rounds of the same words goes in a circle; three are a figure of speech."""
+"""A text that ends in this many rounds of the same words is a loop; three are a figure of speech."""
 
 CYCLE_WORDS = 12
 """The fewest words in those rounds, so that "no, no, no, no" is none."""
 
 LONGEST_CYCLE = 60
-"""Words of the longest round that is looked for; the share of n-grams finds longer ones."""
+"""Words of the longest round that is searched for; the share of n-grams finds longer ones."""
 
 UNIT_REPEATS = 20
-"""The same one to four letters so often in a row are no word; numbers have fewer zeros."""
+"""The same one to four letters this often in a row are not a word; numbers have fewer zeros."""
 
 RULER = 100
 """The longest run of one punctuation mark: a line drawn across a page has at most this many."""
 
 COPIED_SHARE = 0.5
-"""From this share of the harmful answer's n-grams on, more of it is left than was changed."""
+"""A rewrite with this share of the harmful answer's n-grams is a copy."""
 
 CONTAINED_SHARE = 0.8
-"""From this share of the rewrite's own n-grams on, it is a piece of the harmful answer."""
+"""A rewrite with this share of its own n-grams in the harmful answer is a piece of it."""
 
 PIECE_WORDS = 8
-"""The shortest piece: fewer words in common with a longer answer are its opening, such as "Thank you"."""
+"""The shortest piece: fewer words may be a common opening, such as "Thank you"."""
 
 SHORT = 24
-"""Refusals below this many words are never copies, whatever they share with an answer: all use the same
-formulas, and a harmful answer may begin with one."""
+"""Refusals below this many words are never copies: all use the same formulas, and a harmful answer may begin
+with one."""
 
 
 class Fault(StrEnum):

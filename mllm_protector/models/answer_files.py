@@ -15,9 +15,9 @@ Files may be ``.jsonl``, ``.jsonl.gz``, ``.csv``, ``.parquet``, ``.tsv``, ``.jso
 """
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,9 @@ NOT_OBTAINED = "Failed to obtain answer"
 _ANSWERS = ("answer", "text", "raw")
 _QUESTIONS = ("question", "query", "prompt")
 _SCENARIOS = ("scenario", "category", "subset")
-_KINDS = ("variant", "kind", "image_type", "split")
+_VARIANTS = ("variant", "kind", "image_type", "split")
+
+_KNOWN: Mapping[str, Variant] = {**{variant: variant for variant in VARIANTS}, "TEXT_ONLY": "TEXT"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,22 +57,22 @@ class Stored:
         id: perhaps the question's.
         question: the words that were asked, if they may be compared.
         scenario: or ``None`` where the file does not say.
-        kind: how it was asked, or ``None`` where the file does not say.
-        row: where it stands in its file, from 1; a header does not count.
+        variant: how it was asked, or ``None`` where the file does not say.
+        row: its number in the file, from 1; a header does not count.
     """
 
     answer: str
     id: str | None = None
     question: str | None = None
     scenario: str | None = None
-    kind: Variant | None = None
+    variant: Variant | None = None
     row: int = 0
 
 
 def read_answers(
     path: Path,
     format: Format,  # noqa: A002
-    kinds: Sequence[Variant] | None,
+    variants: Sequence[Variant] | None,
     model: str | None,
 ) -> tuple[Reading[Stored], str | None]:
     """The answers of a file or folder, and whose they are if that is known.
@@ -78,30 +80,31 @@ def read_answers(
     Args:
         path: a file, or the folder ``questions_with_answers``.
         format: of the file; ``auto`` looks at the fields.
-        kinds: how the questions were asked.
+        variants: how the questions were asked.
         model: whose answers to take, where there are those of several.
 
     Raises:
         RecordError: a row cannot be used; the message is ``file:line: reason``.
         InputError: the file cannot be used, holds no answers, or does not say enough.
     """
-    kind = path.suffix.lower()
+    ending = path.suffix.lower()
     if path.is_dir():
-        scenarios = {file: read_json(file) for file in sorted(path.glob("*.json"))}
-        return _of_the_benchmark(path, scenarios, kinds, model)
-    rows = read_json(path) if kind == ".json" else None
-    if format == "mm_safetybench" or (format == "auto" and isinstance(rows, dict)):
-        return _of_the_benchmark(path, {path: rows}, kinds, model)
-    if kind == ".json" and not isinstance(rows, list):
-        raise InputError(f"{path}: must be a JSON list of rows (format {format})")
+        files = {file: read_json(file) for file in sorted(path.glob("*.json"))}
+        return _of_the_benchmark(path, files, variants, model)
+    content = read_json(path) if ending == ".json" else None
+    if format == "mm_safetybench" or (format == "auto" and isinstance(content, dict)):
+        return _of_the_benchmark(path, {path: content}, variants, model)
+    numbers = count(1)
 
-    @_counted
     def parse(row: Mapping[str, Any]) -> Stored:
-        return _PARSERS[_format_of(row) if format == "auto" else format](row)
+        number = next(numbers)
+        return replace(_PARSERS[_format_of(row) if format == "auto" else format](row), row=number)
 
-    if isinstance(rows, list):
-        reading = collect((_row(number, row) for number, row in enumerate(rows, 1)), str(path), parse)
-    elif kind in (".tsv", ".xlsx"):
+    if ending == ".json":
+        if not isinstance(content, list):
+            raise InputError(f"{path}: must be a JSON list of rows (format {format})")
+        reading = collect((_row(*numbered) for numbered in enumerate(content, 1)), str(path), parse)
+    elif ending in (".tsv", ".xlsx"):
         reading = collect(_table(path), str(path), parse)
     else:
         reading = read_records(path, parse)
@@ -110,37 +113,26 @@ def read_answers(
     return reading, model
 
 
-def _counted(parse: Callable[[Mapping[str, Any]], Stored]) -> Callable[[Mapping[str, Any]], Stored]:
-    numbers = itertools.count(1)
-
-    def counted(row: Mapping[str, Any]) -> Stored:
-        number = next(numbers)
-        return replace(parse(row), row=number)
-
-    return counted
-
-
 def _row(number: int, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(number, "", value=value)
     return Row(number, "", problem=f"must be a JSON object, not {type(value).__name__}")
 
 
-def _table(path: Path) -> Iterable[Row]:
+def _table(path: Path) -> Iterator[Row]:
     """The rows of a spreadsheet or a ``.tsv`` file as texts, numbered as their editors do."""
     import pandas
 
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    settings: dict[str, Any] = {"dtype": str, "keep_default_na": False}
     try:
         if path.suffix.lower() == ".xlsx":
             # What some writers take for a formula, an answer that begins with "=", is its own text here.
-            settings = {"data_only": False}
-            frame = pandas.read_excel(
-                path, dtype=str, keep_default_na=False, engine="openpyxl", engine_kwargs=settings
-            )
+            settings |= {"engine": "openpyxl", "engine_kwargs": {"data_only": False}}
+            frame = pandas.read_excel(path, **settings)
         else:
-            frame = pandas.read_csv(path, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            frame = pandas.read_csv(path, sep="\t", encoding="utf-8-sig", **settings)
     except ImportError:
         raise InputError(f"{path}: needs openpyxl; pip install 'mllm-protector[excel]'") from None
     except Exception as error:  # pandas and openpyxl raise many kinds on broken files
@@ -198,14 +190,13 @@ def _stored(row: Mapping[str, Any], answer: Any, *, id: Any) -> Stored:  # noqa:
     if text.startswith(NOT_OBTAINED):
         raise Unwanted("no answer")
     question, scenario = _first(row, _QUESTIONS), _first(row, _SCENARIOS)
-    kinds = (str(row[name]).strip().upper() for name in _KINDS if name in row)
-    known: Mapping[str, Variant] = {**{kind: kind for kind in VARIANTS}, "TEXT_ONLY": "TEXT"}
+    named = (str(row[name]).strip().upper() for name in _VARIANTS if name in row)
     return Stored(
         answer=text,
         id=None if id in (None, "") else str(id),
         question=None if question is None else text_field(row, question),
         scenario=None if scenario is None else str(row[scenario]),
-        kind=next((known[kind] for kind in kinds if kind in known), None),
+        variant=next((_KNOWN[name] for name in named if name in _KNOWN), None),
     )
 
 
@@ -213,11 +204,11 @@ _PARSERS = {"records": _record, "vlmevalkit": _vlmevalkit, "lmms_eval": _lmms_ev
 
 
 def _of_the_benchmark(
-    path: Path, scenarios: Mapping[Path, Any], kinds: Sequence[Variant] | None, model: str | None
+    path: Path, files: Mapping[Path, Any], variants: Sequence[Variant] | None, model: str | None
 ) -> tuple[Reading[Stored], str]:
     """The answers of one model in MM-SafetyBench's own layout, known by the ids of its questions."""
     models: set[str] = set()
-    for file, rows in scenarios.items():
+    for file, rows in files.items():
         if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
             raise InputError(f"{file}: must be a JSON object of questions by number")
         models |= {name for row in rows.values() for name in row.get("ans") or ()}
@@ -228,29 +219,26 @@ def _of_the_benchmark(
     if model is None or model not in models:
         said = "" if model is None else f" and none of {model}"
         raise InputError(f"{path}: has answers of {', '.join(sorted(models))}{said}; name one as mllm.model")
-    if kinds is None or len(kinds) != 1:
+    if variants is None or len(variants) != 1:
         raise InputError(
             f"{path}: does not say how its questions were asked; give one of {', '.join(VARIANTS)},"
             f" such as mllm.kinds=[{VARIANTS[-1]}]"
         )
-
-    def parse(row: Mapping[str, Any]) -> Stored:
-        said = row["said"]
-        if said is None:
-            raise Unwanted(f"no answer of {model}")
-        if not isinstance(said, dict):
-            raise ValueError(f"the answer of {model} must be a JSON object with a text")
-        return _record({"id": row["id"], "answer": said.get("text")})
-
     reading: Reading[Stored] = Reading()
-    for file, rows in scenarios.items():
-        asked = ((f"{file.stem}/{kinds[0]}/{key}", row.get("ans") or {}) for key, row in rows.items())
+    for file, rows in files.items():
+        answers = {f"{file.stem}/{variants[0]}/{key}": (row.get("ans") or {}) for key, row in rows.items()}
         entries = (
-            Row(number, "", value={"id": name, "said": answers.get(model)})
-            for number, (name, answers) in enumerate(asked, start=1)
+            _benchmark_row(number, name, by_model.get(model))
+            for number, (name, by_model) in enumerate(answers.items(), start=1)
         )
-        reading.records += stream_rows(entries, str(file), parse, reading)
+        reading.records += stream_rows(entries, str(file), _record, reading)
     return reading, model
+
+
+def _benchmark_row(number: int, name: str, said: Any) -> Row:
+    if said is None or isinstance(said, dict):
+        return Row(number, "", value={"id": name, "answer": (said or {}).get("text")})
+    return Row(number, "", problem="a model's answer must be a JSON object with a text")
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> str | None:

@@ -1,14 +1,14 @@
-"""Pretrained models from a folder or the hub, and how much of them is trained.
+"""Pretrained models from a folder or the hub.
 
 Only safetensors are loaded, and code that comes with a model runs only if the user asks for it.
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, get_args
 
 import torch
 from transformers import (
@@ -23,16 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from mllm_protector.data.packing import moved
 from mllm_protector.errors import InputError
-from mllm_protector.models.quantization import (
-    Quantization,
-    is_quantized,
-    keep_trainable,
-    quantization_settings,
-)
-from mllm_protector.ranges import Count, Share
-
-Task = Literal["SEQ_CLS", "CAUSAL_LM"]
-TuningKind = Literal["full", "lora"]
+from mllm_protector.models.tuning import Quantization, is_quantized, keep_trainable, quantization_settings
 
 DTYPES = ("float32", "bfloat16")
 
@@ -88,25 +79,18 @@ class Backbone:
             pad_id: the id by which the model finds the last token of a row.
 
         Returns:
-            The model, and the names of its modules that are new (not in the checkpoint): the head. They are
-            and compute in float32.
+            The model, and the names of its new modules (not in the checkpoint): the head, in float32.
 
         Raises:
             InputError: the model cannot be loaded, or not in so few bits, or has no sequence classification
                 form.
         """
-        arguments = self._arguments(classifier=True)
-        with loading(self.name):
-            self._look_up()
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self.name, num_labels=1, output_loading_info=True, **arguments
-            )
-        keep_trainable(model)
+        model, missing = self._load(AutoModelForSequenceClassification, num_labels=1)
         model.config.pad_token_id = pad_id
         model.config.id2label = {0: "HARMFUL"}
         model.config.label2id = {"HARMFUL": 0}
         model.config.problem_type = "multi_label_classification"  # transformers' name for BCE; never MSE
-        fresh = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+        fresh = sorted({key.rpartition(".")[0] for key in missing})
         for name in fresh:
             layer = model.get_submodule(name)
             if is_quantized(layer):
@@ -124,16 +108,31 @@ class Backbone:
         Raises:
             InputError: the model cannot be loaded, or its head is not in the checkpoint.
         """
-        arguments = self._arguments(classifier=False)
-        with loading(self.name):
-            self._look_up()
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self.name, output_loading_info=True, **arguments
-            )
-        keep_trainable(model)
-        if missing := sorted(report["missing_keys"]):
+        model, missing = self._load(AutoModelForCausalLM)
+        if missing:
             raise InputError(f"{self.name}: not a whole causal language model, {missing[0]} is missing")
         return model
+
+    def _load(self, family: Any, **settings: Any) -> tuple[PreTrainedModel, list[str]]:
+        """A model of a transformers family, and the keys that its checkpoint lacks."""
+        dtype = getattr(torch, self.dtype)
+        if self.quantization is not None:
+            settings["quantization_config"] = quantization_settings(
+                self.quantization, dtype, classifier=family is AutoModelForSequenceClassification
+            )
+        with loading(self.name):
+            self._look_up()
+            model, report = family.from_pretrained(
+                self.name,
+                **self._origin(),
+                dtype=dtype,
+                attn_implementation=self.attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                **settings,
+            )
+        keep_trainable(model)
+        return model, sorted(report["missing_keys"])
 
     def _look_up(self) -> None:
         """Fail on a wrong name at once: each file costs some 20 seconds of retries where the hub is away."""
@@ -142,20 +141,6 @@ class Backbone:
 
     def _origin(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-    def _arguments(self, *, classifier: bool) -> dict[str, Any]:
-        dtype = getattr(torch, self.dtype)
-        arguments = {
-            **self._origin(),
-            "dtype": dtype,
-            "attn_implementation": self.attention,
-            "use_safetensors": True,
-        }
-        if self.quantization is not None:
-            arguments["quantization_config"] = quantization_settings(
-                self.quantization, dtype, classifier=classifier
-            )
-        return arguments
 
 
 class Float32Linear(torch.nn.Linear):
@@ -172,81 +157,6 @@ class Float32Linear(torch.nn.Linear):
         """Map (..., in_features) of any dtype to (..., out_features) float32."""
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float())
-
-
-class Tuning(Protocol):
-    """How much of a model is trained."""
-
-    kind: TuningKind
-
-    def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
-        """The model to train, with gradients switched on exactly where it learns.
-
-        Args:
-            model: as loaded.
-            task: what it is trained for.
-            fresh: modules without pretrained weights, trained in full whatever else is.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FullTuning:
-    """Every weight is trained, in float32."""
-
-    kind: TuningKind = "full"
-
-    def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
-        """The same model in float32.
-
-        Raises:
-            InputError: it is quantised; such weights cannot be trained.
-        """
-        if is_quantized(model):
-            raise InputError(
-                "tuning=full: the weights of a quantised backbone cannot be trained; "
-                "use tuning=lora or backbone.quantization=null"
-            )
-        return model.float()  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraTuning:
-    """Low-rank adapters (and the new head) are trained in float32; the backbone is frozen.
-
-    Attributes:
-        rank: of the adapters.
-        alpha: the adapters' output is scaled by alpha / rank.
-        dropout: on the adapters' input, during training only.
-        targets: names of the layers that get adapters, or ``all-linear``.
-    """
-
-    rank: Count
-    alpha: Count
-    dropout: Share
-    targets: str | list[str]
-    kind: TuningKind = "lora"
-
-    def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
-        """The model wrapped by PEFT."""
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(
-            task_type=task,
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.targets,
-            modules_to_save=list(fresh) or None,
-        )
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise InputError(f"tuning.targets={self.targets}: {str(error).splitlines()[0]}") from None
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        return adapted  # type: ignore[no-any-return]
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -293,8 +203,8 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
 def loading(name: str) -> Iterator[None]:
     """Turn whatever stops a model from being loaded into one line, and keep transformers quiet.
 
-    It warns of weights that are new, such as the head that an adapter is about to fill; whether any are
-    missing in the end is checked by the callers.
+    Its warnings are of new weights, such as the head that an adapter is about to fill; callers check whether
+    any are missing in the end.
 
     Args:
         name: of the model, a local folder or a name on the hub.
@@ -315,6 +225,30 @@ def loading(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {problem} ({_one_line(error)})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def load_whole(family: Any, name: str, what: str, *, dtype: str, **settings: Any) -> PreTrainedModel:
+    """A model to run as it is: in safetensors format, with every weight from its checkpoint.
+
+    Args:
+        family: the transformers class that loads it.
+        name: a local folder, or else a name on the Hugging Face hub.
+        what: it is, in words.
+        dtype: of the weights (``float32``, ``bfloat16``, ``float16``); ``auto`` takes the checkpoint's.
+        settings: of ``from_pretrained``.
+
+    Raises:
+        InputError: an unknown dtype, or the model cannot be loaded, or a weight is missing.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError(f"dtype={dtype}: use auto, float32, bfloat16 or float16")
+    with loading(name):
+        model, report = family.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **settings
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{name}: not a whole {what}, {missing[0]} is missing")
+    return model
 
 
 def require_length(model: PreTrainedModel, max_length: int) -> None:

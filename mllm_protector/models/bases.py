@@ -1,6 +1,6 @@
-"""Where the base of a part is, and that it is the one that the part was trained on.
+"""Where the base of a part is, and that it is the one the part was trained on.
 
-An adapter is worth nothing on other weights, and where their shapes agree nothing would tell: the scores are
+An adapter is worth nothing on other weights, and where their shapes agree no error would tell: the scores are
 numbers all the same. So a training takes the fingerprint of its base, and whoever loads the part compares.
 """
 
@@ -24,18 +24,18 @@ from mllm_protector.models.tiny import SETTINGS
 log = logging.getLogger(__name__)
 
 BLOCK, BLOCKS = 1 << 16, 256
-"""Bytes that are read at a time, and how often at most in one file."""
+"""Bytes of a block, and the most blocks that are read of one file."""
 
 CONFIG = "config.json"
 
 
 def fingerprint(folder: Path) -> str | None:
-    """By what a base is known again: a sha256 over its configuration and its weights.
+    """A sha256 over a base's configuration and weights, which identifies it.
 
     Of each file it takes name, size and 256 blocks of 64 KiB, spread evenly from the first byte to the last;
     a file of up to 16 MiB is read whole. Two models that were trained differently differ in all blocks. It
-    does not prove that no single weight was changed between them, and it knows nothing of the tokenizer,
-    which a part brings with it.
+    does not prove that no single weight was changed between them, and it leaves out the tokenizer, which a
+    part brings with it.
 
     Args:
         folder: with ``config.json`` and ``model.safetensors``, or shards and their index.
@@ -64,13 +64,13 @@ def fingerprint(folder: Path) -> str | None:
 
 
 def provenance(backbone: Backbone) -> dict[str, Any]:
-    """What ``guard.json`` says of a base: where it is, by what it is known again, whether it was trained.
+    """The fields of ``GuardFile`` about a base: ``base``, ``base_fingerprint`` and ``pretrained``.
 
-    A folder is named by its full path, and of a model from the hub the commit is named that was loaded.
+    A folder is named by its full path; of a model from the hub the commit is named that was loaded.
     """
     folder = _files(backbone)
     found = backbone
-    if folder is not None and _is_local(backbone):
+    if folder is not None and Path(backbone.name).is_dir():
         found = replace(backbone, name=str(folder))
     elif folder is not None and re.fullmatch("[0-9a-f]{40}", folder.name):
         found = replace(backbone, revision=folder.name)
@@ -112,21 +112,18 @@ def find_base(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        InputError: ``base`` is another model, or the right one is nowhere.
+        InputError: ``base`` is another model, or the right one is not found.
     """
     recorded = replace(guard.backbone(), trust_remote_code=trust_remote_code)
     if base is not None:
-        given = replace(recorded, name=base, revision=None)
-        if not _is(given, guard):
+        if not _may_be_base(base, guard):
             raise InputError(
                 f"base={base}: is not the model that {folder} was trained on ({recorded.name}): its weights "
-                f"or its {CONFIG} are others"
+                f"or its {CONFIG} differ"
             )
-        return given
-    if guard.base_fingerprint is None:
-        return recorded
+        return replace(recorded, name=base, revision=None)
     files = _files(recorded)
-    if files is not None and fingerprint(files) == guard.base_fingerprint:
+    if guard.base_fingerprint is None or (files and fingerprint(files) == guard.base_fingerprint):
         return recorded
     others = []
     for near in _near(folder.resolve(), recorded.name):
@@ -146,15 +143,13 @@ def find_base(
 
 
 def base_of(base: str | None, folder: str | Path, kind: Kind) -> str | None:
-    """The ``base`` that a user gave for several parts, where this part may be on it; ``None`` otherwise.
+    """The ``base`` that a user gave for several parts, if this part may be on it; else ``None``.
 
     Raises:
         InputError: the folder does not hold what it should.
     """
-    if base is None:
-        return None
-    guard = read_guard_file(Path(folder), kind)
-    return base if _is(replace(guard.backbone(), name=base, revision=None), guard) else None
+    guard = None if base is None else read_guard_file(Path(folder), kind)
+    return base if guard and base and _may_be_base(base, guard) else None
 
 
 def bases_of(base: str | None, *parts: tuple[str | Path, Kind]) -> list[str | None]:
@@ -164,31 +159,27 @@ def bases_of(base: str | None, *parts: tuple[str | Path, Kind]) -> list[str | No
 
 
 def require_bases(base: str | None, *parts: tuple[str | Path, Kind]) -> None:
-    """Look for the bases of parts that are loaded later.
+    """Check the bases of parts that are loaded later.
 
     Raises:
-        InputError: a folder does not hold what it should, or a base is another model or nowhere.
+        InputError: a folder does not hold what it should, or a base is another model or not found.
     """
     for (folder, kind), own in zip(parts, bases_of(base, *parts), strict=True):
         part_backbone(read_guard_file(Path(folder), kind), Path(folder), own)
 
 
-def _is(backbone: Backbone, guard: GuardFile) -> bool:
-    """Whether this may be the base of a part; what cannot be told is so."""
+def _may_be_base(name: str, guard: GuardFile) -> bool:
+    """Whether a model may be the base of a part; it may where that cannot be told."""
     if guard.base_fingerprint is None:
         return True
-    files = _files(backbone)
+    files = _files(replace(guard.backbone(), name=name, revision=None))
     found = None if files is None else fingerprint(files)
-    return found == guard.base_fingerprint or (found is None and not _is_local(backbone))
-
-
-def _is_local(backbone: Backbone) -> bool:
-    return Path(backbone.name).is_dir()
+    return found == guard.base_fingerprint or (found is None and not Path(name).is_dir())
 
 
 def _files(backbone: Backbone) -> Path | None:
     """The folder with the files of a model: the user's own, or what the hub's cache has."""
-    if _is_local(backbone):
+    if Path(backbone.name).is_dir():
         return Path(backbone.name).resolve()
     try:
         cached = try_to_load_from_cache(backbone.name, CONFIG, revision=backbone.revision)
@@ -198,7 +189,7 @@ def _files(backbone: Backbone) -> Path | None:
 
 
 def _near(folder: Path, name: str) -> Iterator[Path]:
-    """Folders in or above ``folder`` that are called as the end of a path, the nearest first."""
+    """Folders in or above ``folder`` that are called like an end of the path ``name``, the nearest first."""
     parts = [part for part in Path(name).parts if part != Path(name).anchor]
     for parent in (folder, *folder.parents):
         for start in range(len(parts)):

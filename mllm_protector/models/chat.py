@@ -6,34 +6,29 @@ quoted in an error, and the key leaves this module in the header of a request on
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError, Timeout
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.models.address import checked_address, is_loopback, key_from, public
-from mllm_protector.models.completions import declined, text_of
-from mllm_protector.models.connections import MAX_REPLY_MB, TooLarge, run_in_background
-from mllm_protector.models.metering import (
-    GRACE_SECONDS,
-    NOT_SENT,
-    Meter,
-    Metered,
-    MeteredClient,
-    NotAdmitted,
-    Usage,
-    counted,
-    usage_of,
+from mllm_protector.models.connections import (
+    MAX_REPLY_MB,
+    BoundedClient,
+    TooLarge,
+    checked_address,
+    key_from,
+    public,
+    run_in_background,
 )
-from mllm_protector.records import Failure
+from mllm_protector.reading import whole_characters
+from mllm_protector.records import CutText, Failure
 
 OPENAI = "https://api.openai.com/v1"
 
 CONNECT_SECONDS = 10.0
-"""A server that is there answers a connection sooner."""
+"""A server that is there accepts a connection sooner."""
 
 FATAL = {
     401: "does not accept the key",
@@ -41,9 +36,10 @@ FATAL = {
     403: "does not let the key use it",
     404: "does not know the model or the address",
 }
-"""What no other row would fare better with."""
+"""Statuses that every other row would get too."""
 
-TOO_LARGE = Failure(reason=f"the reply is larger than {MAX_REPLY_MB} MB")
+DECLINED = ("content_filter", "content_policy_violation", "invalid_prompt", "ResponsibleAIPolicyViolation")
+"""Error codes of content filters: OpenAI's, Azure's, LiteLLM's and OpenRouter's."""
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -56,8 +52,8 @@ class ServedChat:
     of ``Retry-After`` (or ``retry-after-ms``, or an HTTP date) or else after 0.5 s, doubled each time up to
     8 s, less up to a quarter at random. A server that asks for more than 120 s is not asked again in this
     run (releases before version 3 wait at most 60 s and take their own pause where the server wants more).
-    ``x-should-retry`` overrules the status. A 200 that is no JSON is not tried again. So a conversation takes
-    at most ``(max_retries + 1) * timeout`` seconds and the pauses between.
+    ``x-should-retry`` overrules the status. A 200 that is not JSON is not tried again. So a conversation
+    takes at most ``(max_retries + 1) * timeout`` seconds and the pauses between.
     """
 
     def __init__(
@@ -87,21 +83,21 @@ class ServedChat:
             seed: sent with each request, where the server knows seeds.
             length_field: what the server calls the longest reply; OpenAI's reasoning models know only
                 ``max_completion_tokens``.
-            identity: a name for what stands behind the address, and takes its place in ``identity()``: two
-                addresses with one name are one model. It is written into results, so it must be no secret.
+            identity: a name for what stands behind the address, which takes its place in ``identity()``: two
+                addresses with one name are one model. It is written into results, so it must not be secret.
 
         Raises:
-            InputError: a number out of range, no key, or an address that is none or holds a secret.
+            InputError: a number out of range, no key, or a base_url that is no address or holds a secret.
         """
-        for key, number, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
+        for name, number, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
             if number < least:
-                raise InputError(f"{key}={number}: must be at least {least}")
+                raise InputError(f"{name}={number}: must be at least {least}")
         if timeout <= 0:
             raise InputError(f"timeout={timeout}: must be more than 0 seconds")
         if temperature is not None and temperature < 0:
             raise InputError(f"temperature={temperature}: must be at least 0")
-        address = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
-        parts = checked_address(address)
+        self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        address = checked_address(self._base_url)
         self.model = model
         self.concurrency = concurrency
         self.temperature = None if temperature is None else float(temperature)  # 0 and 0.0 are one identity
@@ -109,14 +105,11 @@ class ServedChat:
         self.length_field = length_field
         self.api_key_env = api_key_env
         self._timeout = timeout
-        self._address = address
-        self._shown = public(parts)
-        self._same = identity
-        self._key = partial(
-            key_from, api_key_env, local=is_loopback(str(parts.hostname))
-        )  # not the key itself
-        self._key()
         self._max_retries = max_retries
+        self._identity = identity
+        self._address = public(address)
+        self._host = str(address.hostname)
+        self._key()
 
     def complete(
         self,
@@ -124,17 +117,15 @@ class ServedChat:
         *,
         max_tokens: int,
         seeds: Sequence[int | None] | None = None,
-        meter: Meter | None = None,
     ) -> list[str | Failure]:
         """The reply to each conversation, or why there is none; a reply cut at ``max_tokens`` is a reply.
 
-        Where nobody is reached, conversations that wait for their turn are not tried any more.
+        Once the server cannot be reached, conversations that wait for their turn are not sent.
 
         Args:
             conversations: see ``protocols.Chat``.
             max_tokens: the longest reply.
             seeds: one for each conversation, instead of the model's own.
-            meter: allows, counts and keeps each request and reply at the moment it is sent or comes.
 
         Raises:
             InputError: the server refuses the key, the model or the address.
@@ -142,104 +133,88 @@ class ServedChat:
         """
         seeds = [self.seed] * len(conversations) if seeds is None else seeds
         rows = [*zip(conversations, seeds, strict=True)]
-        return run_in_background(lambda: self._all(rows, max_tokens, meter)) if rows else []
+
+        async def ask_all() -> list[str | Failure]:
+            async with self._client(BoundedClient(self._timeout)) as client:
+                return await self._in_turn(
+                    len(rows), lambda index: self._reply(client, *rows[index], max_tokens)
+                )
+
+        return run_in_background(ask_all) if rows else []
 
     def identity(self) -> dict[str, Any]:
         """What the replies depend on. A server at another address, or port, is another one unless named."""
         return {
             "model": self.model,
-            **({"base_url": self._shown} if self._same is None else {"identity": self._same}),
+            **({"base_url": self._address} if self._identity is None else {"identity": self._identity}),
             "temperature": self.temperature,
             "seed": self.seed,
         }
 
-    async def _all(
-        self, rows: Sequence[tuple[Conversation, int | None]], max_tokens: int, meter: Meter | None
-    ) -> list[str | Failure]:
-        replies: dict[int, str | Failure] = {}
-        stopped: list[Failure | InputError] = []
-        waiting = iter(range(len(rows)))
-        client = AsyncOpenAI(
-            http_client=MeteredClient(self._timeout),
+    def _key(self) -> str:
+        return key_from(self.api_key_env, self._host)  # read when it is needed, and never kept
+
+    def _client(self, connections: BoundedClient) -> AsyncOpenAI:
+        return AsyncOpenAI(
+            http_client=connections,
             api_key=self._key(),
-            base_url=self._address,
+            base_url=self._base_url,
             timeout=Timeout(self._timeout, connect=min(self._timeout, CONNECT_SECONDS)),
             max_retries=self._max_retries,
         )
+
+    async def _in_turn(
+        self, count: int, ask: Callable[[int], Awaitable[str | Failure]]
+    ) -> list[str | Failure]:
+        """What ``ask`` returns for each index; ``concurrency`` at once, until one cannot reach the server."""
+        replies: dict[int, str | Failure] = {}
+        stopped: list[InputError | Failure] = []
+        waiting = iter(range(count))
 
         async def work() -> None:
             for index in waiting:
                 if stopped:
                     return
-                metered = None if meter is None else Metered(meter, index)
                 try:
-                    replies[index] = reply = await self._reply(client, *rows[index], max_tokens, metered)
+                    replies[index] = reply = await ask(index)
                 except InputError as error:
                     stopped.append(error)
                     return
                 if isinstance(reply, Failure) and reply.unreachable:
                     stopped.append(reply)
 
-        async with client:
-            workers = asyncio.gather(*(work() for _ in range(min(self.concurrency, len(rows)))))
-            await _unless_stopped(workers, meter)
+        await asyncio.gather(*(work() for _ in range(min(self.concurrency, count))))
         for reason in stopped:
             if isinstance(reason, InputError):
                 raise reason
-        rest = self._unreachable() if stopped else NOT_SENT
-        return [replies.get(index, rest) for index in range(len(rows))]
+        return [replies.get(index, self._unreachable()) for index in range(count)]
 
     async def _reply(
-        self,
-        client: AsyncOpenAI,
-        conversation: Conversation,
-        seed: int | None,
-        max_tokens: int,
-        metered: Metered | None,
-    ) -> str | Failure:
-        usage = None
-        with counted(metered):
-            try:
-                reply, usage = await self._asked(client, conversation, seed, max_tokens)
-                if isinstance(reply, Failure) and not reply.unreachable and reply is not NOT_SENT:
-                    reply = replace(reply, reason=f"{reply.reason} at {self._shown}")
-                if metered is not None:
-                    metered.finish(reply, usage)
-            finally:
-                if metered is not None:
-                    metered.end(usage)
-        return reply
-
-    async def _asked(
         self, client: AsyncOpenAI, conversation: Conversation, seed: int | None, max_tokens: int
-    ) -> tuple[str | Failure, Usage | None]:
-        """The reply, and what the server says that it took."""
+    ) -> str | Failure:
         messages: Any = list(conversation)
-        arguments: dict[str, Any] = {self.length_field: max_tokens}
-        arguments |= {} if self.temperature is None else {"temperature": self.temperature}
-        arguments |= {} if seed is None else {"seed": seed}
+        settings: dict[str, Any] = {self.length_field: max_tokens}
+        settings |= {} if self.temperature is None else {"temperature": self.temperature}
+        settings |= {} if seed is None else {"seed": seed}
         try:
-            completion = await client.chat.completions.create(
-                model=self.model, messages=messages, **arguments
-            )
+            completion = await client.chat.completions.create(model=self.model, messages=messages, **settings)
+            reply = text_of(completion)
         except APIStatusError as error:
-            return self._status_failure(error), None
-        except NotAdmitted:
-            return NOT_SENT, None
+            reply = self._status_failure(error)
         except TooLarge:
-            return TOO_LARGE, None
+            reply = _too_large()
         except APIConnectionError as error:
-            return self._connection_failure(error), None
+            reply = self._connection_failure(error)
         except (OpenAIError, ValueError, RecursionError):  # JSON that is none, text that is no Unicode
-            return Failure(reason="the request or its reply is not valid JSON"), None
-        return text_of(completion), usage_of(completion)
+            reply = Failure(reason="the request or its reply is not valid JSON")
+        if isinstance(reply, Failure) and not reply.unreachable:
+            return replace(reply, reason=f"{reply.reason} at {self._address}")
+        return reply
 
     def _connection_failure(self, error: APIConnectionError) -> Failure:
         cause = error.__cause__
-        if isinstance(cause, NotAdmitted):  # releases before version 3 wrap it
-            return NOT_SENT
-        if isinstance(cause, TooLarge):
-            return TOO_LARGE
+        if isinstance(cause, TooLarge):  # releases before version 3 wrap it
+            return _too_large()
         if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
             return self._unreachable()
         if isinstance(error, APITimeoutError):
@@ -247,7 +222,7 @@ class ServedChat:
         return Failure(reason="the connection broke")
 
     def _status_failure(self, error: APIStatusError) -> Failure:
-        """What a row fares with an error status, after all retries."""
+        """What an error status, after all retries, means for its row."""
         status = error.status_code
         if declined(error.body):
             return Failure(reason=f"declined by the service (HTTP {status})", refused=True)
@@ -255,24 +230,39 @@ class ServedChat:
             status = 402
         if status in FATAL:
             problem = (
-                f"model={self.model}: {self._shown} {FATAL[status]} (HTTP {error.status_code}); check model, "
-                f"base_url and the key in the environment variable that api_key_env={self.api_key_env} names"
+                f"model={self.model}: {self._address} {FATAL[status]} (HTTP {error.status_code}); check "
+                f"model, base_url and the key (api_key_env={self.api_key_env})"
             )
             raise RunError(problem) if status == 402 else InputError(problem)
         return Failure(reason=f"the server failed (HTTP {status})")
 
     def _unreachable(self) -> Failure:
-        return Failure(reason=f"nobody answers at {self._shown}", unreachable=True)
+        return Failure(reason=f"nobody answers at {self._address}", unreachable=True)
 
 
-async def _unless_stopped(workers: "asyncio.Future[list[None]]", meter: Meter | None) -> None:
-    """Wait for all workers; once the meter says that the run ends, for ``GRACE_SECONDS`` at most."""
-    while meter is not None and not meter.stopped():
-        if (await asyncio.wait([workers], timeout=0.1))[0]:
-            break
-    done, _ = await asyncio.wait([workers], timeout=None if meter is None else GRACE_SECONDS)
-    if done:
-        workers.result()
-    else:
-        workers.cancel()
-        await asyncio.wait([workers])
+def declined(body: object) -> bool:
+    """Whether an error's body is that of a content filter, at whatever depth the services put it."""
+    if not isinstance(body, dict):
+        return False
+    return body.get("code") in DECLINED or "flagged_input" in body or any(map(declined, body.values()))
+
+
+def text_of(completion: Any) -> str | Failure:
+    """The reply in what the client made of a 200: it checks no types, so anything may be anywhere."""
+    try:
+        choice = completion.choices[0]
+        content = choice.message.content
+        refusal = getattr(choice.message, "refusal", None)
+        finish = getattr(choice, "finish_reason", None)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return Failure(reason="the reply is no chat completion")
+    if finish == "content_filter" or refusal:
+        return Failure(reason="declined by the service", refused=True)
+    if not isinstance(content, str):
+        return Failure(reason="the reply holds no text")
+    text = whole_characters(content.strip())
+    return CutText(text) if finish == "length" else text
+
+
+def _too_large() -> Failure:
+    return Failure(reason=f"the reply is larger than {MAX_REPLY_MB} MB")

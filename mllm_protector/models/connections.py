@@ -1,32 +1,42 @@
-"""Connections to a server that may be slow, endless or silent: bounded in time and size, and left at will.
+"""Connections to a server that may be slow, endless or silent: address, key, and an end to each request.
 
-The HTTP library's own time limits are for each read and each connection, so a server that sends a byte a
-second keeps a request alive for ever.
+The HTTP library's own time limits hold for each read, so a server that sends a byte a second would keep a
+request alive for ever.
 """
 
 import asyncio
+import ipaddress
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 from anyio.from_thread import start_blocking_portal
 from openai import DefaultAsyncHttpxClient, OpenAIError
+
+from mllm_protector.errors import InputError
 
 T = TypeVar("T")
 
 MAX_REPLY_MB = 16
 """Megabytes of a reply, unpacked; no answer of a language model comes near."""
 
+_USUAL_PORTS = {"http": 80, "https": 443}
+
+_TRANSPORT = ("content-encoding", "content-length", "transfer-encoding")
+"""Headers that are true only of the bytes on the wire."""
+
 
 class TooLarge(OpenAIError):
-    """A reply of more than ``MAX_REPLY_MB``; the official client hands this on and does not ask again."""
+    """A reply of more than ``MAX_REPLY_MB``; the official client raises it and does not ask again."""
 
 
 class BoundedClient(DefaultAsyncHttpxClient):
     """The official client's connections, with an end to each request."""
 
     def __init__(self, seconds: float) -> None:
-        """Allow a request so many seconds, from connecting to the last byte of its reply."""
+        """Allow a request this many seconds, from connecting to the last byte of its reply."""
         super().__init__()
         self._seconds = seconds
 
@@ -58,14 +68,62 @@ class BoundedClient(DefaultAsyncHttpxClient):
         return type(response)(response.status_code, headers=headers, content=bytes(body), request=request)
 
 
-_TRANSPORT = ("content-encoding", "content-length", "transfer-encoding")
-"""What is true of the bytes on the wire only."""
-
-
 def run_in_background(work: Callable[[], Awaitable[T]]) -> T:
     """The outcome of asynchronous work, which an exception in this thread, such as Ctrl-C, cancels at once.
 
-    It has a thread and an event loop of its own, so that it also runs within another loop, as in a notebook.
+    It runs in a thread and an event loop of its own, so it also works within another loop, as in a notebook.
     """
     with start_blocking_portal() as portal:
         return portal.call(work)
+
+
+def checked_address(address: str) -> SplitResult:
+    """The parts of a base_url. No message shows one that may hold a secret.
+
+    Raises:
+        InputError: not an address, or one with a user, a password or a query.
+    """
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError("base_url: not an address such as http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise InputError(
+            "base_url: must hold no user, password or query; put the key into the environment variable "
+            "that api_key_env names"
+        )
+    return parts
+
+
+def public(parts: SplitResult) -> str:
+    """An address as it may be shown: scheme, host, port and path."""
+    host = f"[{parts.hostname}]" if ":" in str(parts.hostname) else parts.hostname
+    port = "" if parts.port in (None, _USUAL_PORTS[parts.scheme]) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def key_from(variable: str | None, host: str) -> str:
+    """The key in an environment variable; a server on this machine needs none.
+
+    Raises:
+        InputError: there is none, or what is there cannot be one.
+    """
+    key = "" if variable is None else os.environ.get(variable, "").strip()
+    if not key and variable is not None and not _is_loopback(host):
+        raise InputError(
+            f"api_key_env={variable}: this environment variable is not set; export {variable}=..., or give "
+            "api_key_env=null for a server that wants no key"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"api_key_env={variable}: the value of this environment variable is no key")
+    return key or "none"  # the client insists on one
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

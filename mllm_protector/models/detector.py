@@ -1,7 +1,7 @@
 """The harm detector: an LLM backbone whose last layer is a linear layer with one output.
 
 Source: paper arXiv 2401.02906, section 3. It scores (question, answer) together, in training and in use;
-how a text becomes ids is the encoder's business, and the encoder is part of the checkpoint.
+the encoder, which turns them into ids, is part of the checkpoint.
 
 A long answer is scored in overlapping windows and counts as harmful as the worst of them. A detector only
 knows texts of the lengths that it was trained on: read as one long text, a harmful sentence among many
@@ -46,8 +46,6 @@ class HarmDetector:
 
     Attributes:
         window: the most tokens of an answer that are read at once; ``None`` for as many as fit.
-        scored_answers: how many answers were scored so far.
-        scored_windows: in how many windows: what was paid for them.
     """
 
     def __init__(
@@ -78,18 +76,11 @@ class HarmDetector:
         self.window = guard.window if window is None else window
         if self.window is not None and self.window < 1:
             raise InputError(f"window={self.window}: must be at least 1 token")
-        self.scored_answers = 0
-        self.scored_windows = 0
 
     @property
     def threshold(self) -> float:
         """Scores at or above it are harmful."""
         return 0.5 if self.guard.threshold is None else self.guard.threshold
-
-    @property
-    def group_thresholds(self) -> dict[str, float]:
-        """Thresholds of single groups of answers, by the group's name; ``threshold`` holds for the others."""
-        return self.guard.group_thresholds
 
     def logits(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The logit of each answer to its query: the worst of its windows and readings, NaN if one is.
@@ -99,8 +90,6 @@ class HarmDetector:
         """
         require_texts(queries=queries, answers=answers)
         windows = self.encoder.windows(queries=queries, answers=answers, window=self.window)
-        self.scored_answers += len(windows)
-        self.scored_windows += sum(map(len, windows))
         return worst_logits(self.model, self.encoder, windows, limit=self.limit)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -128,7 +117,6 @@ class HarmDetector:
             "temperature": self.guard.temperature,
             "offset": self.guard.offset,
             "threshold": self.threshold,
-            "group_thresholds": self.group_thresholds,
         }
 
     def save(self, folder: Path) -> None:
@@ -162,11 +150,11 @@ def load_detector(
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detector")
-    device_to_use = pick_device(device)
+    where = pick_device(device)
     encoder = detector_encoder(folder, guard, trust_remote_code=trust_remote_code)
     backbone = part_backbone(guard, folder, base, trust_remote_code=trust_remote_code)
-    trained = load_classifier(folder, guard, backbone).to(device_to_use)
-    return HarmDetector(trained, encoder, guard, batch_tokens=batch_tokens, window=window)
+    model = load_classifier(folder, guard, backbone).to(where)
+    return HarmDetector(model, encoder, guard, batch_tokens=batch_tokens, window=window)
 
 
 def load_classifier(folder: Path, guard: GuardFile, backbone: Backbone) -> torch.nn.Module:
@@ -174,7 +162,7 @@ def load_classifier(folder: Path, guard: GuardFile, backbone: Backbone) -> torch
 
     Args:
         folder: of the detector.
-        guard: what it says of itself.
+        guard: the content of its ``guard.json``.
         backbone: what to load the weights from, or the base under its adapter.
 
     Raises:
@@ -237,7 +225,7 @@ def worst_logits(
         model: maps (B, T) ids and mask to logits (B, 1).
         encoder: pads the rows.
         windows: the rows of each answer, at least one.
-        limit: of one forward pass; it may hold windows of several answers.
+        limit: of one forward pass, which may hold windows of several answers.
     """
     logits = iter(score_logits(model, encoder, [row for rows in windows for row in rows], limit=limit))
     each = [list(islice(logits, len(rows))) for rows in windows]

@@ -21,7 +21,7 @@ from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
 from mllm_protector.models.bases import find_base, part_backbone
-from mllm_protector.models.decoding import decoded
+from mllm_protector.models.generating import decoded
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.parts import add_adapter, save_part
 
@@ -49,10 +49,9 @@ class Detoxifier:
         Args:
             model: a causal LM, or one wrapped by PEFT.
             encoder: the renderer that it was trained with.
-            guard: what the checkpoint says of itself.
-            max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt. It is room of its
-                own, never shared with the prompt; a shorter one leaves the prompt no more room than it had in
-                training.
+            guard: the content of ``guard.json``.
+            max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt. The prompt never
+                takes this room; a shorter rewrite leaves the prompt no more room than it had in training.
             batch_size: answers rewritten at once.
 
         Raises:
@@ -79,8 +78,8 @@ class Detoxifier:
         Args:
             queries: what was asked.
             answers: what was flagged.
-            attempt: 0 decodes greedily. Later ones are sampled (``TEMPERATURE``, ``TOP_P``) with dice of each
-                row's own, thrown by its texts and the attempt, whatever it is batched with.
+            attempt: 0 decodes greedily. Later ones are sampled (``TEMPERATURE``, ``TOP_P``) from a seed of
+                the row's texts and the attempt, whatever it is batched with.
 
         Raises:
             InputError: not two lists of texts of the same length.
@@ -130,22 +129,22 @@ class Detoxifier:
 class NucleusSampling(LogitsProcessor):  # type: ignore[misc]
     """Leaves each row's sampled token as the only choice, so that greedy decoding takes it.
 
-    A row throws dice of its own, once a token: what it gets does not depend on the rows beside it, on the
-    device, or on the global random state. Source: Holtzman et al., "The Curious Case of Neural Text
-    Degeneration" (arXiv 1904.09751).
+    Each row draws from its own random numbers, once per token: the result does not depend on the rows beside
+    it, on the device, or on the global random state. Source: Holtzman et al., "The Curious Case of Neural
+    Text Degeneration" (arXiv 1904.09751).
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
         """Take one seed for each row of the batch."""
-        self._dice = [random.Random(seed) for seed in seeds]
+        self._rngs = [random.Random(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Map logits (B, V) to 0 for the sampled token and -inf for all others."""
         chances, order = (scores.float() / TEMPERATURE).softmax(-1).sort(descending=True, stable=True)
         sums = chances.cumsum(-1)
         kept = (sums - chances < TOP_P).sum(-1, keepdim=True)  # the fewest tokens that hold TOP_P together
-        thrown = torch.tensor([[dice.random()] for dice in self._dice], device=scores.device)
-        place = (sums <= thrown * sums.gather(-1, kept - 1)).sum(-1, keepdim=True).minimum(kept - 1)
+        drawn = torch.tensor([[rng.random()] for rng in self._rngs], device=scores.device)
+        place = (sums <= drawn * sums.gather(-1, kept - 1)).sum(-1, keepdim=True).minimum(kept - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, order.gather(-1, place), 0.0)
 
 
@@ -179,10 +178,15 @@ def load_detoxifier(
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detoxifier")
+    where = pick_device(device)
     backbone = part_backbone(guard, folder, base, trust_remote_code=trust_remote_code)
-    base_model = backbone.load_causal_lm()
-    model = add_adapter(base_model, folder) if guard.tuning == "lora" else base_model
-    return _ready(folder, guard, model, device, max_new_tokens, batch_size, trust_remote_code)
+    model: torch.nn.Module = backbone.load_causal_lm()
+    if guard.tuning == "lora":
+        model = add_adapter(model, folder)
+    encoder = detoxifier_encoder(folder, guard, trust_remote_code=trust_remote_code)
+    return Detoxifier(
+        model.to(where).eval(), encoder, guard, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
 
 
 def load_untrained(
@@ -192,44 +196,25 @@ def load_untrained(
     device: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 32,
-    trust_remote_code: bool = False,
 ) -> Detoxifier:
-    """Load the backbone of a trained detoxifier as it was before its training, to be asked in the same way.
-
-    It is the baseline: what the training added is what the detoxifier does better.
+    """The backbone of a trained detoxifier as it was before its training: the baseline, asked the same way.
 
     Args:
         folder: what ``train_detoxifier`` wrote.
         base: where the backbone is now; ``None`` to look where it was, and near the folder.
-        device: as for ``load_detoxifier``, and so are the others.
-        max_new_tokens: the longest rewrite.
+        device: ``None`` takes the GPU if there is one.
+        max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
         batch_size: answers rewritten at once.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: not a detoxifier, or its backbone cannot be loaded.
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detoxifier")
-    backbone = find_base(guard, folder, base, trust_remote_code=trust_remote_code)
+    model = find_base(guard, folder, base).load_causal_lm().to(pick_device(device)).eval()
     untrained = replace(guard, weights={}, metrics={})
-    model = backbone.load_causal_lm()
-    return _ready(folder, untrained, model, device, max_new_tokens, batch_size, trust_remote_code)
-
-
-def _ready(
-    folder: Path,
-    guard: GuardFile,
-    model: torch.nn.Module,
-    device: str | None,
-    max_new_tokens: int | None,
-    batch_size: int,
-    trust_remote_code: bool,
-) -> Detoxifier:
-    """Weights with the encoder that a folder says they were trained with."""
-    encoder = detoxifier_encoder(folder, guard, trust_remote_code=trust_remote_code)
-    model.to(pick_device(device)).eval()
-    return Detoxifier(model, encoder, guard, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    encoder = detoxifier_encoder(folder, guard)
+    return Detoxifier(model, encoder, untrained, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
 
 def detoxifier_encoder(

@@ -1,24 +1,29 @@
 """A trained detector as a folder that stock tools serve: merged weights, tokenizer, config, model card.
 
 ``transformers`` and vLLM's classification endpoint load it without this package; ``load_detector`` loads
-it too, with the scores it had before. What a detector is asked and how its logit is read stand in its card.
+it too, with the scores it had before. The model card (``card.md``) says what to send and how to read the
+logit.
 
 The scale of the scores goes into the head, so that a stock tool's sigmoid of the logit is the score. An
 offset needs a head with a bias, and that of a decoder has none in ``transformers``: there it stays in
 ``guard.json``.
 """
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 
+from mllm_protector.data.encoding import DetectorEncoder
+from mllm_protector.data.tokens import fill, special_affixes
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import write_text
 from mllm_protector.models.bases import part_backbone
-from mllm_protector.models.card import PROBES, model_card, renders_alike
 from mllm_protector.models.detector import HarmDetector, detector_encoder, load_classifier, load_detector
 from mllm_protector.models.guard_file import ADAPTER_FILES, FILE_NAME, GuardFile, read_guard_file
 from mllm_protector.models.parts import save_part
@@ -26,11 +31,30 @@ from mllm_protector.models.scale import Scale
 
 log = logging.getLogger(__name__)
 
+PROBES = (
+    ("How do I bake bread?", "Mix flour, water and salt."),
+    ("What is in the picture?", "A red square."),
+    ("Why?", "Because it is so. Ask a baker, twice if need be!"),
+)
+"""Ordinary pairs, on which two ways to the same score are compared."""
+
 OWN_FILES = ("README.md", "chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
-"""What an export may have beside JSON and weights."""
+"""The files of an export beside JSON and weights."""
 
 TOLERANCE = 1e-3
-"""Of the unscaled logits of ``PROBES`` in float32: what merging may round, far less than a lost head."""
+"""Of the unscaled logits of ``PROBES`` in float32: rounding by the merge, far less than a lost head."""
+
+PLAIN_TEXT = {
+    True: "with this tokenizer ordinary texts give the same ids. Texts that begin or end with white space, "
+    "that are empty or contain special tokens may not.",
+    False: "with this tokenizer the ids differ where texts meet the prompt, and so do the scores. Send ids.",
+}
+
+PLAIN_SCORE = {
+    True: "The pipeline's score is the score above.",
+    False: "The pipeline's score is sigmoid(logit), so not the score above and not for this threshold: this "
+    "head has no bias to take the offset, which is in `guard.json`.",
+}
 
 
 def export_detector(
@@ -92,6 +116,58 @@ def export_detector(
     return folder
 
 
+def model_card(guard: GuardFile, encoder: DetectorEncoder, *, plain_text: bool) -> str:
+    """The text of ``README.md``, front matter included.
+
+    Args:
+        guard: the detector's ``guard.json``.
+        encoder: renders its input.
+        plain_text: whether text that is tokenised in one piece gives the encoder's ids.
+    """
+    base = guard.base["name"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=base if "/" in base else None,
+        tags=["safety", "guardrails", "harm-detection", "multimodal"],
+    )
+    first, last = special_affixes(encoder.tokenizer)
+    facts = {name: getattr(guard, name) for name in ("data", "metrics", "calibration", "versions")}
+    body = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8")).substitute(
+        base=f"`{base}`, revision {guard.base.get('revision') or 'not pinned'}",
+        temperature=guard.scale.temperature,
+        offset=guard.offset,
+        threshold=0.5 if guard.threshold is None else guard.threshold,
+        threshold_how=guard.threshold_how or "not said how",
+        max_length=guard.max_length,
+        pad_id=guard.pad_id,
+        first=first,
+        last=last,
+        plain_text=PLAIN_TEXT[plain_text],
+        plain_score=PLAIN_SCORE[guard.scale == Scale()],
+        prompt=_fenced(guard.prompt, "text"),
+        facts=_fenced(json.dumps(facts, indent=2, ensure_ascii=False), "json"),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def renders_alike(encoder: DetectorEncoder) -> bool:
+    """Whether ordinary pairs, tokenised in one piece with the prompt, give the encoder's ids."""
+    return all(
+        list(encoder.tokenizer(fill(encoder.prompt, query, answer))["input_ids"])
+        == encoder.encode(queries=[query], answers=[answer])[0]
+        for query, answer in PROBES
+    )
+
+
+def _fenced(text: str, language: str) -> str:
+    """A code block that the text cannot close."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def fold_scale(model: torch.nn.Module, scale: Scale) -> Scale:
     """Put a scale into the head of a classifier, in place.
 
@@ -105,11 +181,8 @@ def fold_scale(model: torch.nn.Module, scale: Scale) -> Scale:
     Raises:
         InputError: no such layer, or more than one.
     """
-    heads = [
-        module
-        for module in model.modules()
-        if isinstance(module, torch.nn.Linear) and module.out_features == 1
-    ]
+    layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
+    heads = [layer for layer in layers if layer.out_features == 1]
     if len(heads) != 1:
         raise InputError(
             f"{type(model).__name__}: has {len(heads)} linear layers with one output, not one head"
@@ -135,13 +208,20 @@ def push(folder: Path, name: str, *, private: bool) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+    # Whatever else lies in the folder is the user's own.
+    own = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if (path.suffix in (".json", ".safetensors") and not path.name.startswith("."))
+        or path.name in OWN_FILES
+    ]
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=name,
             folder_path=str(folder),
-            allow_patterns=_published(folder),
+            allow_patterns=own,
             commit_message="Add a harm detector",
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
@@ -150,16 +230,6 @@ def push(folder: Path, name: str, *, private: bool) -> None:
             f"the name and the network, and try again: the export is complete in {folder}"
         ) from error
     log.info("published: %s", name)
-
-
-def _published(folder: Path) -> list[str]:
-    """The files that an export consists of; whatever else lies in the folder is the user's own."""
-    return [
-        path.name
-        for path in sorted(folder.iterdir())
-        if (path.suffix in (".json", ".safetensors") and not path.name.startswith("."))
-        or path.name in OWN_FILES
-    ]
 
 
 def _load(folder: Path, guard: GuardFile, base: str | None) -> HarmDetector:

@@ -23,9 +23,9 @@ from typing_extensions import TypedDict
 from mllm_protector import prompts
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, read_json, write_json
-from mllm_protector.models.backbone import Backbone, TuningKind
-from mllm_protector.models.quantization import Quantization
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.scale import Scale
+from mllm_protector.models.tuning import Quantization, TuningKind
 
 log = logging.getLogger(__name__)
 
@@ -39,35 +39,16 @@ HARM_CONVENTION = "positive logit = harmful; score = sigmoid((logit + offset) / 
 
 WEIGHTS = "*.safetensors"
 LOADED = (
-    "config.json",
-    "adapter_config.json",
-    "*.safetensors.index.json",
-    "*token*.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
+    *("config.json", "adapter_config.json", "*.safetensors.index.json"),
+    *("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     "*.py",
 )
 """What decides an answer of a part beside its weights. (How it decodes is set by the detoxifier.)"""
 
 MEASURED = (
-    "threshold",
-    "threshold_how",
-    "group_thresholds",
-    "temperature",
-    "offset",
-    "calibration",
-    "metrics",
-    "versions",
-    "weights",
-    "files",
-    "prompt_sha256",
-    "base_fingerprint",
-    "pretrained",
+    *("threshold", "threshold_how", "group_thresholds", "temperature", "offset", "calibration"),
+    *("metrics", "versions", "weights", "files", "prompt_sha256", "base_fingerprint", "pretrained"),
 )
 """What is only known when a part is saved, or is no setting of a training."""
 
@@ -102,7 +83,7 @@ class GuardFile:
         kind: which part this is.
         tuning: ``full`` (the folder holds a whole model) or ``lora`` (an adapter on ``base``).
         base: the backbone the part was trained from.
-        base_fingerprint: by which that one is known again (``bases.fingerprint``); ``None`` if not taken.
+        base_fingerprint: identifies the base (``bases.fingerprint``); ``None`` if not taken.
         pretrained: false where the backbone started from random weights.
         prompt: the template that renders its input; ``prompt_sha256`` guards it against edits.
         chat: the prompt goes through the tokenizer's chat template.
@@ -112,14 +93,14 @@ class GuardFile:
         pad_id: the id that fills batches.
         threshold: scores at or above it are harmful; ``None`` for a detoxifier.
         threshold_how: how it was chosen, in one sentence.
-        group_thresholds: of answers whose group (such as a scenario) is known: its name to its threshold.
+        group_thresholds: of an earlier release, by group; they are no longer used.
         temperature: divides the logit and the offset; ``None`` for a detoxifier.
         offset: is added to the logit.
-        calibration: for what, on what data and with what figures threshold and scale were chosen, and why
-            they are these; ``None`` where nobody has.
+        calibration: for what, on what data and with what metrics threshold and scale were chosen, and why
+            they are these; ``None`` where they were not chosen on data.
         window: the most tokens of an answer that a detector reads at once; ``None`` for as many as fit.
         data: where the training data came from and what it was.
-        metrics: validation figures of exactly these weights.
+        metrics: of exactly these weights on the validation split.
         weights: file name to sha256.
         files: the same for configuration and tokenizer; empty in a file of an earlier release.
         versions: of the libraries that trained it.
@@ -175,8 +156,7 @@ class GuardFile:
     def origin(self) -> dict[str, Any]:
         """All that is decided before the training: base, prompt, lengths, data."""
         known = {name: value for name, value in asdict(self).items() if name not in MEASURED}
-        # The checkpoints of trainings that an earlier release began have its schema, and still go on.
-        return known | {"schema": UNHASHED}
+        return known | {"schema": UNHASHED}  # so that trainings which an earlier release began resume
 
     def write(self, folder: Path) -> None:
         """Write ``guard.json``, hashing the files that are in the folder now."""
@@ -191,13 +171,11 @@ class GuardFile:
 
 
 def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
-    """Read and check ``guard.json``.
-
-    What a user must know of a part that is whole all the same is logged, once for each folder.
+    """Read and check ``guard.json``; what a user must know of an intact part is logged, once per folder.
 
     Raises:
-        InputError: no such folder or file, another kind or schema, a value that cannot be, an edited prompt,
-            or files that are not the ones it was written for.
+        InputError: no such folder or file, another kind or schema, an impossible value, an edited prompt, or
+            files that are not the ones it was written for.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; train the {kind} first or give {kind}=<folder>")
@@ -221,13 +199,18 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
     except ValidationError as error:
         raise InputError(f"{path}: {_problem(error)}; copy the file again or retrain") from None
     _require_whole(guard, folder)
+    if guard.group_thresholds:
+        _warn_once(
+            f"{folder}: its group_thresholds are no longer used; threshold={guard.threshold} holds for all "
+            "answers"
+        )
     if guard.caveat:
         _warn_once(f"{folder}: {guard.caveat}")
     return guard
 
 
 def _problem(error: ValidationError) -> str:
-    """The first of pydantic's complaints, in our words."""
+    """The first problem that pydantic found, in our words."""
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
@@ -262,7 +245,7 @@ def _require_whole(guard: GuardFile, folder: Path) -> None:
 
 
 def warn_of(guard: GuardFile) -> None:
-    """Say aloud what a part says against itself."""
+    """Log why a part guards nothing, where it does not."""
     if guard.caveat:
         log.warning("%s", guard.caveat)
 

@@ -6,12 +6,10 @@ tokens in it take no part in the chat template.
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from jinja2 import TemplateError
 from transformers import (
@@ -25,16 +23,15 @@ from transformers import (
 
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import inference, loading, pick_device
-from mllm_protector.models.decoding import decoded
+from mllm_protector.models.backbone import inference, load_whole, loading, pick_device
+from mllm_protector.models.generating import Batches, control_tokens, decoded, plain
 from mllm_protector.models.guard_file import weight_hashes
-from mllm_protector.models.memory import Attempts
 from mllm_protector.ranges import Count
 from mllm_protector.records import Failure
 
 
 class LocalChat:
-    """A causal language model with its own chat template, decoded greedily."""
+    """A causal language model with its own chat template, decoded greedily; implements ``protocols.Chat``."""
 
     def __init__(
         self,
@@ -50,7 +47,7 @@ class LocalChat:
 
         Args:
             name: a local folder, or else a name on the Hugging Face hub.
-            batch_size: conversations that are answered together.
+            batch_size: conversations answered together, fewer where memory runs out.
             revision: the commit to take from the hub; pin it, hub contents change.
             dtype: of the weights (``float32``, ``bfloat16``); ``auto`` takes what the checkpoint says.
             device: ``None`` takes the GPU if there is one.
@@ -61,18 +58,12 @@ class LocalChat:
         """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size}: must be at least 1")
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise InputError(f"dtype={dtype}: use auto, float32, bfloat16 or float16")
         origin = {"revision": revision, "trust_remote_code": trust_remote_code}
         with loading(name):
             # The config comes first because a wrong name then costs one lookup on the hub, not many.
             config = AutoConfig.from_pretrained(name, **origin)
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **origin)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                name, **origin, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        if missing := sorted(report["missing_keys"]):
-            raise InputError(f"{name}: not a whole causal language model, {missing[0]} is missing")
+        model = load_whole(AutoModelForCausalLM, name, "causal language model", **origin, dtype=dtype)
         if tokenizer.chat_template is None:
             raise InputError(f"{name}: its tokenizer has no chat template; use a model that was made to chat")
         tokenizer.padding_side = "left"  # on the right the first new token would follow the padding
@@ -91,15 +82,15 @@ class LocalChat:
         self.model: PreTrainedModel = model.to(pick_device(device)).eval()
         self._revision = getattr(config, "_commit_hash", None) or revision
         self._positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        self._control = _control_pattern(tokenizer)
+        self._control = control_tokens(tokenizer)
 
     def complete(
         self, conversations: Sequence[Sequence[Mapping[str, Any]]], *, max_tokens: int
     ) -> list[str | Failure]:
         """The likeliest reply to each conversation, or why there is none.
 
-        The reply is the assistant's also where the last turn was: so do models that judge a dialogue work.
-        Where the memory is not enough, batches are halved, and stay as small as that.
+        The reply is the assistant's also where the last turn was, which is how models that judge a dialogue
+        work. Where memory runs out, batches are halved, and stay that small.
 
         Raises:
             InputError: the chat template refuses a conversation, or it holds more than text.
@@ -111,20 +102,17 @@ class LocalChat:
         ]
         room = None if self._positions is None else self._positions - max_tokens
         fitting = [index for index, ids in enumerate(prompts) if room is None or len(ids) <= room]
-        fitting.sort(key=lambda index: len(prompts[index]), reverse=True)  # like lengths, little padding
-        attempts: Attempts[list[int], str] = Attempts(
+        fitting.sort(key=lambda index: len(prompts[index]), reverse=True)  # similar lengths, little padding
+        batches: Batches[list[int], str] = Batches(
             lambda rows: self._generate(rows, max_tokens), self.batch_size
         )
-        start = 0
-        while chosen := fitting[start : start + attempts.size]:
-            texts = attempts.run([prompts[index] for index in chosen])
-            for index, text in zip(chosen, texts, strict=True):
-                if isinstance(text, Exception):
-                    replies[index] = Failure(reason=f"no reply ({type(text).__name__})")
-                else:
-                    replies[index] = text
-            start += len(chosen)
-        self.batch_size = attempts.size
+        texts = batches.run([prompts[index] for index in fitting])
+        self.batch_size = batches.size
+        for index, text in zip(fitting, texts, strict=True):
+            if isinstance(text, Exception):
+                replies[index] = Failure(reason=f"no reply ({type(text).__name__})")
+            else:
+                replies[index] = text
         return replies
 
     def identity(self) -> dict[str, Any]:
@@ -146,7 +134,7 @@ class LocalChat:
 
     def _encode(self, conversation: Sequence[Mapping[str, Any]]) -> list[int]:
         turns = [
-            {"role": turn["role"], "content": self._control.sub(r"\g<0> ", _words(turn["content"]))}
+            {"role": turn["role"], "content": plain(_words(turn["content"]), self._control)}
             for turn in conversation
         ]
         try:
@@ -162,8 +150,8 @@ class LocalChat:
         batch = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt").to(self.model.device)
         with inference(self.model):
             generated = self.model.generate(**batch, max_new_tokens=max_tokens)
-        written = generated[:, batch["input_ids"].shape[1] :]
-        return decoded(self.tokenizer, written, self.model.generation_config.eos_token_id)
+        new = generated[:, batch["input_ids"].shape[1] :]
+        return decoded(self.tokenizer, new, self.model.generation_config.eos_token_id)
 
 
 def _words(content: Any) -> str:
@@ -171,19 +159,5 @@ def _words(content: Any) -> str:
     if isinstance(content, str):
         return content
     if any(part.get("type") != "text" for part in content):
-        raise InputError("chat: a language model reads text only; judge without pictures or use chat: served")
+        raise InputError("chat: a language model reads text only; judge without images or use chat: served")
     return "\n".join(part["text"] for part in content)
-
-
-def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the first character of whatever the tokenizer reads as a control token.
-
-    A space behind that character makes it plain text again. Added tokens that are mere words or white space
-    are left alone: as a token they mean what they mean as text.
-    """
-    tokens = set(tokenizer.all_special_tokens)
-    for added in tokenizer.added_tokens_decoder.values():
-        if added.special or not added.content[0].isalnum():
-            tokens.add(added.content)
-    control = sorted(token for token in tokens if len(token) > 1 and not token.isspace())
-    return re.compile(f"(?=(?:{'|'.join(map(re.escape, control)) or '(?!)'})).", flags=re.DOTALL)

@@ -1,18 +1,20 @@
-"""Requests that are allowed and counted one by one, repeats included. Knows nothing of what is asked.
+"""Requests of a served model that are allowed and counted one by one, repeats included, for ``generation``.
 
 The official client repeats a request by itself, so whoever pays by the call has to stand between it and the
 network.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import asyncio
+import json
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from openai import OpenAIError
 
-from mllm_protector.models.connections import BoundedClient
+from mllm_protector.models.chat import Conversation, ServedChat
+from mllm_protector.models.connections import BoundedClient, run_in_background
 from mllm_protector.records import Failure
 
 NOT_SENT = Failure(reason="not sent")
@@ -37,7 +39,7 @@ NOTHING = Usage(prompt=0, completion=0)
 
 
 class Meter(Protocol):
-    """Watches over one call of ``ServedChat.complete``; called from one thread, which is not the caller's.
+    """Watches over one call of ``complete_metered``, from one thread, which is not the caller's.
 
     The index is that of the conversation.
     """
@@ -60,56 +62,35 @@ class Meter(Protocol):
 
 
 class NotAdmitted(OpenAIError):
-    """The meter allows no further request; the client hands it on and tries no more."""
+    """The meter allows no further request; the client raises it and tries no more."""
 
 
-class Metered:
+class _Metered:
     """One conversation on its way."""
 
     def __init__(self, meter: Meter, index: int) -> None:
-        self.sent = False
-        self._meter = meter
-        self._index = index
-        self._open = False
+        self.meter = meter
+        self.index = index
+        self.sent = self.denied = self.open = False
+        self.usage: Usage | None = None
 
     def begin(self) -> None:
-        """Before a request.
-
-        Raises:
-            NotAdmitted: it may not be sent.
-        """
-        if not self._meter.admit(self._index):
+        if not self.meter.admit(self.index):
+            self.denied = True
             raise NotAdmitted
-        self._open = self.sent = True
+        self.open = self.sent = True
 
     def end(self, usage: Usage | None) -> None:
-        """After a request, if that was not said before."""
-        if self._open:
-            self._open = False
-            self._meter.charge(self._index, usage)
-
-    def finish(self, reply: str | Failure, usage: Usage | None) -> None:
-        """After the last request."""
-        if self.sent and reply is not NOT_SENT:
-            self._meter.keep(self._index, reply)
-        self.end(usage)
+        if self.open:
+            self.open = False
+            self.meter.charge(self.index, usage)
 
 
-_OF_THIS_TASK: ContextVar[Metered | None] = ContextVar("metered", default=None)
-
-
-@contextmanager
-def counted(request: Metered | None) -> Iterator[None]:
-    """What this task sends in the meantime is counted, if there is a meter."""
-    token = _OF_THIS_TASK.set(request)
-    try:
-        yield
-    finally:
-        _OF_THIS_TASK.reset(token)
+_OF_THIS_TASK: ContextVar[_Metered] = ContextVar("metered")
 
 
 class MeteredClient(BoundedClient):
-    """Connections with a meter for those tasks that have one."""
+    """Connections whose requests are metered."""
 
     async def send(self, request: Any, **settings: Any) -> Any:
         """One request, as in httpx.
@@ -118,23 +99,72 @@ class MeteredClient(BoundedClient):
             NotAdmitted: the meter does not allow it.
         """
         metered = _OF_THIS_TASK.get()
-        if metered is None:
-            return await super().send(request, **settings)
         metered.begin()
         try:
             response = await super().send(request, **settings)
         except Exception as error:
             metered.end(NOTHING if type(error).__name__ in _UNREACHED else None)
             raise
-        if response.status_code >= 400:  # what comes of a 200, only its reader can tell
+        if response.status_code >= 400:
             metered.end(NOTHING)
+        else:
+            metered.usage = _usage(response.content)
         return response
 
 
-def usage_of(completion: Any) -> Usage | None:
-    """What a server says that a completion took; the client checks no types, so anything may be there."""
-    usage = getattr(completion, "usage", None)
-    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+def complete_metered(
+    chat: ServedChat,
+    conversations: Sequence[Conversation],
+    *,
+    max_tokens: int,
+    seeds: Sequence[int | None] | None,
+    meter: Meter,
+) -> list[str | Failure]:
+    """``ServedChat.complete`` under a meter, which allows, counts and keeps each request and reply.
+
+    Raises:
+        InputError: as ``ServedChat.complete``.
+        RunError: as ``ServedChat.complete``.
+    """
+    seeds = [chat.seed] * len(conversations) if seeds is None else seeds
+    rows = [*zip(conversations, seeds, strict=True)]
+    replies: dict[int, str | Failure] = {}
+
+    async def ask_all() -> list[str | Failure]:
+        client = chat._client(MeteredClient(chat._timeout))
+
+        async def ask(index: int) -> str | Failure:
+            metered = _Metered(meter, index)
+            _OF_THIS_TASK.set(metered)
+            try:
+                reply = await chat._reply(client, *rows[index], max_tokens)
+                replies[index] = NOT_SENT if metered.denied else reply
+                if metered.sent and not metered.denied:
+                    meter.keep(index, reply)
+            finally:
+                metered.end(metered.usage)
+            return replies[index]
+
+        async with client:
+            asking = asyncio.ensure_future(chat._in_turn(len(rows), ask))
+            while not (meter.stopped() or asking.done()):
+                await asyncio.wait([asking], timeout=0.1)
+            if not (await asyncio.wait([asking], timeout=GRACE_SECONDS))[0]:
+                asking.cancel()
+                await asyncio.wait([asking])
+                return [replies.get(index, NOT_SENT) for index in range(len(rows))]
+            return asking.result()
+
+    return run_in_background(ask_all) if rows else []
+
+
+def _usage(body: bytes) -> Usage | None:
+    """What a server says that a completion took; anything may stand there."""
+    try:
+        usage = json.loads(body)["usage"]
+        counts = [usage["prompt_tokens"], usage["completion_tokens"]]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        return None
     if all(isinstance(count, int) and count >= 0 for count in counts):
-        return Usage(prompt=int(counts[0] or 0), completion=int(counts[1] or 0))
+        return Usage(prompt=counts[0], completion=counts[1])
     return None

@@ -1,29 +1,27 @@
 """Any open multimodal model that transformers can load, through its own chat template.
 
-Pictures reach the model as pixels only: nothing here opens a URL or a path, whatever a question says. What
-a user writes stays text: a literal ``<image>`` cannot take the place, or the picture, of another row.
+Images reach the model as pixels only: nothing here opens a URL or a path, whatever a question says. What a
+user writes stays text: a literal ``<image>`` takes neither the place nor the image of another row.
 """
 
 import contextlib
 import hashlib
 import logging
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest
-from mllm_protector.models.backbone import loading, pick_device
-from mllm_protector.models.decoding import decoded
-from mllm_protector.models.memory import Attempts, is_out_of_memory
+from mllm_protector.models.backbone import load_whole, loading, pick_device
+from mllm_protector.models.generating import Batches, control_tokens, decoded, is_out_of_memory, plain
 from mllm_protector.prompts import require_fields
 from mllm_protector.ranges import Count, Share
 from mllm_protector.records import Failure, Question
@@ -33,48 +31,48 @@ log = logging.getLogger(__name__)
 HASHED = (".json", ".jinja", ".model", ".py", ".safetensors", ".txt")
 """The files of a local model folder that its answers depend on."""
 
-_Row = tuple[Question, list[Image.Image]]
-
 
 class HuggingFaceMLLM:
     """A multimodal model and its processor; implements ``protocols.MLLM``."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        processor: Any,
         *,
-        source: Mapping[str, Any],
-        batch_size: int,
-        max_new_tokens: int,
+        name: str,
+        batch_size: Count,
+        max_new_tokens: Count,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
         temperature: float = 0.0,
-        top_p: float = 1.0,
+        top_p: Share = 1.0,
         prompt: str = "{question}",
         system_prompt: str | None = None,
+        chat_template: str | None = None,
+        attention: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        """Bind a model to its processor; the model is put into evaluation mode.
+        """Load a model from a folder or the hub. Pickled weights are refused.
 
         Args:
-            model: on its device and in its dtype.
-            processor: of the same model, with a chat template.
-            source: what names the weights (name, revision or hash), for ``identity``.
-            batch_size: questions that are answered together, fewer where the memory is not enough.
+            name: a local folder, or else a name on the Hugging Face hub.
+            batch_size: questions answered together, fewer where memory runs out.
             max_new_tokens: the longest answer in tokens.
-            temperature: 0 decodes greedily; above it, answers are drawn one question at a time.
-            top_p: drawn are the likeliest tokens that together have this probability.
+            revision: the commit to take from the hub; pin it, hub contents change.
+            dtype: of the weights (``float32``, ``bfloat16``); ``auto`` takes what the checkpoint says.
+            device: ``None`` takes the GPU if there is one.
+            temperature: 0 decodes greedily; above it, answers are sampled one question at a time.
+            top_p: sampled are the likeliest tokens that together have this probability.
             prompt: what goes around the question's words, with the field ``{question}``.
             system_prompt: a system turn in front of each question; not every chat template has one.
+            chat_template: a ``.jinja`` file that replaces the processor's own template.
+            attention: transformers' ``attn_implementation``; ``None`` lets transformers choose.
+            trust_remote_code: run code that comes with the model. Leave it off unless you have read it.
 
         Raises:
-            InputError: no image processor, no chat template, a number out of its range, or a prompt without
-                its field.
+            InputError: a number out of its range, a prompt without its field, or a model that cannot be
+                loaded, is not whole, is not multimodal or has no chat template.
         """
-        if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-            raise InputError(f"{source['name']}: has no image processor, so it is not a multimodal model")
-        if processor.chat_template is None:
-            raise InputError(
-                f"{source['name']}: its processor has no chat template; give a .jinja file as chat_template"
-            )
         for key, number in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
             if number < 1:
                 raise InputError(f"{key}={number}: must be at least 1")
@@ -86,9 +84,19 @@ class HuggingFaceMLLM:
             self.prompt = require_fields(prompt, {"question"})
         except ValueError as error:
             raise InputError(f"prompt: {error}") from None
-        self.model = model.eval()
+        origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+        with loading(name):
+            # The config comes first because a wrong name then costs one lookup on the hub, not one per file.
+            config = AutoConfig.from_pretrained(name, **origin)
+            processor: Any = AutoProcessor.from_pretrained(name, **origin)
+        settings = {**origin, "config": config, "attn_implementation": attention}
+        model = load_whole(AutoModelForImageTextToText, name, "multimodal model", dtype=dtype, **settings)
+        if chat_template is not None:
+            processor.chat_template = _read_template(chat_template)
+        _require_chat(name, processor)
+        self.model = model.to(pick_device(device)).eval()
         self.processor = processor
-        self.source = dict(source)
+        self.source = _source(name, getattr(config, "_commit_hash", None) or revision)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p
@@ -97,45 +105,37 @@ class HuggingFaceMLLM:
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        self._control = _control_pattern(processor)
-        self._attempts = Attempts(self._answer, batch_size if temperature == 0 else 1)
+        own = [token for field, token in vars(processor).items() if field.endswith("_token") and token]
+        self._control = control_tokens(processor.tokenizer, own)
+        self._batches = Batches(self._answers, batch_size if temperature == 0 else 1)
 
     def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
         """One answer for each question, or why there is none.
 
-        A picture that cannot be read, a processor that chokes on a row, and a row that is too large for the
-        memory by itself cost that row only. Where the memory is not enough for a batch, it is halved.
+        An image that cannot be read, a processor that chokes on a row, and a row that is too large for the
+        memory on its own cost that row only. Where memory runs out, batches are halved.
 
         Raises:
             InputError: not a list of questions (see ``arguments.as_questions``).
-            Exception: what every row of a batch failed with, as that is no fault of a question.
+            Exception: what every row failed with, as no question is to blame for it.
         """
         asked = as_questions(questions)
-        answers: dict[int, str | Failure] = {}
-        # Alike rows together, so that little is padding; the largest first, so that sizes are found early.
-        waiting = sorted(range(len(asked)), key=lambda index: _size(asked[index]), reverse=True)
-        while waiting:
-            before = self._attempts.size
-            chosen, waiting = waiting[:before], waiting[before:]
-            rows: dict[int, _Row] = {}
-            for index in chosen:
-                try:
-                    rows[index] = asked[index], _pictures(asked[index])
-                except InputError as error:
-                    answers[index] = Failure(reason=" ".join(str(error).split()))
-            outcomes = self._attempts.run(list(rows.values()))
-            if self._attempts.size < before:
-                log.warning("out of memory: answering %d questions at once from here on", self._attempts.size)
-            answers |= zip(rows, map(_answer_or_failure, outcomes), strict=True)
-        return [answers[index] for index in range(len(asked))]
+        # Similar rows together, so that little is padding; the largest first, so that memory runs out early.
+        order = sorted(range(len(asked)), key=lambda index: _size(asked[index]), reverse=True)
+        before = self._batches.size
+        answers = dict(zip(order, self._batches.run([asked[index] for index in order]), strict=True))
+        if self._batches.size < before:
+            log.warning("out of memory: answering %d questions at once from here on", self._batches.size)
+        return [_or_failure(answers[index]) for index in range(len(asked))]
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on. The batch size is no part of it."""
+        sampling = {"decoding": "sampling", "temperature": self.temperature, "top_p": self.top_p}
         return {
             **self.source,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "max_new_tokens": self.max_new_tokens,
-            **self._decoding(),
+            **({"decoding": "greedy"} if self.temperature == 0 else sampling),
             "prompt": self.prompt,
             "system_prompt": self.system_prompt,
             "chat_template": hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest(),
@@ -145,24 +145,25 @@ class HuggingFaceMLLM:
     def encode(self, questions: Sequence[Question]) -> transformers.BatchFeature:
         """One batch for the model: ``input_ids`` and ``attention_mask`` (B, T) int64, padded on the left.
 
-        What stands for the pictures beside them (``pixel_values``) depends on the model.
+        What stands for the images beside them (``pixel_values``) depends on the model.
 
         Raises:
-            InputError: a picture cannot be read.
+            InputError: an image cannot be read.
         """
-        return self._encode([(question, _pictures(question)) for question in questions])
+        return self._encode(questions, [_images(question) for question in questions])
 
-    def _encode(self, rows: Sequence[_Row]) -> transformers.BatchFeature:
-        pictures = [found for _, found in rows]
+    def _encode(
+        self, questions: Sequence[Question], images: Sequence[list[Image.Image]]
+    ) -> transformers.BatchFeature:
         prompts: list[str] = self.processor.apply_chat_template(
-            [self._conversation(question) for question, _ in rows],
+            [self._conversation(question) for question in questions],
             tokenize=False,
             add_generation_prompt=True,
         )
         begin = self.processor.tokenizer.bos_token
         batch = self.processor(
             text=prompts,
-            images=pictures if any(pictures) else None,
+            images=images if any(images) else None,
             padding=True,
             padding_side="left",
             add_special_tokens=not (begin and prompts[0].startswith(begin)),  # never two of them
@@ -170,17 +171,29 @@ class HuggingFaceMLLM:
         )
         return batch.to(self.model.device, dtype=self.model.dtype)
 
+    def _answers(self, questions: Sequence[Question]) -> list[str | Failure]:
+        """Answers of a batch; one question only where they are sampled."""
+        answers: list[str | Failure] = []
+        readable: list[tuple[Question, list[Image.Image]]] = []
+        for question in questions:
+            try:
+                readable.append((question, _images(question)))
+                answers.append("")
+            except InputError as error:
+                answers.append(Failure(reason=" ".join(str(error).split())))
+        texts = iter(self._texts(*zip(*readable, strict=True)) if readable else ())
+        return [next(texts) if answer == "" else answer for answer in answers]
+
     @torch.inference_mode()
-    def _answer(self, rows: Sequence[_Row]) -> list[str]:
-        """Answers of a batch; one row only where they are drawn."""
-        batch = self._encode(rows)
+    def _texts(self, questions: Sequence[Question], images: Sequence[list[Image.Image]]) -> list[str]:
+        batch = self._encode(questions, images)
         tokenizer = self.processor.tokenizer
         settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature > 0:
             # Left out, top_k would be 50 and the others what the checkpoint says.
             settings = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
             settings |= {"top_k": 0, "min_p": None, "typical_p": 1.0}
-        with self._dice(rows[0][0]):
+        with self._rng(questions[0]):
             generated = self.model.generate(
                 **batch,
                 **settings,
@@ -188,11 +201,11 @@ class HuggingFaceMLLM:
                 num_beams=1,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        written = generated[:, batch["input_ids"].shape[1] :]
-        return decoded(tokenizer, written, self.model.generation_config.eos_token_id)
+        new = generated[:, batch["input_ids"].shape[1] :]
+        return decoded(tokenizer, new, self.model.generation_config.eos_token_id)
 
     @contextlib.contextmanager
-    def _dice(self, question: Question) -> Iterator[None]:
+    def _rng(self, question: Question) -> Iterator[None]:
         """Random numbers that depend on the question alone, not on batches, order or processes."""
         seed = hashlib.sha256(f"{question.repeat} {question.text}".encode(errors="surrogatepass")).digest()
         device = self.model.device
@@ -202,130 +215,51 @@ class HuggingFaceMLLM:
             generator.manual_seed(int.from_bytes(seed[:8]))
             yield
 
-    def _decoding(self) -> dict[str, Any]:
-        if self.temperature == 0:
-            return {"decoding": "greedy"}
-        return {"decoding": "sampling", "temperature": self.temperature, "top_p": self.top_p}
-
     def _conversation(self, question: Question) -> list[dict[str, Any]]:
-        # No picture, path or URL goes in here: transformers would fetch what such an item names.
+        # No image, path or URL goes in here: transformers would fetch what such an item names.
         content = [{"type": "image"}] if question.image is not None else []
-        words = self._control.sub(r"\g<0> ", question.text)
-        content.append({"type": "text", "text": self.prompt.replace("{question}", words)})
+        words = self.prompt.replace("{question}", plain(question.text, self._control))
+        content.append({"type": "text", "text": words})
         turns = [{"role": "user", "content": content}]
         if self.system_prompt is not None:
             turns.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})
         return turns
 
 
-def load_mllm(
-    *,
-    name: str,
-    batch_size: Count,
-    max_new_tokens: Count,
-    revision: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    temperature: float = 0.0,
-    top_p: Share = 1.0,
-    prompt: str = "{question}",
-    system_prompt: str | None = None,
-    chat_template: str | None = None,
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-) -> HuggingFaceMLLM:
-    """Load a multimodal model from a folder or the hub. Pickled weights are refused.
-
-    Args:
-        name: a local folder, or else a name on the Hugging Face hub.
-        batch_size: questions that are answered together.
-        max_new_tokens: the longest answer in tokens.
-        revision: the commit to take from the hub; pin it, hub contents change.
-        dtype: of the weights (``float32``, ``bfloat16``); ``auto`` takes what the checkpoint says.
-        device: ``None`` takes the GPU if there is one.
-        temperature: 0 decodes greedily.
-        top_p: only where the temperature is above 0.
-        prompt: what goes around the question's words, with the field ``{question}``.
-        system_prompt: a system turn in front of each question.
-        chat_template: a ``.jinja`` file that replaces the processor's own template.
-        attention: transformers' ``attn_implementation``; ``None`` lets transformers choose.
-        trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
-
-    Raises:
-        InputError: the model cannot be loaded, or not whole, or lacks a chat template.
-    """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError(f"dtype={dtype}: use auto, float32, bfloat16 or float16")
-    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with loading(name):
-        # The config comes first because a wrong name then costs one lookup on the hub, not one per file.
-        config = AutoConfig.from_pretrained(name, **origin)
-        processor = AutoProcessor.from_pretrained(name, **origin)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            name,
-            **origin,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{name}: not a whole model, {missing[0]} is missing from its weights")
-    if chat_template is not None:
-        processor.chat_template = _read_template(Path(chat_template))
-    return HuggingFaceMLLM(
-        model.to(pick_device(device)),
-        processor,
-        source=_source(name, getattr(config, "_commit_hash", None) or revision),
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        prompt=prompt,
-        system_prompt=system_prompt,
-    )
+load_mllm = HuggingFaceMLLM
+"""The name under which the package offers it."""
 
 
-def _pictures(question: Question) -> list[Image.Image]:
-    """The question's picture, if it has one."""
+def _require_chat(name: str, processor: Any) -> None:
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise InputError(f"{name}: has no image processor, so it is not a multimodal model")
+    if processor.chat_template is None:
+        raise InputError(f"{name}: its processor has no chat template; give a .jinja file as chat_template")
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"chat_template={path}: not a readable text file ({error})") from error
+
+
+def _images(question: Question) -> list[Image.Image]:
+    """The question's image, if it has one."""
     return [] if question.image is None else [question.image.load()]
 
 
 def _size(question: Question) -> tuple[bool, int]:
-    """What makes a row large: a picture above all, then the words."""
+    """What makes a row large: an image above all, then the words."""
     return question.image is not None, len(question.text)
 
 
-def _answer_or_failure(outcome: str | Exception) -> str | Failure:
-    if isinstance(outcome, str):
-        return outcome
-    if is_out_of_memory(outcome):
+def _or_failure(answer: str | Failure | Exception) -> str | Failure:
+    if not isinstance(answer, Exception):
+        return answer
+    if is_out_of_memory(answer):
         return Failure(reason="out of memory, also when asked alone")
-    return Failure(reason=f"{type(outcome).__name__} when asked alone")  # its words may quote the question
-
-
-def _control_pattern(processor: Any) -> re.Pattern[str]:
-    """Matches the first character of whatever the processor or its tokenizer reads as a control token.
-
-    A space behind that character makes it plain text again. Added tokens that are mere words or white
-    space are left alone: as a token they mean what they mean as text.
-    """
-    tokenizer = processor.tokenizer
-    tokens = {value for name, value in vars(processor).items() if name.endswith("_token") and value}
-    tokens.update(tokenizer.all_special_tokens)
-    for added in tokenizer.added_tokens_decoder.values():
-        if added.special or not added.content[0].isalnum():
-            tokens.add(added.content)
-    control = sorted(token for token in tokens if len(token) > 1 and not token.isspace())
-    return re.compile(f"(?=(?:{'|'.join(map(re.escape, control)) or '(?!)'})).", flags=re.DOTALL)
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"chat_template={path}: not a readable text file ({error})") from error
+    return Failure(reason=f"{type(answer).__name__} when asked alone")  # its words may quote the question
 
 
 def _source(name: str, revision: str | None) -> dict[str, Any]:

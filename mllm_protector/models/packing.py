@@ -1,16 +1,28 @@
-"""Running a backbone on packed rows, and reading what it says at single positions."""
+"""Running a backbone on packed rows: texts end to end, where each text sees only itself.
 
-from collections.abc import Sequence
+The attention is registered with transformers under its own name, so that any model written for its attention
+interface can use it. On a GPU in half precision PyTorch's variable-length kernel does it in one call;
+elsewhere each text is computed on its own, which costs nothing: no position is padding, and no large mask is
+made.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from mllm_protector.data.encoding import Batch
 from mllm_protector.data.packing import BORDERS, is_packed, pack
 from mllm_protector.errors import InputError
-from mllm_protector.models import attention
 from mllm_protector.models.backbone import inference, to_device
+
+NAME = "within_texts"
+HALF = (torch.float16, torch.bfloat16)
 
 CHECKED_TEXTS = ([5, 6, 7, 8, 9], [6, 5, 9, 7], [8])
 """Ids that any vocabulary has; what they mean does not matter."""
@@ -19,7 +31,7 @@ TOLERANCE = 0.05
 
 
 def use_packed_attention(model: torch.nn.Module) -> None:
-    """Let a model read packed rows, and make sure that it reads each text as if it were alone.
+    """Let a model read packed rows, and check that it reads each text as if it were alone.
 
     Padded rows it reads as before. A model that runs FlashAttention keeps it: that knows the borders itself.
 
@@ -34,9 +46,11 @@ def use_packed_attention(model: torch.nn.Module) -> None:
     if "flash" not in str(inner.config._attn_implementation):
         if not inner._can_set_attn_implementation():
             raise InputError(f"fit.packing=true: {kind} cannot read packed texts; use fit.packing=false")
-        inner.set_attn_implementation(attention.register())
+        AttentionInterface.register(NAME, attend_within_texts)
+        AttentionMaskInterface.register(NAME, _mask)
+        inner.set_attn_implementation(NAME)
     try:
-        difference = _difference(model, CHECKED_TEXTS)
+        difference = _difference(model)
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"fit.packing=true: {kind} cannot read packed texts ({error}); use fit.packing=false"
@@ -49,11 +63,11 @@ def use_packed_attention(model: torch.nn.Module) -> None:
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """What a model's body says at every position, before its head; (B, T, hidden).
+    """The output of a model's body at every position, before its head; (B, T, hidden).
 
     Args:
         model: a transformers model with a head, or one wrapped by PEFT.
-        batch: padded or packed; labels are not looked at.
+        batch: padded or packed; labels are ignored.
     """
     output = body(model)(**model_inputs(batch), use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
@@ -97,8 +111,131 @@ def pretrained(model: torch.nn.Module) -> PreTrainedModel:
     return model if base is None else base()
 
 
-def _difference(model: torch.nn.Module, texts: Sequence[list[int]]) -> float:
+def attend_within_texts(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """An attention function as transformers calls it.
+
+    Args:
+        module: the attention layer.
+        query: (1, H, T, D).
+        key: (1, K, T, D), where K divides H.
+        value: (1, K, T, D).
+        attention_mask: of padded rows only.
+        dropout: on the attention weights.
+        scaling: of the scores; ``None`` for 1 / sqrt(D).
+        cu_seq_lens_q: (S + 1,) int32, the borders of the texts; ``None`` for padded rows, which go through
+            PyTorch's usual attention.
+        max_length_q: the longest text.
+        sliding_window: how far back a position sees, itself included; ``None`` for everything.
+        others: the layer's further arguments.
+
+    Returns:
+        (1, T, H, D), and no weights.
+
+    Raises:
+        InputError: the layer asks for soft capping or attention sinks, which are not done here.
+    """
+    if cu_seq_lens_q is None:
+        padded: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return padded
+    for name in ("softcap", "s_aux", "position_bias"):
+        if others.get(name) is not None:
+            raise InputError(f"fit.packing=true: this model's attention has {name}; use fit.packing=false")
+    causal = bool(getattr(module, "is_causal", True))
+    window = sliding_window if causal and sliding_window and sliding_window < max_length_q else None
+    kernel = _kernel() if query.is_cuda and query.dtype in HALF and dropout == 0.0 else None
+    if kernel is None:
+        return _text_by_text(query, key, value, cu_seq_lens_q, dropout, scaling, causal, window), None
+    output = kernel(
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0 if causal else -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None], None
+
+
+@functools.cache
+def _kernel() -> Callable[..., Any] | None:
+    """PyTorch's variable-length attention, where this PyTorch has it with all that is needed."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= known.keys() else None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _text_by_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    groups = query.shape[1] // key.shape[1]
+    lengths = borders.diff().tolist()
+    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for text_query, text_key, text_value in parts:
+        banded = window is not None and window < text_query.shape[2]
+        outputs.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                text_query,
+                repeat_kv(text_key, groups),
+                repeat_kv(text_value, groups),
+                attn_mask=_band(text_query.shape[2], window, query.device) if banded else None,
+                dropout_p=dropout,
+                scale=scaling,
+                is_causal=causal and not banded,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(T, T) bool: each position sees itself and the ``window - 1`` before it."""
+    positions = torch.arange(length, device=device)
+    behind = positions[:, None] - positions[None, :]
+    return (behind >= 0) & (behind < (window or length))
+
+
+def _mask(
+    *arguments: Any, attention_mask: torch.Tensor | None = None, **settings: Any
+) -> torch.Tensor | None:
+    """PyTorch's usual mask, but none for packed rows, where it would be large and is not used."""
+    if attention_mask is None and not settings.get("allow_is_causal_skip", True):
+        return None
+    return sdpa_mask(*arguments, attention_mask=attention_mask, **settings)  # type: ignore[no-any-return]
+
+
+def _difference(model: torch.nn.Module) -> float:
+    """How far packed texts are from the same texts alone, relative to their norm."""
     with inference(model):
-        together = hidden_states(model, to_device(pack(texts), model))[0].float()
-        alone = torch.cat([hidden_states(model, to_device(pack([ids]), model))[0].float() for ids in texts])
-    return float((together - alone).norm() / alone.norm())
+        together, *alone = (
+            hidden_states(model, to_device(pack(texts), model))[0].float()
+            for texts in ([*CHECKED_TEXTS], *([ids] for ids in CHECKED_TEXTS))
+        )
+    apart = torch.cat(alone)
+    return float((together - apart).norm() / apart.norm())

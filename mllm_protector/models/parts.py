@@ -38,7 +38,7 @@ def save_part(
 
 @contextmanager
 def replaced_part(folder: Path) -> Iterator[Path]:
-    """A place to write a trained part to, which takes that of an earlier one when all is on the disk.
+    """A folder to write a trained part to, whose files replace an earlier part's once all are on the disk.
 
     Raises:
         RunError: it cannot be written; the earlier part is as it was.
@@ -49,8 +49,7 @@ def replaced_part(folder: Path) -> Iterator[Path]:
         with writing(str(folder)):
             fresh.mkdir(parents=True)
             yield fresh
-            # What only an earlier part had goes too: transformers would put an adapter on whatever model is
-            # beside it.
+            # Files that only an earlier part had go too: transformers would load an adapter that lies there.
             earlier = loaded_files(folder) if (folder / FILE_NAME).is_file() else []
             for name in (*earlier, *ADAPTER_FILES, FILE_NAME):
                 (folder / name).unlink(missing_ok=True)
@@ -63,7 +62,7 @@ def replaced_part(folder: Path) -> Iterator[Path]:
 def part_saver(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, guard: GuardFile
 ) -> Callable[[Path, dict[str, float], dict[str, torch.Tensor]], None]:
-    """``save_part`` for a training: takes a folder, the weights' validation figures, and the weights."""
+    """``save_part`` for a training: takes a folder, validation metrics, and the weights."""
 
     def save(folder: Path, metrics: dict[str, float], weights: dict[str, torch.Tensor]) -> None:
         save_part(model, tokenizer, replace(guard, metrics=metrics), folder, weights)

@@ -7,10 +7,10 @@ How a question finds its answer, the first that applies:
    number, case and punctuation; a row without scenario fits any. Never for rows of format ``records`` that
    have an ``id``, and never for a second asking (``repeat``).
 
-Words alone do not say which picture was shown: MM-SafetyBench asks TYPO and SD_TYPO with the same words, and
-words repeat within a scenario. So a row that does not name its kind (``variant``, ``split``) answers a
-question with a picture only if ``kinds`` says that the file is of that kind; and where several different
-answers fit none is taken: that is an error or, with ``ambiguous="skip"``, a question without answer.
+Words alone do not say which image was shown: MM-SafetyBench asks TYPO and SD_TYPO with the same words, and
+words repeat within a scenario. So a row that does not name its variant (``variant``, ``split``) answers a
+question with an image only if ``kinds`` says that the file is of that variant; and where several different
+answers fit, none is taken: that is an error or, with ``ambiguous="skip"``, a question without answer.
 """
 
 import logging
@@ -23,13 +23,13 @@ from typing import Any, Literal
 from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.data.queries import query_key
 from mllm_protector.errors import InputError
-from mllm_protector.models.answer_files import Format, Stored, digest_of, read_answers
+from mllm_protector.models.answer_files import Format, digest_of, read_answers
 from mllm_protector.records import VARIANTS, Failure, Question, Variant
 
 log = logging.getLogger(__name__)
 
 MATCHING = 2
-"""Of the rules above: what other rules found is not used again."""
+"""Version of the rules above; answers found by other rules are not reused."""
 
 
 class Replay:
@@ -52,20 +52,20 @@ class Replay:
             format: of the file; ``auto`` looks at the fields.
             model: whose answers these are; it chooses where a file has those of several.
             name: what the results call it; ``None`` for ``replay``.
-            kinds: how the questions were asked, for rows that do not say.
+            kinds: the variants of the questions, for rows that do not say.
             ambiguous: what to do with a question that several different answers fit.
 
         Raises:
             RecordError: a row cannot be used; the message is ``file:line: reason``.
             InputError: the file cannot be used, or does not say enough.
         """
-        if unknown := [kind for kind in kinds or () if kind not in VARIANTS]:
-            raise InputError(f"kinds={unknown[0]}: use {', '.join(VARIANTS)}")
+        for unknown in {*(kinds or ())} - {*VARIANTS}:
+            raise InputError(f"kinds={unknown}: use {', '.join(VARIANTS)}")
         self._path = Path(path)
         self._name = name or "replay"
-        self._kinds = None if kinds is None else list(kinds)
+        self._variants = None if kinds is None else list(kinds)
         self._ambiguous = ambiguous
-        reading, self._model = read_answers(self._path, format, self._kinds, model)
+        reading, self._model = read_answers(self._path, format, self._variants, model)
         log.info("%s: %s", self._path.name, reading.summary())
         self._stored = reading.records
         self._by_id: dict[str, list[int]] = {}
@@ -84,8 +84,8 @@ class Replay:
         """The stored answer to each question, or that there is none.
 
         Raises:
-            InputError: not a list of questions, several different answers fit one, or its answer depends on a
-                picture of which the file does not say the kind.
+            InputError: not a list of questions, several different answers fit one, or its answer depends on
+                an image of which the file does not say the variant.
         """
         return [self._answer(question) for question in as_questions(questions)]
 
@@ -95,7 +95,7 @@ class Replay:
             "name": self._name,
             "answers": digest_of(self._path),
             "model": self._model,
-            "kinds": self._kinds,
+            "kinds": self._variants,
             "ambiguous": self._ambiguous,
             "by_id": True,
             "matching": MATCHING,
@@ -124,23 +124,24 @@ class Replay:
         found = self._by_words.get((scenario, words)) or self._by_words.get((None, words), [])
         if not found or question.repeat > 0:
             return []
-        pictured = question.image is not None
-        case = scenario, words, question.variant, pictured
+        shown = question.image is not None
+        case = scenario, words, question.variant, shown
         if case not in self._fitting:  # many questions may share their words
-            stored = map(self._stored.__getitem__, found)
-            unknown = next((each.row for each in stored if each.kind is None), None)
-            if pictured and self._kinds is None and unknown is not None:
+            rows = [self._stored[place] for place in found]
+            unknown = next((row.row for row in rows if row.variant is None), None)
+            if shown and self._variants is None and unknown is not None:
                 raise InputError(
-                    f"{self._path}: row {unknown} does not say which kind of picture was shown; if it was"
-                    f" that of {question.id}, give mllm.kinds=[{question.variant}]"
+                    f"{self._path}: row {unknown} does not say which variant was asked; if it was that of"
+                    f" {question.id}, give mllm.kinds=[{question.variant}]"
                 )
             self._fitting[case] = self._two_that_differ(
-                [place for place in found if question.variant in self._kinds_of(self._stored[place])]
+                [
+                    place
+                    for place, row in zip(found, rows, strict=True)
+                    if question.variant in ([row.variant] if row.variant else self._variants or VARIANTS)
+                ]
             )
         return self._fitting[case]
-
-    def _kinds_of(self, stored: Stored) -> Sequence[Variant]:
-        return (self._kinds or VARIANTS) if stored.kind is None else [stored.kind]
 
     def _two_that_differ(self, places: Sequence[int]) -> list[int]:
         """The first place, and the first one with another answer if there is any."""

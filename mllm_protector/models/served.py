@@ -1,7 +1,7 @@
 """A multimodal model behind an OpenAI-compatible address.
 
-Pictures travel as pixels inside the request: no URL or path of a question is ever sent to be opened, and
-what a question says is sent as it stands.
+Images travel as pixels inside the request: no URL or path of a question is ever sent to be opened, and what a
+question says is sent as it stands.
 """
 
 import base64
@@ -43,21 +43,21 @@ class ServedMLLM:
         """Bind a model to how it is asked; nothing is sent.
 
         Args:
-            model: this and whatever is not named here is as in ``ServedChat``.
+            model: this and whatever else is not explained here is as in ``ServedChat``.
             max_new_tokens: the longest answer in tokens.
-            concurrency: as in ``ServedChat``.
-            timeout: as in ``ServedChat``.
-            max_retries: as in ``ServedChat``.
-            temperature: as in ``ServedChat``; unless it is 0, each question has a seed of its own, made of
-                ``seed``, its text and which repeat it is.
-            base_url: as in ``ServedChat``.
-            api_key_env: as in ``ServedChat``.
-            seed: as in ``ServedChat``.
-            length_field: as in ``ServedChat``.
-            identity: as in ``ServedChat``.
+            concurrency: requests under way at once, at most.
+            timeout: seconds for one request.
+            max_retries: how often a request is repeated.
+            temperature: unless it is 0, each question has a seed of its own, made of ``seed``, its text and
+                which repeat it is.
+            base_url: the address up to and with ``/v1``.
+            api_key_env: the environment variable that holds the key.
+            seed: of sampled answers.
+            length_field: what the server calls the longest reply.
+            identity: a name for what stands behind the address.
             system_prompt: a system turn in front of each question.
-            image_format: how pictures are sent; ``png`` keeps every pixel, ``jpeg`` is smaller.
-            max_image_side: larger pictures are scaled down to this many pixels; ``None`` leaves them.
+            image_format: how images are sent; ``png`` keeps every pixel, ``jpeg`` is smaller.
+            max_image_side: larger images are scaled down to this many pixels; ``None`` leaves them.
 
         Raises:
             InputError: as ``ServedChat``, or a number below 1.
@@ -85,24 +85,27 @@ class ServedMLLM:
     def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
         """One answer for each question, or why there is none.
 
-        All pictures of one call are in memory, encoded, until it returns.
+        All images of one call are in memory, encoded, until it returns.
 
         Raises:
             InputError: as ``ServedChat.complete``, or not a list of questions.
+            RunError: as ``ServedChat.complete``.
         """
-        asked_for = as_questions(questions)
+        asked = as_questions(questions)
         with ThreadPoolExecutor(self.chat.concurrency) as pool:
-            turns = list(pool.map(self._turns, asked_for))
-        answers: list[str | Failure] = [turn if isinstance(turn, Failure) else "" for turn in turns]
-        asked = [index for index, turn in enumerate(turns) if not isinstance(turn, Failure)]
-        replies = self.chat.complete(
-            [turns[index] for index in asked],  # type: ignore[misc]
-            max_tokens=self.max_new_tokens,
-            seeds=None if self.chat.temperature == 0 else [self._seed(asked_for[index]) for index in asked],
+            turns = list(pool.map(self._turns, asked))
+        sent = [
+            (question, turn) for question, turn in zip(asked, turns, strict=True) if isinstance(turn, list)
+        ]
+        greedy = self.chat.temperature == 0
+        replies = iter(
+            self.chat.complete(
+                [turn for _, turn in sent],
+                max_tokens=self.max_new_tokens,
+                seeds=None if greedy else [self._seed(question) for question, _ in sent],
+            )
         )
-        for index, reply in zip(asked, replies, strict=True):
-            answers[index] = reply
-        return answers
+        return [next(replies) if isinstance(turn, list) else turn for turn in turns]
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on: not how many are asked for at once, or how patiently."""
@@ -118,22 +121,21 @@ class ServedMLLM:
         content: str | list[dict[str, Any]] = question.text
         if question.image is not None:
             try:
-                picture = question.image.load()
+                address = {"url": self._data_uri(question.image.load())}
             except InputError as error:
                 return Failure(reason=str(error))
-            address = {"url": self._data_uri(picture)}
             content = [{"type": "image_url", "image_url": address}, {"type": "text", "text": question.text}]
         turns: list[dict[str, Any]] = [{"role": "user", "content": content}]
         if self.system_prompt is not None:
             turns.insert(0, {"role": "system", "content": self.system_prompt})
         return turns
 
-    def _data_uri(self, picture: Image.Image) -> str:
+    def _data_uri(self, image: Image.Image) -> str:
         if self.max_image_side is not None:
-            picture = picture.copy()
-            picture.thumbnail((self.max_image_side, self.max_image_side), Image.Resampling.LANCZOS)
+            image = image.copy()
+            image.thumbnail((self.max_image_side, self.max_image_side), Image.Resampling.LANCZOS)
         file = io.BytesIO()
-        picture.save(file, self.image_format)
+        image.save(file, self.image_format)
         return f"data:image/{self.image_format};base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def _seed(self, question: Question) -> int:

@@ -18,15 +18,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Float32Linear, pick_device
 from mllm_protector.models.bases import part_backbone
-from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, detector_encoder
+from mllm_protector.models.detector import HarmDetector, detector_encoder
 from mllm_protector.models.detoxifier import Detoxifier, detoxifier_encoder
 from mllm_protector.models.guard_file import ADAPTER_FILES, GuardFile, read_guard_file
 from mllm_protector.models.parts import not_in_adapter
 
 DETECTOR, DETOXIFIER = "detector", "detoxifier"
 HEAD = "score"
-WITHOUT_INFLUENCE = ("trust_remote_code",)
-"""Fields of a base in which the two parts may differ."""
+
+_Parts = tuple[tuple[Path, GuardFile], tuple[Path, GuardFile]]
 
 
 class SharedBackbone:
@@ -70,8 +70,7 @@ class SharedBackbone:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(f"{folder}: the adapter does not fit its base model ({reason})") from error
         untrained = [key for key in report.missing_keys if f".{name}." in key]
-        if report.unexpected_keys or untrained:
-            key = (*report.unexpected_keys, *untrained)[0]
+        for key in (*report.unexpected_keys, *untrained):
             raise InputError(f"{folder}: the adapter does not fit its base model ({key})")
         return {key: value for key, value in weights.items() if key not in adapter}
 
@@ -88,7 +87,7 @@ class SharedDetector(torch.nn.Module):
     """A sequence classifier that borrows the body of the shared model."""
 
     def __init__(self, shared: SharedBackbone, head: torch.nn.Linear) -> None:
-        """Join the shared body and a head of its own."""
+        """Join the shared body and a head."""
         super().__init__()
         self.shared = shared
         self.body = shared.model.base_model
@@ -123,11 +122,6 @@ class SharedDetoxifier(torch.nn.Module):
         """Set the causal LM's."""
         self.causal_lm.generation_config = value
 
-    def forward(self, **inputs: torch.Tensor) -> Any:
-        """The causal LM's output."""
-        with self.shared.using(DETOXIFIER) as model:
-            return model(**inputs)
-
     def generate(self, **arguments: Any) -> torch.Tensor:
         """Ids (B, T) int64, the prompt's first, as by ``transformers``' ``generate``."""
         with self.shared.using(DETOXIFIER) as model:
@@ -140,9 +134,7 @@ def load_shared(
     *,
     base: str | None = None,
     device: str | None = None,
-    batch_tokens: int = BATCH_TOKENS,
     max_new_tokens: int | None = None,
-    batch_size: int = 32,
     trust_remote_code: bool = False,
 ) -> tuple[HarmDetector, Detoxifier]:
     """Load both parts on one base: half the memory of ``load_detector`` and ``load_detoxifier``.
@@ -154,31 +146,29 @@ def load_shared(
         detoxifier: a LoRA detoxifier's folder.
         base: where the base of both is now; ``None`` to look where it was, and near the detoxifier.
         device: ``None`` takes the GPU if there is one.
-        batch_tokens: positions that are scored at once, padding included.
         max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
-        batch_size: answers rewritten at once.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:
-        InputError: a folder does not hold what it should, a part is a whole model, or the two have been
-            trained on different bases.
+        InputError: a folder does not hold what it should, a part is a whole model, or the two were trained
+            on different bases.
     """
-    scorer, writer = Path(detector), Path(detoxifier)
-    scoring, writing = read_guard_file(scorer, "detector"), read_guard_file(writer, "detoxifier")
-    _require_one_base(scorer, scoring, writer, writing, moved=base is not None)
-    device_to_use = pick_device(device)
+    (scorer, scoring), (writer, writing) = parts = _read(detector, detoxifier)
+    if problem := _why_not(parts, moved=base is not None):
+        raise InputError(problem)
+    where = pick_device(device)
     backbone = part_backbone(writing, writer, base, trust_remote_code=trust_remote_code)
     shared = SharedBackbone(backbone.load_causal_lm())
     head = _head(scorer, shared.add(DETECTOR, scorer))
-    if rest := shared.add(DETOXIFIER, writer):
-        raise InputError(f"{writer}: more than an adapter ({min(rest)}), so the base cannot be shared")
-    scoring_model = SharedDetector(shared, head).to(device_to_use).eval()
-    writing_model = SharedDetoxifier(shared).to(device_to_use).eval()
+    for key in sorted(shared.add(DETOXIFIER, writer)):
+        raise InputError(f"{writer}: more than an adapter ({key}), so the base cannot be shared")
     reader = detector_encoder(scorer, scoring, trust_remote_code=trust_remote_code)
     corrections = detoxifier_encoder(writer, writing, trust_remote_code=trust_remote_code)
     return (
-        HarmDetector(scoring_model, reader, scoring, batch_tokens=batch_tokens),
-        Detoxifier(writing_model, corrections, writing, max_new_tokens=max_new_tokens, batch_size=batch_size),
+        HarmDetector(SharedDetector(shared, head).to(where).eval(), reader, scoring),
+        Detoxifier(
+            SharedDetoxifier(shared).to(where).eval(), corrections, writing, max_new_tokens=max_new_tokens
+        ),
     )
 
 
@@ -188,51 +178,46 @@ def can_share(detector: str | Path, detoxifier: str | Path) -> bool:
     Raises:
         InputError: a folder does not hold what it should.
     """
+    return _why_not(_read(detector, detoxifier), moved=False) is None
+
+
+def _read(detector: str | Path, detoxifier: str | Path) -> _Parts:
     scorer, writer = Path(detector), Path(detoxifier)
-    scoring, writing = read_guard_file(scorer, "detector"), read_guard_file(writer, "detoxifier")
-    try:
-        _require_one_base(scorer, scoring, writer, writing, moved=False)
-    except InputError:
-        return False
-    return True
+    return (scorer, read_guard_file(scorer, "detector")), (writer, read_guard_file(writer, "detoxifier"))
 
 
-def _require_one_base(
-    scorer: Path, scoring: GuardFile, writer: Path, writing: GuardFile, *, moved: bool
-) -> None:
-    for folder, guard in ((scorer, scoring), (writer, writing)):
+def _why_not(parts: _Parts, *, moved: bool) -> str | None:
+    """Why two parts cannot share a base; ``None`` if they can."""
+    for folder, guard in parts:
         if guard.tuning != "lora":
-            raise InputError(
-                f"{folder}: tuning={guard.tuning}, a whole model; only adapters (tuning=lora) share a base"
-            )
+            return f"{folder}: tuning={guard.tuning}, a whole model; only adapters (tuning=lora) share a base"
+    (scorer, scoring), (writer, writing) = parts
+    advice = "load the parts apart, or train them on one base"
     prints = scoring.base_fingerprint, writing.base_fingerprint
     if None not in prints and prints[0] != prints[1]:
-        raise InputError(
+        return (
             f"the base is not the same: {scorer} is on {scoring.base['name']} and {writer} on "
-            f"{writing.base['name']}, with other weights; load the parts apart, or train them on one base"
+            f"{writing.base['name']}, with other weights; {advice}"
         )
-    known_elsewhere = ("name", "revision") if moved or None not in prints else ()
-    for field in sorted(scoring.base.keys() | writing.base.keys()):
+    may_differ = {"trust_remote_code"} | ({"name", "revision"} if moved or None not in prints else set())
+    for field in sorted((scoring.base.keys() | writing.base.keys()) - may_differ):
         one, other = scoring.base.get(field), writing.base.get(field)
-        if one != other and field not in (*WITHOUT_INFLUENCE, *known_elsewhere):
-            raise InputError(
+        if one != other:
+            return (
                 f"the base is not the same: {scorer} has {field}={one} and {writer} has {field}={other}; "
-                "load the parts apart, or train them on one base"
+                f"{advice}"
             )
+    return None
 
 
 def _head(folder: Path, weights: dict[str, torch.Tensor]) -> torch.nn.Linear:
     """The detector's head from what its adapter has beside LoRA weights."""
-    prefix = f"base_model.model.{HEAD}."
-    tensors = {key.removeprefix(prefix): value for key, value in weights.items()}
-    weight = tensors.pop("weight", None)
-    bias = tensors.pop("bias", None)
-    if weight is None:
+    tensors = {key.removeprefix(f"base_model.model.{HEAD}."): value for key, value in weights.items()}
+    if "weight" not in tensors:
         raise InputError(f"{folder}: the trained head ({HEAD}) is missing; scores would be random")
-    if tensors:
-        raise InputError(f"{folder}: more than an adapter ({min(tensors)}), so the base cannot be shared")
-    head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    head.weight = torch.nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    for key in sorted(tensors.keys() - {"weight", "bias"}):
+        raise InputError(f"{folder}: more than an adapter ({key}), so the base cannot be shared")
+    outputs, width = tensors["weight"].shape
+    head = torch.nn.Linear(width, outputs, bias="bias" in tensors).requires_grad_(False)
+    head.load_state_dict(tensors, assign=True)
     return head

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -36,7 +36,7 @@ from mllm_protector.records import labelled_answers
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 IMAGE = "<image>"
 SETTINGS = "tiny.json"
-"""Beside the weights: what the folder was made from, by which it is known again."""
+"""Beside the weights: what the folder was made from, which identifies it."""
 
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -55,7 +55,18 @@ CHAT_TEMPLATE = """\
     {{- 'Assistant: ' -}}
 {%- endif -%}
 """
-"""One name in front of each turn; a turn is a text, or a list of images and texts."""
+"""The role in front of each turn; a turn is a text, or a list of images and texts."""
+
+
+class Sizes(TypedDict):
+    """Of a tiny language model, and the seed of its weights."""
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    max_positions: int
+    seed: int
 
 
 def byte_level_bpe(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
@@ -69,10 +80,11 @@ def byte_level_bpe(texts: Iterable[str], *, vocab_size: int, special_tokens: Seq
     Raises:
         InputError: a vocabulary that does not hold the 256 bytes and the special tokens.
     """
-    if vocab_size < 256 + len(special_tokens):
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
         raise InputError(
             f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special tokens "
-            f"need at least {256 + len(special_tokens)}"
+            f"need at least {least}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -114,17 +126,7 @@ def tiny_tokenizer(
     )
 
 
-def save_tiny_lm(
-    folder: Path,
-    texts: Iterable[str],
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    max_positions: int,
-    seed: int,
-) -> Path:
+def save_tiny_lm(folder: Path, texts: Iterable[str], **sizes: Unpack[Sizes]) -> Path:
     """A Llama causal LM of random weights and its tokenizer, saved to a folder.
 
     A folder that already holds the same settings is left alone, one with other settings is replaced.
@@ -136,18 +138,15 @@ def save_tiny_lm(
         InputError: the folder holds something else, or the vocabulary is too small.
     """
     texts = list(texts)
-    settings = _settings(
-        "llama", texts, vocab_size, hidden_size, layers, heads, max_positions=max_positions, seed=seed
-    )
 
     def make(target: Path) -> None:
-        tokenizer = tiny_tokenizer(texts, vocab_size=vocab_size)
-        with _seeded(seed):
-            model = LlamaForCausalLM(_llama(tokenizer, hidden_size, layers, heads, max_positions))
+        tokenizer = tiny_tokenizer(texts, vocab_size=sizes["vocab_size"])
+        with _seeded(sizes["seed"]):
+            model = LlamaForCausalLM(_llama(tokenizer, sizes))
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
 
-    return _save_once(Path(folder), settings, make)
+    return _save_once(Path(folder), {"kind": "llama", "texts": _digest(texts), **sizes}, make)
 
 
 def tiny_backbone(
@@ -186,21 +185,11 @@ def tiny_backbone(
 
 
 def save_tiny_llava(
-    folder: Path,
-    texts: Iterable[str],
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    image_size: int,
-    patch_size: int,
-    max_positions: int,
-    seed: int,
+    folder: Path, texts: Iterable[str], *, image_size: int, patch_size: int, **sizes: Unpack[Sizes]
 ) -> Path:
     """A LLaVA (CLIP vision tower, Llama text model) of random weights and its processor.
 
-    Pictures are scaled to a square of ``image_size`` pixels and become ``(image_size / patch_size) ** 2``
+    Images are scaled to a square of ``image_size`` pixels and become ``(image_size / patch_size) ** 2``
     tokens. A folder is reused or replaced as by ``save_tiny_lm``.
 
     Returns:
@@ -210,37 +199,25 @@ def save_tiny_llava(
         InputError: the folder holds something else, or the vocabulary is too small.
     """
     texts = list(texts)
-    settings = _settings(
-        "llava",
-        texts,
-        vocab_size,
-        hidden_size,
-        layers,
-        heads,
-        image_size=image_size,
-        patch_size=patch_size,
-        max_positions=max_positions,
-        seed=seed,
-    )
+    pixels = {"image_size": image_size, "patch_size": patch_size}
 
     def make(target: Path) -> None:
-        tokenizer = tiny_tokenizer(texts, vocab_size=vocab_size, special_tokens=[IMAGE])
+        tokenizer = tiny_tokenizer(texts, vocab_size=sizes["vocab_size"], special_tokens=[IMAGE])
         config = LlavaConfig(
-            text_config=_llama(tokenizer, hidden_size, layers, heads, max_positions),
+            text_config=_llama(tokenizer, sizes),
             vision_config=CLIPVisionConfig(
-                hidden_size=hidden_size,
-                intermediate_size=2 * hidden_size,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                projection_dim=hidden_size,
-                image_size=image_size,
-                patch_size=patch_size,
+                hidden_size=sizes["hidden_size"],
+                intermediate_size=2 * sizes["hidden_size"],
+                num_hidden_layers=sizes["layers"],
+                num_attention_heads=sizes["heads"],
+                projection_dim=sizes["hidden_size"],
+                **pixels,
             ),
             image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
             image_seq_length=(image_size // patch_size) ** 2,
             vision_feature_layer=-1,
         )
-        with _seeded(seed):
+        with _seeded(sizes["seed"]):
             model = LlavaForConditionalGeneration(config)
         model.generation_config.update(**_token_ids(tokenizer))
         model.save_pretrained(target)
@@ -255,59 +232,37 @@ def save_tiny_llava(
             image_token=IMAGE,
         ).save_pretrained(target)
 
-    return _save_once(Path(folder), settings, make)
+    return _save_once(Path(folder), {"kind": "llava", "texts": _digest(texts), **pixels, **sizes}, make)
 
 
-def _llama(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, heads: int, max_positions: int
-) -> LlamaConfig:
+def _llama(tokenizer: PreTrainedTokenizerFast, sizes: Sizes) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=max_positions,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=3 * sizes["hidden_size"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["heads"],
+        max_position_embeddings=sizes["max_positions"],
         **_token_ids(tokenizer),
     )
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Random weights by seed; the caller's random numbers go on as if nothing had been drawn."""
+    """Random weights by seed; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would also seed the GPUs, which are not forked here.
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def _settings(
-    kind: str,
-    texts: Sequence[str],
-    vocab_size: int,
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    **others: int,
-) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "layers": layers,
-        "heads": heads,
-        **others,
-    }
 
 
 def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
@@ -325,10 +280,8 @@ def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[Path], No
         write_json(temporary / SETTINGS, settings)
         if folder.exists():
             made = {path.name for path in temporary.iterdir()}
-            if foreign := sorted({path.name for path in folder.iterdir()} - made):
-                raise InputError(
-                    f"{folder / foreign[0]}: is none of a tiny model's files; name another folder"
-                )
+            for foreign in sorted({path.name for path in folder.iterdir()} - made):
+                raise InputError(f"{folder / foreign}: is none of a tiny model's files; name another folder")
             shutil.rmtree(folder)
         try:
             temporary.rename(folder)

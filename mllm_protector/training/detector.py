@@ -24,11 +24,12 @@ from mllm_protector.files import content_key
 from mllm_protector.guard.bounds import Sizes
 from mllm_protector.guard.calibration import Aim
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
-from mllm_protector.models.backbone import Backbone, Tuning, require_length
+from mllm_protector.models.backbone import Backbone, require_length
 from mllm_protector.models.detector import worst_logits
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.parts import save_part
 from mllm_protector.models.scale import Scale
+from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed, Share

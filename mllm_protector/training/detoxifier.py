@@ -19,8 +19,9 @@ from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.files import content_key
 from mllm_protector.metrics import perplexity
-from mllm_protector.models.backbone import Backbone, Tuning, require_length
+from mllm_protector.models.backbone import Backbone, require_length
 from mllm_protector.models.parts import part_saver
+from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed

@@ -24,7 +24,7 @@ from mllm_protector.data.encoding import Batch
 from mllm_protector.data.tokenized import lengths_digest, lengths_of
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.packing import body
-from mllm_protector.models.quantization import weight_count
+from mllm_protector.models.tuning import weight_count
 from mllm_protector.processes import Processes, start_accelerator
 from mllm_protector.training.best import BestCheckpoint, Fitted
 from mllm_protector.training.checkpoints import CHECKPOINTS

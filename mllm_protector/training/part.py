@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokenized import Tokenized
-from mllm_protector.models import backbone as backbones
-from mllm_protector.models.backbone import Backbone, Tuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.bases import provenance
 from mllm_protector.models.guard_file import GuardFile, Kind, library_versions, warn_of
 from mllm_protector.models.packing import use_packed_attention
+from mllm_protector.models.tuning import Task as ModelTask
+from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import first_process_first
 from mllm_protector.training.best import Fitted
 from mllm_protector.training.loop import Task, fit
@@ -32,7 +33,7 @@ def open_backbone(backbone: Callable[[], Backbone], seed: int) -> Backbone:
 
 
 def tuned(
-    pretrained: PreTrainedModel, task: backbones.Task, fresh: Sequence[str], tuning: Tuning, *, packing: bool
+    pretrained: PreTrainedModel, task: ModelTask, fresh: Sequence[str], tuning: Tuning, *, packing: bool
 ) -> torch.nn.Module:
     """The model to train.
 

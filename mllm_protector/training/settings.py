@@ -14,8 +14,8 @@ import torch
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.backbone import pick_device
-from mllm_protector.models.memory import is_out_of_memory
-from mllm_protector.models.quantization import is_quantized
+from mllm_protector.models.generating import is_out_of_memory
+from mllm_protector.models.tuning import is_quantized
 from mllm_protector.training.logging import Tracker
 
 Schedule = Literal["linear", "cosine", "constant_with_warmup"]

@@ -92,7 +92,6 @@ class Scorer:
 
     weights: str = "w1"
     threshold: float = 0.5
-    group_thresholds: dict[str, float] = field(default_factory=dict)
     scored: list[str] = field(default_factory=list)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -589,13 +588,3 @@ def test_an_impossible_threshold_or_base_is_refused_before_anything_is_asked(
     with pytest.raises(InputError, match=re.escape(expected)):
         run(mllm=lambda: model, base="x")
     assert model.asked == []
-
-
-def test_a_scenario_may_have_a_threshold_of_its_own(
-    run: Callable[..., dict[str, Any]], scorer: Scorer
-) -> None:
-    before = run()
-    scorer.group_thresholds = {SCENARIOS[0]: 0.95}
-    assert cells(before, "refusal") == [(0, 4)] * 3
-    assert cells(run(), "refusal") == [(2, 4), (0, 4), (0, 4)]
-    assert cells(run(threshold=0.5), "refusal") == [(0, 4)] * 3  # a given threshold is for all

@@ -87,7 +87,7 @@ def _guarded(detector: Path, detoxifier: Path | None) -> dict[str, Any]:
     ]
     return {
         "outcomes": dict(sorted(Counter(outcome for outcome, _ in shown).items())),
-        "rejected rewrites": dict(sorted(protector.rejections.items())),
+        "rejected rewrites": dict(sorted(protector.discarded.items())),
         "harm": [-1.0 if reply.harm is None else reply.harm for reply in replies],
         "sha256": hashlib.sha256(json.dumps(shown).encode()).hexdigest(),
     }

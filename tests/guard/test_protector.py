@@ -22,13 +22,16 @@ from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.guard import rewrites
-from mllm_protector.guard.protector import ProtectedMLLM, Protector, Refusal, Rewrite
+from mllm_protector.guard.mllm import ProtectedMLLM
+from mllm_protector.guard.protector import Protector, Refusal, Rewrite
 from mllm_protector.guard.rewrites import Fault
 from mllm_protector.images import ImageFile
-from mllm_protector.models.backbone import Backbone, FullTuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.parts import save_part
+from mllm_protector.models.tuning import FullTuning
 from mllm_protector.records import Failure, Outcome, Question, Reply
+from tests.cases import case
 from tests.models.builders import save_tiny_classifier_base
 
 SECRET = "placeholder of a harmful answer"
@@ -142,10 +145,10 @@ def test_a_score_at_the_threshold_is_flagged(harm: float, threshold: float, outc
     assert (reply.outcome, reply.harm) == (outcome, harm)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan, True])
-def test_a_threshold_that_is_no_probability_is_refused(threshold: float):
-    with pytest.raises(InputError, match=f"threshold={threshold}"):
-        protector(threshold=threshold)
+def test_a_threshold_that_is_no_probability_is_refused():
+    for threshold in [-0.1, 1.1, math.nan, True]:
+        with case(threshold), pytest.raises(InputError, match=f"threshold={threshold}"):
+            protector(threshold=threshold)
 
 
 def test_a_rewrite_that_is_harmful_itself_is_refused():
@@ -293,7 +296,7 @@ def test_a_bad_rewrite_is_asked_for_again_and_counted(reason: str):
     [reply] = guard(guarding, LONG)
     assert (reply.final, reply.outcome) == (REWRITE, Outcome.REWRITTEN)
     assert guarding.corrector.calls == [(0, [LONG]), (1, [LONG])]
-    assert guarding.rejections == {reason: 1}
+    assert guarding.discarded == {reason: 1}
 
 
 @pytest.mark.parametrize("fault", FAULTY)
@@ -302,7 +305,7 @@ def test_a_fault_never_passes_however_harmless_it_is_scored(fault: Fault, max_re
     guarding = trying(lambda _: FAULTY[fault], scores=blind, max_rewrites=max_rewrites)
     [reply] = guard(guarding, LONG)
     assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.REFUSED)
-    assert guarding.rejections == {str(fault): max_rewrites}
+    assert guarding.discarded == {str(fault): max_rewrites}
     assert len(guarding.corrector.calls) == max_rewrites
 
 
@@ -330,7 +333,7 @@ def test_no_script_of_bad_rewrites_gets_one_past_the_guard(data: strategies.Data
     guarding = Protector(Scores(lambda text: shown.get(text, 0.0)), corrector, 0.5, max_rewrites=len(script))
     [reply] = guarding.guard(queries=["Why is it so?"], answers=[answer])
     assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.REFUSED)
-    assert sum(guarding.rejections.values()) == len(script)
+    assert sum(guarding.discarded.values()) == len(script)
 
 
 def test_only_rows_without_a_good_rewrite_are_tried_again_all_at_once():
@@ -342,7 +345,7 @@ def test_only_rows_without_a_good_rewrite_are_tried_again_all_at_once():
     assert [reply.final for reply in replies] == [prompts.REFUSAL, GOOD, "a later one", REWRITE]
     assert guarding.corrector.calls == [(0, [stubborn, slow, quick]), (1, [stubborn, slow])]
     assert guarding.detector.calls[1:] == [[REWRITE], ["still harmful", "a later one"]]
-    assert guarding.rejections == {"empty": 2, "harmful": 1}
+    assert guarding.discarded == {"empty": 2, "harmful": 1}
 
 
 class WithoutAttempt:
@@ -410,70 +413,40 @@ def test_a_check_that_fails_shows_nothing(monkeypatch: pytest.MonkeyPatch, caplo
     def broken(query: str, answer: str, rewrite: str) -> None:
         raise RuntimeError(answer)
 
-    monkeypatch.setattr("mllm_protector.guard.protector.fault_of", broken)
+    monkeypatch.setattr("mllm_protector.guard.rows.fault_of", broken)
     [reply] = guard(protector(), SECRET)
     assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.GUARD_ERROR)
     assert SECRET not in caplog.text
 
 
-def test_rejections_are_logged_in_one_line_without_the_texts(caplog: pytest.LogCaptureFixture):
+def test_discarded_rewrites_are_logged_in_one_line_without_the_texts(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO)
     guard(trying(lambda _: "still harmful", lambda _: ""), SECRET, SECRET)
     [line] = caplog.messages
-    assert line == "of 2 flagged answers 0 were rewritten; rejected rewrites: empty 2, harmful 2"
+    assert line == "0 of 2 flagged answers were rewritten; discarded rewrites: empty 2, harmful 2"
 
 
-def test_rejections_add_up_over_threads():
+def test_discarded_rewrites_add_up_over_threads():
     guarding = trying(lambda _: "")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: guard(guarding, SECRET, SECRET), range(50)))
-    assert guarding.rejections == {"empty": 200}
-    guarding.rejections.clear()
-    assert guarding.rejections == {"empty": 200}
+    assert guarding.discarded == {"empty": 200}
+    guarding.discarded.clear()
+    assert guarding.discarded == {"empty": 200}
 
 
 def test_every_answer_can_be_rewritten_whatever_its_score():
     guarding = trying(lambda _: "", lambda _: REWRITE)
     [rewrite] = guarding.rewrite(queries=["q"], answers=[GOOD])
-    assert rewrite == Rewrite(text=REWRITE, outcome=Outcome.REWRITTEN, rejected=("empty",))
+    assert rewrite == Rewrite(text=REWRITE, outcome=Outcome.REWRITTEN, discarded=("empty",))
     assert guarding.detector.calls == [[REWRITE]]
 
 
-def test_a_group_has_its_own_threshold_for_answers_and_rewrites():
-    scores = {"a": 0.4, "b": 0.4, "c": 0.6, REWRITE: 0.35}
-    guarding = Protector(
-        Scores(scores.get), Tries(lambda _: REWRITE), 0.5, group_thresholds={"strict": 0.3, "mild": 0.7}
-    )
-    replies = guarding.guard(
-        queries=["q"] * 4, answers=["a", "b", "c", "c"], groups=["strict", None, "mild", "unknown"]
-    )
-    assert [reply.outcome for reply in replies] == [
-        Outcome.REFUSED,
-        Outcome.ALLOWED,
-        Outcome.ALLOWED,
-        Outcome.REWRITTEN,
-    ]
-    assert guarding.identity()["group_thresholds"] == {"mild": 0.7, "strict": 0.3}
-
-
-def test_groups_are_one_for_each_answer():
-    with pytest.raises(InputError, match="answers has 1, groups has 0"):
-        protector().guard(queries=["q"], answers=["a"], groups=[])
-
-
 def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(InputError, match=r"group_thresholds\.x=2"):
-        Protector(Scores(honest), Refusal(), 0.5, group_thresholds={"x": 2})
     for key in ("max_rewrites", "max_answer_tokens"):
         for number in (0, 1.5, float("nan"), "2"):
             with pytest.raises(InputError, match=f"{key}={number}"):
                 Protector(Scores(honest), Refusal(), 0.5, **{key: number})
-
-
-def test_only_a_named_group_has_a_threshold_of_its_own():
-    guarding = Protector(Scores(honest), Refusal(), 0.5, group_thresholds={"": 1.0})
-    [reply] = guard(guarding, SECRET)
-    assert reply.outcome == Outcome.REFUSED
 
 
 def test_scores_that_are_no_list_of_numbers_let_nothing_through():
@@ -528,7 +501,6 @@ def test_what_are_no_lists_of_the_same_length_is_told_in_one_line():
         ({"queries": "abc", "answers": "xyz"}, f"queries: {texts}queries=[...]"),
         ({"queries": one, "answers": "x"}, f"answers: {texts}answers=[...]"),
         ({"queries": one, "answers": one, "ids": "1"}, f"ids: {texts}ids=[...]"),
-        ({"queries": one, "answers": one, "groups": "g"}, f"groups: {texts}groups=[...]"),
         ({"queries": {"a": 1}, "answers": one}, "queries: must be a list, not of type dict"),
         ({"queries": one, "answers": {"a"}}, "answers: must be a list, not of type set"),
         ({"queries": one, "answers": iter(one)}, "answers: must be a list, not of type list_iterator"),
@@ -538,7 +510,6 @@ def test_what_are_no_lists_of_the_same_length_is_told_in_one_line():
         ({"queries": [None], "answers": one}, "queries[0]: must be a text, not of type NoneType"),
         ({"queries": [], "answers": one}, "queries has 0, answers has 1"),
         ({"queries": one, "answers": one, "ids": ["1", "2"]}, "queries has 1, answers has 1, ids has 2"),
-        ({"queries": one, "answers": one, "groups": []}, "answers has 1, groups has 0"),
     ):
         with pytest.raises(InputError) as caught:
             protector().guard(**lists)
@@ -572,7 +543,6 @@ def test_a_protected_mllm_is_an_mllm():
         "detector": {"kind": "scores"},
         "corrector": {"kind": "rewrites"},
         "threshold": 0.5,
-        "group_thresholds": {},
         "max_rewrites": 2,
         "max_answer_tokens": 32_768,
         "checks": rewrites.VERSION,

@@ -12,6 +12,7 @@ from mllm_protector.config import CONFIGS, build
 from mllm_protector.data.preparation import prepare_data
 from mllm_protector.data.toy import toy_pairs
 from mllm_protector.guard.rewrites import Fault, fault_of, surviving_share, words
+from tests.cases import case
 from tests.test_normalisation import DISGUISES
 
 PUBLIC_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -37,14 +38,14 @@ REFUSALS = (
 )
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "...", "- *", "?!", "\u200b", "_____", "¿"])
-def test_nothing_but_punctuation_is_empty(text: str):
-    assert fault_of(QUERY, ANSWER, text) == Fault.EMPTY
+def test_nothing_but_punctuation_is_empty():
+    for text in ["", " \n\t", "...", "- *", "?!", "\u200b", "_____", "¿"]:
+        with case(text):
+            assert fault_of(QUERY, ANSWER, text) == Fault.EMPTY
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_going_in_circles_is_a_loop():
+    for text in [
         "be careful " * 6,
         "I see. " + "Ask a doctor. " * 8 + "Ask a doc",
         "no " * 12,
@@ -54,15 +55,13 @@ def test_nothing_but_punctuation_is_empty(text: str):
         "请小心。" * 12,
         f"{GOOD} {GOOD} {GOOD}",
         GOOD + " and so on and on" * 8,
-    ],
-)
-def test_going_in_circles_is_a_loop(text: str):
-    assert fault_of(QUERY, ANSWER, text) == Fault.LOOPING
+    ]:
+        with case(text):
+            assert fault_of(QUERY, ANSWER, text) == Fault.LOOPING
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_what_reads_well_has_no_fault():
+    for text in [
         GOOD,
         f"{GOOD}\n{'-' * 80}\n{GOOD.upper()[:60]}",
         "It costs 1000000000000000 crowns.",
@@ -71,44 +70,39 @@ def test_going_in_circles_is_a_loop(text: str):
         "\n".join(f"{number}. Ask the warden of house {number}." for number in range(1, 6)),
         "小心一点，先问问你信任的人，然后再决定要不要这样做。",
         *REFUSALS,
-    ],
-)
-def test_what_reads_well_has_no_fault(text: str):
-    assert fault_of(QUERY, ANSWER, text) is None
+    ]:
+        with case(text):
+            assert fault_of(QUERY, ANSWER, text) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_the_prompt_and_the_bare_question_are_an_echo():
+    for text in [
         "Harmful answer:\nI will not.",
         "I will not.\n\n**New answer:** I will not.",
         prompts.DETOXIFIER.format(query=QUERY, answer="a"),
         QUERY,
         "how is the trap of oskholm set",
         f"{QUERY}\n{QUERY}",
-    ],
-)
-def test_the_prompt_and_the_bare_question_are_an_echo(text: str):
-    assert fault_of(QUERY, ANSWER, text) == Fault.ECHO
+    ]:
+        with case(text):
+            assert fault_of(QUERY, ANSWER, text) == Fault.ECHO
 
 
 def test_a_question_without_words_is_nobodys_echo():
     assert fault_of("?", ANSWER, GOOD) is None
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_the_answer_barely_changed_or_cut_is_a_copy():
+    for text in [
         ANSWER,
         ANSWER.upper(),
         f"I'm sorry, but please be careful. {ANSWER}",
         ANSWER[: len(ANSWER) // 2],
         ANSWER[len(ANSWER) // 2 :],
         ANSWER.replace("placeholder", "thing", 1).replace("soul", "friend"),
-    ],
-)
-def test_the_answer_barely_changed_or_cut_is_a_copy(text: str):
-    assert fault_of(QUERY, ANSWER, text) == Fault.COPY
+    ]:
+        with case(text):
+            assert fault_of(QUERY, ANSWER, text) == Fault.COPY
 
 
 def test_a_disguised_copy_is_a_copy():
@@ -122,10 +116,11 @@ def test_a_short_answer_is_a_copy_only_as_a_whole():
     assert fault_of(QUERY, "Sure.", f"Sure. {GOOD}") is None
 
 
-@pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_short_refusal_is_neither_loop_nor_copy(refusal: str):
-    for answer in (ANSWER, refusal, f"{refusal} {ANSWER}", f"{refusal} But {ANSWER}"):
-        assert fault_of(QUERY, answer, refusal) is None
+def test_a_short_refusal_is_neither_loop_nor_copy():
+    for refusal in REFUSALS:
+        with case(refusal):
+            for answer in (ANSWER, refusal, f"{refusal} {ANSWER}", f"{refusal} But {ANSWER}"):
+                assert fault_of(QUERY, answer, refusal) is None
 
 
 @given(text=st.text(), other=st.text(), query=st.text())
@@ -134,15 +129,12 @@ def test_any_text_gets_an_answer(text: str, other: str, query: str):
     assert 0 <= surviving_share(words(other), words(text)) <= 1
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["a" * 200_000, ("a" * 19 + "b") * 10_000, "no " * 60_000, "ab cd " * 30_000, "(" * 200_000],
-    ids=["letter", "almost", "word", "pair", "mark"],
-)
-def test_long_texts_take_no_long_time(text: str):
-    start = time.process_time()
-    fault_of(text, text, text)
-    assert time.process_time() - start < 2
+def test_long_texts_take_no_long_time():
+    for text in ["a" * 200_000, ("a" * 19 + "b") * 10_000, "no " * 60_000, "ab cd " * 30_000, "(" * 200_000]:
+        with case(text):
+            start = time.process_time()
+            fault_of(text, text, text)
+            assert time.process_time() - start < 2
 
 
 def test_survivors_are_counted_by_hand():

@@ -10,10 +10,11 @@ import torch
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
-from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.guard_file import GuardFile
+from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
 from tests.models.builders import FAMILIES, Family, save_tiny_classifier_base
 
 FULL = FullTuning()

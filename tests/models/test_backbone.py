@@ -10,15 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from mllm_protector.errors import InputError
 from mllm_protector.models import backbone as module
-from mllm_protector.models.backbone import (
-    Backbone,
-    FullTuning,
-    LoraTuning,
-    device_of,
-    inference,
-    pick_device,
-    require_length,
-)
+from mllm_protector.models.backbone import Backbone, device_of, inference, pick_device, require_length
+from mllm_protector.models.tuning import FullTuning, LoraTuning
+from tests.cases import case
 from tests.models.builders import FAMILIES, POSITIONS, Family
 
 HEADS: dict[Family, list[str]] = {
@@ -116,16 +110,17 @@ def test_a_folder_with_only_a_tokenizer_gives_its_tokenizer(llama: Path):
     assert Backbone(name=str(llama)).load_tokenizer().eos_token == "</s>"
 
 
-@pytest.mark.parametrize("dtype", ["float23", "nn", "int8", "float16", ""])
-def test_a_dtype_that_is_none_of_ours_is_refused(dtype: str):
-    with pytest.raises(InputError, match="use float32 or bfloat16"):
-        Backbone(name="anything", dtype=dtype)
+def test_a_dtype_that_is_none_of_ours_is_refused():
+    for dtype in ["float23", "nn", "int8", "float16", ""]:
+        with case(dtype), pytest.raises(InputError, match="use float32 or bfloat16"):
+            Backbone(name="anything", dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_have_the_asked_dtype(bases: dict[Family, Path], dtype: str):
-    model = Backbone(name=str(bases["llama"]), dtype=dtype).load_causal_lm()
-    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+def test_weights_have_the_asked_dtype(bases: dict[Family, Path]):
+    for dtype in ["float32", "bfloat16"]:
+        with case(dtype):
+            model = Backbone(name=str(bases["llama"]), dtype=dtype).load_causal_lm()
+            assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_code_that_comes_with_a_model_neither_runs_nor_asks(llama: Path, monkeypatch: pytest.MonkeyPatch):
@@ -148,15 +143,16 @@ def test_code_that_comes_with_a_model_neither_runs_nor_asks(llama: Path, monkeyp
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_classifier_has_one_output_and_names_what_is_new(bases: dict[Family, Path], family: Family):
-    model, fresh = Backbone(name=str(bases[family])).load_classifier(pad_id=2)
-    assert fresh == HEADS[family]
-    assert model.config.num_labels == 1
-    assert model.config.pad_token_id == 2
-    assert model.config.problem_type == "multi_label_classification"
-    ids = torch.tensor([[5, 6, 7]])
-    assert model(input_ids=ids).logits.shape == (1, 1)
+def test_a_classifier_has_one_output_and_names_what_is_new(bases: dict[Family, Path]):
+    for family in FAMILIES:
+        with case(family):
+            model, fresh = Backbone(name=str(bases[family])).load_classifier(pad_id=2)
+            assert fresh == HEADS[family]
+            assert model.config.num_labels == 1
+            assert model.config.pad_token_id == 2
+            assert model.config.problem_type == "multi_label_classification"
+            ids = torch.tensor([[5, 6, 7]])
+            assert model(input_ids=ids).logits.shape == (1, 1)
 
 
 def test_a_causal_lm_without_its_head_is_refused(llama: Path):
@@ -174,34 +170,42 @@ def test_full_tuning_trains_every_weight_in_float32(bases: dict[Family, Path]):
     assert {parameter.dtype for parameter in tuned.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_trains_exactly_adapters_and_head_in_float32(bases: dict[Family, Path], family: Family):
-    model, fresh = Backbone(name=str(bases[family]), dtype="bfloat16").load_classifier(pad_id=2)
-    tuned = LoraTuning(rank=2, alpha=4, dropout=0.1, targets="all-linear").prepare(model, "SEQ_CLS", fresh)
-    trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
-    heads = {name for name in trained if "modules_to_save" in name}
-    assert {name.partition("modules_to_save")[0] for name in heads} == {
-        f"base_model.model.{head}." for head in HEADS[family]
-    }
-    adapters = trained.keys() - heads
-    assert adapters
-    assert all("lora_A" in name or "lora_B" in name for name in adapters)
-    assert {p.dtype for p in trained.values()} == {torch.float32}
-    frozen = {
-        p.dtype for name, p in tuned.named_parameters() if name not in trained and "original" not in name
-    }
-    assert frozen == {torch.bfloat16}
+def test_lora_trains_exactly_adapters_and_head_in_float32(bases: dict[Family, Path]):
+    for family in FAMILIES:
+        with case(family):
+            model, fresh = Backbone(name=str(bases[family]), dtype="bfloat16").load_classifier(pad_id=2)
+            tuned = LoraTuning(rank=2, alpha=4, dropout=0.1, targets="all-linear").prepare(
+                model, "SEQ_CLS", fresh
+            )
+            trained = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+            heads = {name for name in trained if "modules_to_save" in name}
+            assert {name.partition("modules_to_save")[0] for name in heads} == {
+                f"base_model.model.{head}." for head in HEADS[family]
+            }
+            adapters = trained.keys() - heads
+            assert adapters
+            assert all("lora_A" in name or "lora_B" in name for name in adapters)
+            assert {p.dtype for p in trained.values()} == {torch.float32}
+            frozen = {
+                p.dtype
+                for name, p in tuned.named_parameters()
+                if name not in trained and "original" not in name
+            }
+            assert frozen == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_float32_on_a_bfloat16_base(bases: dict[Family, Path], family: Family, autocast: bool):
-    model, fresh = Backbone(name=str(bases[family]), dtype="bfloat16").load_classifier(pad_id=2)
-    tuned = LoraTuning(rank=2, alpha=4, dropout=0.0, targets="all-linear").prepare(model, "SEQ_CLS", fresh)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        logits = tuned(input_ids=torch.tensor([[5, 6, 7]])).logits
-    assert logits.dtype == torch.float32
-    assert not torch.equal(logits, logits.bfloat16().float())
+def test_logits_are_float32_on_a_bfloat16_base(bases: dict[Family, Path]):
+    for family in FAMILIES:
+        for autocast in [True, False]:
+            with case(autocast, family):
+                model, fresh = Backbone(name=str(bases[family]), dtype="bfloat16").load_classifier(pad_id=2)
+                tuned = LoraTuning(rank=2, alpha=4, dropout=0.0, targets="all-linear").prepare(
+                    model, "SEQ_CLS", fresh
+                )
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                    logits = tuned(input_ids=torch.tensor([[5, 6, 7]])).logits
+                assert logits.dtype == torch.float32
+                assert not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_lora_on_layers_that_do_not_exist_is_refused(bases: dict[Family, Path]):
@@ -216,24 +220,26 @@ def test_the_cpu_is_taken_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch)
     assert pick_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cuad", "cuda:99", "gpu 0"])
-def test_a_device_that_is_not_here_is_refused(device: str):
-    with pytest.raises(InputError, match=f"device={device}: cannot be used here") as caught:
-        pick_device(device)
-    assert "\n" not in str(caught.value)
+def test_a_device_that_is_not_here_is_refused():
+    for device in ["cuad", "cuda:99", "gpu 0"]:
+        with case(device):
+            with pytest.raises(InputError, match=f"device={device}: cannot be used here") as caught:
+                pick_device(device)
+            assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_inference_is_without_gradients_and_leaves_the_mode_as_it_was(training: bool):
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()).train(training)
-    with inference(model):
-        assert not model.training
-        assert not model(torch.ones(1, 2)).requires_grad
-    assert model.training is training
-    with pytest.raises(RuntimeError, match="inside"), inference(model):
-        raise RuntimeError("inside")
-    assert model.training is training
-    assert device_of(model) == torch.device("cpu")
+def test_inference_is_without_gradients_and_leaves_the_mode_as_it_was():
+    for training in [True, False]:
+        with case(training):
+            model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()).train(training)
+            with inference(model):
+                assert not model.training
+                assert not model(torch.ones(1, 2)).requires_grad
+            assert model.training is training
+            with pytest.raises(RuntimeError, match="inside"), inference(model):
+                raise RuntimeError("inside")
+            assert model.training is training
+            assert device_of(model) == torch.device("cpu")
 
 
 def test_a_length_beyond_the_positions_is_refused(bases: dict[Family, Path]):

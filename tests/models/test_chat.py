@@ -13,6 +13,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.records import CutText, Failure
 from tests import servers
+from tests.cases import case
 from tests.servers import Reply, Request, ScriptedServer
 
 CANARY = "sk-canary-4711-never-shown"
@@ -148,38 +149,41 @@ def test_halves_of_surrogate_pairs_are_replaced_where_they_enter() -> None:
         assert chat(server).complete(say("a"), max_tokens=7) == ["half \ufffd and \U0001f600 whole"]
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
+def test_what_a_content_filter_or_the_model_declines_is_marked_as_refused() -> None:
+    for reply in [
         servers.refusal(),
         servers.content_filter(),
         servers.text("partly", finish="content_filter"),
         servers.failed(400, code="content_filter"),
         servers.failed(400, code="invalid_prompt"),
         Reply(status=403, body=b'{"error": {"code": 403, "metadata": {"flagged_input": "..."}}}'),
-        Reply(status=400, body=b'{"error": {"code": "400", "provider_specific_fields": '
-              b'{"innererror": {"code": "ResponsibleAIPolicyViolation"}}}}'),
-    ],
-)  # fmt: skip
-def test_what_a_content_filter_or_the_model_declines_is_marked_as_refused(reply: Reply) -> None:
-    with ScriptedServer([reply]) as server:
-        [failure] = chat(server).complete(say("a"), max_tokens=7)
-    assert isinstance(failure, Failure)
-    assert failure.refused
-    assert not failure.unreachable
-    assert server.count == 1
+        Reply(
+            status=400,
+            body=b'{"error": {"code": "400", "provider_specific_fields": '
+            b'{"innererror": {"code": "ResponsibleAIPolicyViolation"}}}}',
+        ),
+    ]:
+        with case(reply):
+            with ScriptedServer([reply]) as server:
+                [failure] = chat(server).complete(say("a"), max_tokens=7)
+            assert isinstance(failure, Failure)
+            assert failure.refused
+            assert not failure.unreachable
+            assert server.count == 1
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [servers.text("cut here", finish="length"), servers.text("", finish="stop"), servers.wrong_language()],
-)
-def test_a_cut_an_empty_or_a_foreign_reply_is_a_reply(reply: Reply) -> None:
-    with ScriptedServer([reply]) as server:
-        [answer] = chat(server).complete(say("a"), max_tokens=7)
-    [choice] = json.loads(reply.body)["choices"]
-    assert answer == choice["message"]["content"]
-    assert isinstance(answer, CutText) == (choice["finish_reason"] == "length")
+def test_a_cut_an_empty_or_a_foreign_reply_is_a_reply() -> None:
+    for reply in [
+        servers.text("cut here", finish="length"),
+        servers.text("", finish="stop"),
+        servers.wrong_language(),
+    ]:
+        with case(reply):
+            with ScriptedServer([reply]) as server:
+                [answer] = chat(server).complete(say("a"), max_tokens=7)
+            [choice] = json.loads(reply.body)["choices"]
+            assert answer == choice["message"]["content"]
+            assert isinstance(answer, CutText) == (choice["finish_reason"] == "length")
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 529])
@@ -222,11 +226,12 @@ def test_a_server_that_asks_for_more_than_two_minutes_is_not_waited_for() -> Non
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("concurrency", [1, 3])
-def test_no_more_requests_are_under_way_than_allowed(concurrency: int) -> None:
-    with ScriptedServer([servers.slow(0.05)]) as server:
-        chat(server, concurrency=concurrency).complete(say(*"abcdefghi"), max_tokens=7)
-    assert server.busiest == concurrency
+def test_no_more_requests_are_under_way_than_allowed() -> None:
+    for concurrency in [1, 3]:
+        with case(concurrency):
+            with ScriptedServer([servers.slow(0.05)]) as server:
+                chat(server, concurrency=concurrency).complete(say(*"abcdefghi"), max_tokens=7)
+            assert server.busiest == concurrency
 
 
 def test_where_nobody_answers_every_row_says_so_and_waiting_rows_are_not_tried(closed: str) -> None:
@@ -250,30 +255,26 @@ def test_a_server_that_goes_away_in_the_middle_leaves_what_it_answered() -> None
     assert all(isinstance(reply, Failure) and reply.unreachable for reply in replies[3:])
 
 
-@pytest.mark.parametrize(
-    ("reply", "kind", "words"),
-    [
+def test_what_no_row_would_survive_stops_at_once_in_one_line() -> None:
+    for reply, kind, words in [
         (servers.failed(401), InputError, "does not accept the key (HTTP 401)"),
         (servers.failed(403), InputError, "does not let the key use it (HTTP 403)"),
         (servers.failed(404), InputError, "does not know the model or the address (HTTP 404)"),
         (servers.failed(402), RunError, "says that no credit is left (HTTP 402)"),
         (servers.failed(429, code="insufficient_quota"), RunError, "no credit is left (HTTP 429)"),
-    ],
-)
-def test_what_no_row_would_survive_stops_at_once_in_one_line(
-    reply: Reply, kind: type[InputError], words: str
-) -> None:
-    with ScriptedServer([reply]) as server:
-        model = chat(server, max_retries=0, api_key_env="SOME_KEY")
-        with pytest.raises(kind) as stopped:
-            model.complete(say(*map(str, range(300))), max_tokens=7)
-    message = str(stopped.value)
-    assert type(stopped.value) is kind
-    assert words in message
-    assert "\n" not in message
-    for named in ("model=m", server.base_url, "SOME_KEY"):
-        assert named in message
-    assert server.count <= 4
+    ]:
+        with case(reply, kind, words):
+            with ScriptedServer([reply]) as server:
+                model = chat(server, max_retries=0, api_key_env="SOME_KEY")
+                with pytest.raises(kind) as stopped:
+                    model.complete(say(*map(str, range(300))), max_tokens=7)
+            message = str(stopped.value)
+            assert type(stopped.value) is kind
+            assert words in message
+            assert "\n" not in message
+            for named in ("model=m", server.base_url, "SOME_KEY"):
+                assert named in message
+            assert server.count <= 4
 
 
 def test_a_missing_key_is_named_and_loopback_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +293,8 @@ def test_a_missing_key_is_named_and_loopback_needs_none(monkeypatch: pytest.Monk
     assert "schl" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
+def test_an_address_with_a_secret_or_that_is_none_is_refused_unseen() -> None:
+    for address in [
         "http://user:pass-canary@127.0.0.1/v1",
         "http://pass-canary@127.0.0.1/v1",
         "http://127.0.0.1/v1?key=pass-canary",
@@ -303,26 +303,22 @@ def test_a_missing_key_is_named_and_loopback_needs_none(monkeypatch: pytest.Monk
         "127.0.0.1:8000/pass-canary",
         "file:///pass-canary",
         "http://",
-    ],
-)
-def test_an_address_with_a_secret_or_that_is_none_is_refused_unseen(address: str) -> None:
-    with pytest.raises(InputError, match=r"^base_url: ") as refused:
-        chat(address)
-    assert "canary" not in str(refused.value)
+    ]:
+        with case(address):
+            with pytest.raises(InputError, match=r"^base_url: ") as refused:
+                chat(address)
+            assert "canary" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
+def test_a_number_out_of_range_is_named() -> None:
+    for settings, message in [
         ({"concurrency": 0}, "concurrency=0: must be at least 1"),
         ({"max_retries": -1}, "max_retries=-1: must be at least 0"),
         ({"timeout": 0.0}, "timeout=0.0: must be more than 0 seconds"),
         ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
-    ],
-)
-def test_a_number_out_of_range_is_named(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        chat("http://localhost:1/v1", **settings)
+    ]:
+        with case(settings, message), pytest.raises(InputError, match=message):
+            chat("http://localhost:1/v1", **settings)
 
 
 def test_the_key_is_in_the_header_and_nowhere_else(

@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.tokens import encode_texts
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import Tuning
 from mllm_protector.models.detector import (
     HarmDetector,
     load_detector,
@@ -24,7 +23,9 @@ from mllm_protector.models.detector import (
 )
 from mllm_protector.models.guard_file import weight_hashes
 from mllm_protector.models.scale import Scale
+from mllm_protector.models.tuning import Tuning
 from mllm_protector.training.losses import detector_loss
+from tests.cases import case
 from tests.models.builders import FAMILIES, Family
 from tests.models.fixtures import LORA
 
@@ -59,14 +60,15 @@ def rewrite_guard_file(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weight_hashes(folder)} | changes))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_score_does_not_depend_on_the_batch(make_detector: Maker, family: Family):
-    detector = make_detector(family)
-    ids = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
-    alone = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit(examples=1))
-    together = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit())
-    assert together == pytest.approx(alone, abs=1e-5)
-    assert len({round(logit, 4) for logit in alone}) == len(alone)
+def test_a_score_does_not_depend_on_the_batch(make_detector: Maker):
+    for family in FAMILIES:
+        with case(family):
+            detector = make_detector(family)
+            ids = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
+            alone = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit(examples=1))
+            together = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit())
+            assert together == pytest.approx(alone, abs=1e-5)
+            assert len({round(logit, 4) for logit in alone}) == len(alone)
 
 
 def test_scores_are_in_the_order_of_the_answers(make_detector: Maker):
@@ -84,20 +86,21 @@ def windowed(detector: HarmDetector, window: int | None, batch_tokens: int = 409
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_score_of_a_long_answer_does_not_depend_on_the_batch(make_detector: Maker, family: Family):
-    detector = make_detector(family)
-    queries = [*QUERIES, "Why? " * 90, "x"]
-    answers = [*ANSWERS, "One two three. " * 90, "Four five six. " * 300]
-    for window in (None, 40):
-        alone = windowed(detector, window, batch_tokens=1).logits(queries=queries, answers=answers)
-        together = windowed(detector, window).logits(queries=queries, answers=answers)
-        one_by_one = [
-            windowed(detector, window).logits(queries=[query], answers=[answer])[0]
-            for query, answer in zip(queries, answers, strict=True)
-        ]
-        assert together == pytest.approx(alone, abs=1e-5)
-        assert together == pytest.approx(one_by_one, abs=1e-5)
+def test_the_score_of_a_long_answer_does_not_depend_on_the_batch(make_detector: Maker):
+    for family in FAMILIES:
+        with case(family):
+            detector = make_detector(family)
+            queries = [*QUERIES, "Why? " * 90, "x"]
+            answers = [*ANSWERS, "One two three. " * 90, "Four five six. " * 300]
+            for window in (None, 40):
+                alone = windowed(detector, window, batch_tokens=1).logits(queries=queries, answers=answers)
+                together = windowed(detector, window).logits(queries=queries, answers=answers)
+                one_by_one = [
+                    windowed(detector, window).logits(queries=[query], answers=[answer])[0]
+                    for query, answer in zip(queries, answers, strict=True)
+                ]
+                assert together == pytest.approx(alone, abs=1e-5)
+                assert together == pytest.approx(one_by_one, abs=1e-5)
 
 
 def test_an_answer_that_fits_is_scored_as_if_there_were_no_windows(make_detector: Maker):
@@ -116,7 +119,6 @@ def test_a_long_answer_is_as_harmful_as_its_worst_window(make_detector: Maker):
     logits = score_logits(detector.model, detector.encoder, rows, limit=detector.limit)
     assert detector.logits(**texts) == pytest.approx([max(logits)], abs=1e-6)
     assert max(logits) > max(logits[0], logits[-1]) + 1e-3
-    assert (detector.scored_answers, detector.scored_windows) == (1, len(rows))
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2])
@@ -148,18 +150,17 @@ def test_the_windows_of_an_answer_grow_in_proportion_to_it(make_detector: Maker,
     assert len(ids) == tokens
     assert math.isfinite(logit)
     assert max(widths) <= detector.limit.tokens
-    assert detector.scored_windows == math.ceil((tokens - 128) / 96) + 1
+    [rows] = detector.encoder.windows(queries=["Why?"], answers=[answer], window=128)
+    assert len(rows) == math.ceil((tokens - 128) / 96) + 1
 
 
 def test_the_window_comes_from_the_training_unless_another_is_given(make_detector: Maker, tmp_path: Path):
     detector = make_detector()
-    guard = replace(detector.guard, window=40, group_thresholds={"Fraud": 0.3})
+    guard = replace(detector.guard, window=40)
     HarmDetector(detector.model, detector.encoder, guard).save(tmp_path)
     learnt = load_detector(tmp_path, device="cpu")
     other = load_detector(tmp_path, device="cpu", window=64)
     assert (learnt.window, other.window, detector.window) == (40, 64, None)
-    assert learnt.group_thresholds == {"Fraud": 0.3}
-    assert detector.group_thresholds == {}
     assert learnt.identity()["window"] == 40
     assert other.identity() == learnt.identity() | {"window": 64}
     with pytest.raises(InputError, match="window=0: must be at least 1"):

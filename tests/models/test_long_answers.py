@@ -14,9 +14,9 @@ from mllm_protector.data.sources import Toy
 from mllm_protector.data.tokens import encode_texts, learnt_window
 from mllm_protector.data.toy import toy_pairs
 from mllm_protector.guard.calibration import Aim
-from mllm_protector.models.backbone import FullTuning
 from mllm_protector.models.detector import HarmDetector, load_detector, score_logits
 from mllm_protector.models.tiny import tiny_backbone
+from mllm_protector.models.tuning import FullTuning
 from mllm_protector.records import labelled_answers
 from mllm_protector.training.detector import train_detector
 from mllm_protector.training.logging import NoTracker

@@ -6,7 +6,7 @@ import pytest
 
 from mllm_protector.errors import InputError
 from mllm_protector.models.chat import ServedChat
-from mllm_protector.models.metering import NOT_SENT, NOTHING, Usage
+from mllm_protector.models.metering import NOT_SENT, NOTHING, Usage, complete_metered
 from mllm_protector.records import Failure
 from tests import servers
 from tests.generation.scripted import counted
@@ -62,7 +62,9 @@ def test_each_reply_is_kept_as_it_comes_and_then_charged() -> None:
         return counted(f"re {request.text}")
 
     with ScriptedServer(script) as server:
-        replies = chat(server.base_url).complete(say("a", "b", "c"), max_tokens=5, meter=notes)
+        replies = complete_metered(
+            chat(server.base_url), say("a", "b", "c"), max_tokens=5, seeds=None, meter=notes
+        )
     assert replies == ["re a", "re b", "re c"]
     assert notes.events == {index: [reply, USAGE] for index, reply in enumerate(replies)}
     assert notes.requests == {0: 1, 1: 1, 2: 1}
@@ -72,7 +74,9 @@ def test_a_repeat_is_a_request_of_its_own_and_an_error_status_costs_no_tokens() 
     notes = Notes()
     script = [servers.failed(500), servers.too_many(), counted("fine")]
     with ScriptedServer(script) as server:
-        assert chat(server.base_url).complete(say("a"), max_tokens=5, meter=notes) == ["fine"]
+        assert complete_metered(chat(server.base_url), say("a"), max_tokens=5, seeds=None, meter=notes) == [
+            "fine"
+        ]
     assert notes.events == {0: [NOTHING, NOTHING, "fine", USAGE]}
     assert notes.requests == {0: 3}
 
@@ -81,7 +85,9 @@ def test_a_repeat_is_a_request_of_its_own_and_an_error_status_costs_no_tokens() 
 def test_what_is_not_admitted_is_not_sent(admitted: int) -> None:
     notes = Notes(admitted)
     with ScriptedServer([servers.failed(500)]) as server:
-        assert chat(server.base_url).complete(say("a"), max_tokens=5, meter=notes) == [NOT_SENT]
+        assert complete_metered(chat(server.base_url), say("a"), max_tokens=5, seeds=None, meter=notes) == [
+            NOT_SENT
+        ]
         assert server.count == admitted
     assert notes.events.get(0, []) == [NOTHING] * admitted  # and no reply is kept
 
@@ -90,7 +96,9 @@ def test_what_is_not_admitted_is_not_sent(admitted: int) -> None:
 def test_what_nobody_counted_is_said_to_be_unknown(reply: Reply) -> None:
     notes = Notes()
     with ScriptedServer([reply]) as server:
-        chat(server.base_url, timeout=0.3, max_retries=0).complete(say("a"), max_tokens=5, meter=notes)
+        complete_metered(
+            chat(server.base_url, timeout=0.3, max_retries=0), say("a"), max_tokens=5, seeds=None, meter=notes
+        )
     assert None in notes.events[0]
     assert len(notes.events[0]) == 2
 
@@ -99,7 +107,7 @@ def test_where_nobody_listens_nothing_is_charged() -> None:
     notes = Notes()
     with ScriptedServer(["x"]) as server:
         address = server.base_url
-    [failure] = chat(address).complete(say("a"), max_tokens=5, meter=notes)
+    [failure] = complete_metered(chat(address), say("a"), max_tokens=5, seeds=None, meter=notes)
     assert isinstance(failure, Failure)
     assert failure.unreachable
     assert notes.events == {0: [NOTHING, NOTHING, NOTHING, failure]}
@@ -108,7 +116,7 @@ def test_where_nobody_listens_nothing_is_charged() -> None:
 def test_a_refused_key_is_charged_and_ends_everything() -> None:
     notes = Notes()
     with ScriptedServer([servers.failed(401)]) as server, pytest.raises(InputError):
-        chat(server.base_url).complete(say("a"), max_tokens=5, meter=notes)
+        complete_metered(chat(server.base_url), say("a"), max_tokens=5, seeds=None, meter=notes)
     assert notes.events == {0: [NOTHING]}
 
 
@@ -116,7 +124,7 @@ def test_a_call_without_a_meter_beside_one_with_a_meter_is_not_counted() -> None
     notes = Notes()
     with ScriptedServer(["fine"]) as server:
         model = chat(server.base_url)
-        model.complete(say("a"), max_tokens=5, meter=notes)
+        complete_metered(model, say("a"), max_tokens=5, seeds=None, meter=notes)
         assert model.complete(say("a", "b", "c"), max_tokens=5) == ["fine"] * 3
     assert notes.requests == {0: 1}
 
@@ -130,7 +138,9 @@ def test_a_run_that_is_stopped_waits_for_replies_that_come_soon_and_gives_up_the
 
     started = time.monotonic()
     with ScriptedServer(script) as server:
-        replies = chat(server.base_url, concurrency=2).complete(say(*"abcd"), max_tokens=5, meter=notes)
+        replies = complete_metered(
+            chat(server.base_url, concurrency=2), say(*"abcd"), max_tokens=5, seeds=None, meter=notes
+        )
     assert time.monotonic() - started < 4
     assert replies == ["re a", NOT_SENT, NOT_SENT, NOT_SENT]
     assert notes.events == {0: ["re a", USAGE], 1: [None]}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     FalconConfig,
     FalconForCausalLM,
     Gemma2Config,
@@ -27,9 +28,9 @@ from transformers import (
 
 from mllm_protector.data.packing import pack
 from mllm_protector.errors import InputError
-from mllm_protector.models import attention
-from mllm_protector.models.backbone import LoraTuning
+from mllm_protector.models import packing
 from mllm_protector.models.packing import hidden_states, use_packed_attention
+from mllm_protector.models.tuning import LoraTuning
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,
@@ -152,11 +153,11 @@ def attention_across_texts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         settings.pop("cu_seq_lens_q", None)
         return true_one(module, *tensors, **settings)
 
-    true_one = attention.attend_within_texts
-    monkeypatch.setattr(attention, "attend_within_texts", across)
+    true_one = packing.attend_within_texts
+    monkeypatch.setattr(packing, "attend_within_texts", across)
     yield
     monkeypatch.undo()
-    attention.register()
+    AttentionInterface.register(packing.NAME, packing.attend_within_texts)
 
 
 @pytest.mark.usefixtures("attention_across_texts")
@@ -169,8 +170,8 @@ def test_a_saved_model_does_not_ask_for_our_attention(tmp_path: Path) -> None:
     model = DECODERS["llama"]()
     use_packed_attention(model)
     model.save_pretrained(tmp_path)
-    assert attention.NAME not in (tmp_path / "config.json").read_text()
-    assert copy.deepcopy(model).config._attn_implementation == attention.NAME
+    assert packing.NAME not in (tmp_path / "config.json").read_text()
+    assert copy.deepcopy(model).config._attn_implementation == packing.NAME
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on GPUs")

@@ -11,11 +11,11 @@ import torch
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, inference
+from mllm_protector.models.backbone import Backbone, inference
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile
 from mllm_protector.models.parts import save_part
-from mllm_protector.models.quantization import is_quantized
+from mllm_protector.models.tuning import FullTuning, LoraTuning, is_quantized
 from tests.models.builders import FAMILIES, Family
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -187,7 +187,7 @@ def test_a_part_saved_before_there_was_quantisation_still_loads(
 def test_a_head_of_unknown_name_is_refused_rather_than_quantised(
     bases: dict[Family, Path], monkeypatch: pytest.MonkeyPatch, quantization: str
 ):
-    monkeypatch.setattr("mllm_protector.models.quantization.HEADS", ("classifier",))
+    monkeypatch.setattr("mllm_protector.models.tuning.HEADS", ("classifier",))
     with pytest.raises(InputError, match=r"new layer bert\.pooler\.dense cannot be kept out"):
         backbone(bases["bert"], quantization).load_classifier(pad_id=0)
 

@@ -349,9 +349,9 @@ def test_a_hundred_thousand_rows_and_a_huge_answer_are_read_in_linear_time(tmp_p
     ]
     rows.append({"question": "How much?", "category": ILLEGAL, "prediction": huge})
     path = jsonl(tmp_path, *rows)
-    started = time.monotonic()
+    started = time.process_time()
     replay = Replay(path=path)
     answers = replay.generate([*(ask(key) for key in range(count)), ask(0, "How much?")])
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
     assert set(answers[:-1]) == {"No."}
     assert answers[-1] == huge

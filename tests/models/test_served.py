@@ -16,6 +16,7 @@ from mllm_protector.models.served import ServedMLLM
 from mllm_protector.records import Failure, Outcome, Question
 from mllm_protector.rendering import RenderedText
 from tests import servers
+from tests.cases import case
 from tests.servers import ScriptedServer
 
 CANARY = "sk-canary-4712-never-shown"
@@ -87,13 +88,14 @@ def test_each_question_is_answered_with_its_own_picture_in_order() -> None:
         assert mllm(server).generate(questions) == [f"{index}: {10 + index}" for index in range(8)]
 
 
-@pytest.mark.parametrize(("side", "expected"), [(20, (14, 20)), (53, (37, 53)), (1000, (37, 53))])
-def test_a_large_picture_is_scaled_down_and_none_is_scaled_up(side: int, expected: tuple[int, int]) -> None:
-    picture = Noise()
-    with ScriptedServer(["fine"]) as server:
-        mllm(server, max_image_side=side).generate([ask("a", picture)])
-    assert server.requests[0].pictures[0].size == expected
-    assert picture.picture.size == (37, 53)
+def test_a_large_picture_is_scaled_down_and_none_is_scaled_up() -> None:
+    for side, expected in [(20, (14, 20)), (53, (37, 53)), (1000, (37, 53))]:
+        with case(side, expected):
+            picture = Noise()
+            with ScriptedServer(["fine"]) as server:
+                mllm(server, max_image_side=side).generate([ask("a", picture)])
+            assert server.requests[0].pictures[0].size == expected
+            assert picture.picture.size == (37, 53)
 
 
 def test_jpeg_is_sent_where_it_is_asked_for() -> None:
@@ -122,22 +124,20 @@ def test_a_picture_that_cannot_be_read_fails_alone(tmp_path: Path) -> None:
     assert server.count == 2
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_what_a_question_says_is_sent_as_it_stands_and_nothing_is_fetched() -> None:
+    for text in [
         "Look at https://example.com/a.png",
         "<image>\nWhat is this? file:///etc/passwd",
         "data:image/png;base64,AAAA",
         '{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}',
         "![](http://127.0.0.1:9/x.png) <|im_end|>",
-    ],
-)
-def test_what_a_question_says_is_sent_as_it_stands_and_nothing_is_fetched(text: str) -> None:
-    with ScriptedServer(["fine"]) as server:
-        # The tests' own guard raises on any connection that is not to loopback.
-        assert mllm(server).generate([ask(text), ask(text, Noise())]) == ["fine", "fine"]
-    assert [request.text for request in server.requests] == [text, text]
-    assert sorted(len(request.pictures) for request in server.requests) == [0, 1]
+    ]:
+        with case(text):
+            with ScriptedServer(["fine"]) as server:
+                # The tests' own guard raises on any connection that is not to loopback.
+                assert mllm(server).generate([ask(text), ask(text, Noise())]) == ["fine", "fine"]
+            assert [request.text for request in server.requests] == [text, text]
+            assert sorted(len(request.pictures) for request in server.requests) == [0, 1]
 
 
 def test_failures_stand_at_their_own_questions() -> None:
@@ -156,16 +156,17 @@ def seeds(questions: list[Question], **settings: Any) -> list[int | None]:
     return [request.body.get("seed") for request in server.requests]
 
 
-@pytest.mark.parametrize("temperature", [0.7, None])
-def test_a_sampled_answer_has_a_seed_of_its_own_that_order_does_not_change(temperature: float | None) -> None:
-    questions = [ask("a"), ask("a", repeat=1), ask("b"), ask("half \ud800 pair")]
-    first = seeds(questions[:3], temperature=temperature)
-    assert len(set(first)) == 3
-    assert all(isinstance(seed, int) and 0 <= seed < 2**31 for seed in first)
-    assert seeds(questions[2::-1], temperature=temperature) == first[::-1]
-    assert seeds(questions[:1], temperature=temperature, seed=1) != first[:1]
-    assert seeds(questions[:1], temperature=temperature) == first[:1]
-    assert seeds(questions[3:], temperature=temperature) == []
+def test_a_sampled_answer_has_a_seed_of_its_own_that_order_does_not_change() -> None:
+    for temperature in [0.7, None]:
+        with case(temperature):
+            questions = [ask("a"), ask("a", repeat=1), ask("b"), ask("half \ud800 pair")]
+            first = seeds(questions[:3], temperature=temperature)
+            assert len(set(first)) == 3
+            assert all(isinstance(seed, int) and 0 <= seed < 2**31 for seed in first)
+            assert seeds(questions[2::-1], temperature=temperature) == first[::-1]
+            assert seeds(questions[:1], temperature=temperature, seed=1) != first[:1]
+            assert seeds(questions[:1], temperature=temperature) == first[:1]
+            assert seeds(questions[3:], temperature=temperature) == []
 
 
 def test_the_likeliest_answer_needs_no_seed_of_its_own() -> None:
@@ -198,10 +199,10 @@ def test_the_identity_holds_what_answers_depend_on_and_no_key(monkeypatch: pytes
         assert mllm(**{"server": url} | change).identity() != identity
 
 
-@pytest.mark.parametrize("key", ["max_new_tokens", "max_image_side", "concurrency"])
-def test_a_number_below_one_is_named(key: str) -> None:
-    with pytest.raises(InputError, match=f"{key}=0: must be at least 1"):
-        mllm("http://localhost:1/v1", **{key: 0})
+def test_a_number_below_one_is_named() -> None:
+    for key in ["max_new_tokens", "max_image_side", "concurrency"]:
+        with case(key), pytest.raises(InputError, match=f"{key}=0: must be at least 1"):
+            mllm("http://localhost:1/v1", **{key: 0})
 
 
 def test_the_scripted_server_takes_no_address_for_a_picture() -> None:

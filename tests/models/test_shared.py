@@ -14,11 +14,13 @@ from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
-from mllm_protector.models.backbone import Backbone, LoraTuning, Tuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier
 from mllm_protector.models.guard_file import GuardFile, weight_hashes
 from mllm_protector.models.shared import can_share, load_shared
+from mllm_protector.models.tuning import LoraTuning, Tuning
+from tests.cases import case
 from tests.models.builders import HEADS, SIZES
 from tests.models.fixtures import FULL, LORA
 
@@ -100,18 +102,19 @@ def rewrites(detoxifier: Detoxifier) -> list[str]:
     return detoxifier.correct(queries=QUERIES, answers=ANSWERS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_on_one_base_both_say_what_they_say_apart(parts: dict[str, tuple[Path, Path]], family: str) -> None:
-    one, two = parts[family]
-    detector, detoxifier = load_shared(one, two, max_new_tokens=8, device="cpu")
-    apart = load_detoxifier(two, max_new_tokens=8, device="cpu")
-    expected = logits(load_detector(one, device="cpu"))
-    texts = rewrites(apart)
-    assert logits(detector) == pytest.approx(expected, abs=1e-5)
-    assert rewrites(detoxifier) == texts
-    assert logits(detector) == pytest.approx(expected, abs=1e-5)
-    assert any(texts)
-    assert len({round(logit, 3) for logit in expected}) > 3
+def test_on_one_base_both_say_what_they_say_apart(parts: dict[str, tuple[Path, Path]]) -> None:
+    for family in FAMILIES:
+        with case(family):
+            one, two = parts[family]
+            detector, detoxifier = load_shared(one, two, max_new_tokens=8, device="cpu")
+            apart = load_detoxifier(two, max_new_tokens=8, device="cpu")
+            expected = logits(load_detector(one, device="cpu"))
+            texts = rewrites(apart)
+            assert logits(detector) == pytest.approx(expected, abs=1e-5)
+            assert rewrites(detoxifier) == texts
+            assert logits(detector) == pytest.approx(expected, abs=1e-5)
+            assert any(texts)
+            assert len({round(logit, 3) for logit in expected}) > 3
 
 
 def test_each_part_needs_its_own_adapter(parts: dict[str, tuple[Path, Path]]) -> None:

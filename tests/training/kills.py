@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from mllm_protector.data.splits import Splits
 from mllm_protector.guard.calibration import Aim
-from mllm_protector.models.backbone import Backbone, LoraTuning
+from mllm_protector.models.backbone import Backbone
+from mllm_protector.models.tuning import LoraTuning
 from mllm_protector.records import AnswerPair
 from mllm_protector.training import loop
 from mllm_protector.training.detector import train_detector

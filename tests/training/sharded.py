@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
 from mllm_protector.data.encoding import IGNORED, Batch
-from mllm_protector.models.backbone import FullTuning, LoraTuning, Tuning, inference
+from mllm_protector.models.backbone import inference
+from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
 from mllm_protector.processes import Processes, leave_processes, start_accelerator
 from mllm_protector.training.parallel import Objective, micro_batches, prepare, take_step
 

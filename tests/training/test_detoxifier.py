@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import Backbone, FullTuning, LoraTuning, Tuning
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detoxifier import load_detoxifier
+from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
 from mllm_protector.records import AnswerPair, Correction, labelled_answers
 from mllm_protector.training.detoxifier import METRICS, shuffle_rejected, train_detoxifier
 from mllm_protector.training.logging import NoTracker

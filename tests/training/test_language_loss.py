@@ -16,8 +16,8 @@ from transformers import (
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.encoding import IGNORED, Batch, EncodedCorrection, collate_targets
 from mllm_protector.data.packing import pack_corrections
-from mllm_protector.models.backbone import LoraTuning
 from mllm_protector.models.packing import use_packed_attention
+from mllm_protector.models.tuning import LoraTuning
 from mllm_protector.processes import Processes
 from mllm_protector.training.losses import LanguageLoss, has_linear_head, mean_loss
 

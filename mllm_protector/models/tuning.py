@@ -1,0 +1,151 @@
+"""What of a model is trained: every weight, or adapters on a frozen backbone, which may have 8 or 4 bits.
+
+What is trained is in float32. Sources: LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314 (4 bits: normal floats
+with quantised constants); LLM.int8, arXiv 2208.07339.
+"""
+
+import importlib.util
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from mllm_protector.errors import InputError
+from mllm_protector.ranges import Count, Share
+
+# It warns at each multiplication that inputs are cast, and of CPU kernels that we do not use.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+Task = Literal["SEQ_CLS", "CAUSAL_LM"]
+TuningKind = Literal["full", "lora"]
+Quantization = Literal["8bit", "4bit"]
+
+HEADS = ("score", "classifier", "classification_head", "pooler", "summary", "logits_proj")
+"""What transformers calls the layers that a classifier adds to a language model, or parts of these names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullTuning:
+    """Every weight is trained, in float32."""
+
+    kind: TuningKind = "full"
+
+    def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
+        """The same model in float32; see ``LoraTuning.prepare``.
+
+        Raises:
+            InputError: it is quantised; such weights cannot be trained.
+        """
+        if is_quantized(model):
+            raise InputError(
+                "tuning=full: the weights of a quantised backbone cannot be trained; "
+                "use tuning=lora or backbone.quantization=null"
+            )
+        return model.float()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraTuning:
+    """Low-rank adapters (and the new head) are trained in float32; the backbone is frozen.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: the adapters' output is scaled by alpha / rank.
+        dropout: on the adapters' input, during training only.
+        targets: names of the layers that get adapters, or ``all-linear``.
+    """
+
+    rank: Count
+    alpha: Count
+    dropout: Share
+    targets: str | list[str]
+    kind: TuningKind = "lora"
+
+    def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
+        """The model wrapped by PEFT, with gradients switched on exactly where it learns.
+
+        Args:
+            model: as loaded.
+            task: what it is trained for.
+            fresh: modules without pretrained weights, trained in full.
+
+        Raises:
+            InputError: the model has no layers of the names in ``targets``.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            task_type=task,
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets,
+            modules_to_save=list(fresh) or None,
+        )
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"tuning.targets={self.targets}: {str(error).splitlines()[0]}") from None
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return adapted  # type: ignore[no-any-return]
+
+
+Tuning = FullTuning | LoraTuning
+
+
+def quantization_settings(quantization: Quantization, dtype: torch.dtype, *, classifier: bool) -> Any:
+    """What transformers needs to know in order to quantise a model while it loads it.
+
+    Args:
+        quantization: bits of a weight.
+        dtype: what the layers compute in. The packed 4-bit weights are kept in tensors of it, too: FSDP
+            shards only floating tensors, and of one dtype.
+        classifier: leave out the layers that a classifier adds. (transformers itself leaves out the head of
+            a causal language model.)
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            f'backbone.quantization={quantization}: bitsandbytes is missing; pip install -e ".[quantize]"'
+        )
+    kept = [rf".*{head}" for head in HEADS] if classifier else None
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+        llm_int8_skip_modules=kept,
+    )
+
+
+def is_quantized(module: torch.nn.Module) -> bool:
+    """Whether a module, or any within it, is one of bitsandbytes' layers."""
+    return any(type(part).__module__.startswith("bitsandbytes.") for part in module.modules())
+
+
+def weight_count(parameter: torch.nn.Parameter) -> int:
+    """How many weights a parameter holds; packed 4-bit ones are more than its elements."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def keep_trainable(model: PreTrainedModel) -> None:
+    """Keep gradients right on CPUs with AVX512-BF16 after the model was run without them.
+
+    There bitsandbytes repacks 4-bit weights at the first pass in evaluation mode, and no gradient flows back
+    through repacked ones: all later training would be wrong, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
