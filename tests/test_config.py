@@ -270,11 +270,13 @@ def test_mistakes_of_an_evaluation_are_found_as_well(
     ("overrides", "expected"),
     [
         ([], "generator.model has no value; give generator.model=..."),
-        (["budget.calls=0"], "budget.calls=0: must be at least 1, or null for no limit"),
-        (["budget.calls=many"], "budget.calls=many: must be a whole number or null"),
+        (["max_calls=0"], "max_calls=0: must be a whole number from 1 to 1,000,000,000 or null"),
+        (["pairs=0"], "pairs=0: must be a whole number from 1 to"),
+        (["near_duplicate=0.2"], "near_duplicate=0.2: must be a number from 0.51 to 1"),
+        (["min_share=0"], "min_share=0: must be a number from"),
         (["unconfirmed=keep"], "unconfirmed=keep: must be one of drop, mark"),
         (["question_format=xml"], "question_format=xml: must be one of json, lines"),
-        (["budget.call=1"], "budget.call: unknown config key (did you mean calls?)"),
+        (["max_call=1"], "max_call: unknown config key (did you mean max_calls?)"),
     ],
 )
 def test_mistakes_of_a_generation_are_found_as_well(
@@ -427,10 +429,7 @@ CHECKED_LATER = {
     "eval_mmsafety": {"threshold", "max_unjudged", "repeats"},
     "benchmark": {"rounds", "pairs", "curve_pairs"},
     "benchmark_evaluation": {"rounds", "flagged"},
-    "generate_pairs": {
-        *("pairs", "questions_per_call", "dry_calls", "question_tokens", "answer_tokens", "min_share"),
-        *("concurrency", "max_retries", "timeout", "temperature"),
-    },
+    "generate_pairs": {"concurrency", "max_retries", "timeout", "temperature"},
 }
 """By the function, first of all, or by the constructor of a served model, with tests beside them."""
 

@@ -6,7 +6,7 @@ quoted in an error, and the key leaves this module in the header of a request on
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -16,18 +16,7 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpe
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.address import checked_address, is_loopback, key_from, public
 from mllm_protector.models.completions import declined, text_of
-from mllm_protector.models.connections import MAX_REPLY_MB, TooLarge, run_in_background
-from mllm_protector.models.metering import (
-    GRACE_SECONDS,
-    NOT_SENT,
-    Meter,
-    Metered,
-    MeteredClient,
-    NotAdmitted,
-    Usage,
-    counted,
-    usage_of,
-)
+from mllm_protector.models.connections import MAX_REPLY_MB, BoundedClient, TooLarge, run_in_background
 from mllm_protector.records import Failure
 
 OPENAI = "https://api.openai.com/v1"
@@ -46,6 +35,9 @@ FATAL = {
 TOO_LARGE = Failure(reason=f"the reply is larger than {MAX_REPLY_MB} MB")
 
 Conversation = Sequence[Mapping[str, Any]]
+
+Keep = Callable[[int, str | Failure], None]
+"""Takes the index of a conversation and its reply as soon as it is there; called from another thread."""
 
 
 class ServedChat:
@@ -124,7 +116,7 @@ class ServedChat:
         *,
         max_tokens: int,
         seeds: Sequence[int | None] | None = None,
-        meter: Meter | None = None,
+        keep: Keep | None = None,
     ) -> list[str | Failure]:
         """The reply to each conversation, or why there is none; a reply cut at ``max_tokens`` is a reply.
 
@@ -134,7 +126,7 @@ class ServedChat:
             conversations: see ``protocols.Chat``.
             max_tokens: the longest reply.
             seeds: one for each conversation, instead of the model's own.
-            meter: allows, counts and keeps each request and reply at the moment it is sent or comes.
+            keep: gets each reply as it comes; one that is under way when the run is stopped is lost.
 
         Raises:
             InputError: the server refuses the key, the model or the address.
@@ -142,7 +134,7 @@ class ServedChat:
         """
         seeds = [self.seed] * len(conversations) if seeds is None else seeds
         rows = [*zip(conversations, seeds, strict=True)]
-        return run_in_background(lambda: self._all(rows, max_tokens, meter)) if rows else []
+        return run_in_background(lambda: self._all(rows, max_tokens, keep)) if rows else []
 
     def identity(self) -> dict[str, Any]:
         """What the replies depend on. A server at another address, or port, is another one unless named."""
@@ -154,13 +146,13 @@ class ServedChat:
         }
 
     async def _all(
-        self, rows: Sequence[tuple[Conversation, int | None]], max_tokens: int, meter: Meter | None
+        self, rows: Sequence[tuple[Conversation, int | None]], max_tokens: int, keep: Keep | None
     ) -> list[str | Failure]:
         replies: dict[int, str | Failure] = {}
         stopped: list[Failure | InputError] = []
         waiting = iter(range(len(rows)))
         client = AsyncOpenAI(
-            http_client=MeteredClient(self._timeout),
+            http_client=BoundedClient(self._timeout),
             api_key=self._key(),
             base_url=self._address,
             timeout=Timeout(self._timeout, connect=min(self._timeout, CONNECT_SECONDS)),
@@ -171,49 +163,26 @@ class ServedChat:
             for index in waiting:
                 if stopped:
                     return
-                metered = None if meter is None else Metered(meter, index)
                 try:
-                    replies[index] = reply = await self._reply(client, *rows[index], max_tokens, metered)
+                    replies[index] = reply = await self._reply(client, *rows[index], max_tokens)
                 except InputError as error:
                     stopped.append(error)
                     return
                 if isinstance(reply, Failure) and reply.unreachable:
                     stopped.append(reply)
+                elif keep is not None:
+                    keep(index, reply)
 
         async with client:
-            workers = asyncio.gather(*(work() for _ in range(min(self.concurrency, len(rows)))))
-            await _unless_stopped(workers, meter)
+            await asyncio.gather(*(work() for _ in range(min(self.concurrency, len(rows)))))
         for reason in stopped:
             if isinstance(reason, InputError):
                 raise reason
-        rest = self._unreachable() if stopped else NOT_SENT
-        return [replies.get(index, rest) for index in range(len(rows))]
+        return [replies.get(index, self._unreachable()) for index in range(len(rows))]
 
     async def _reply(
-        self,
-        client: AsyncOpenAI,
-        conversation: Conversation,
-        seed: int | None,
-        max_tokens: int,
-        metered: Metered | None,
-    ) -> str | Failure:
-        usage = None
-        with counted(metered):
-            try:
-                reply, usage = await self._asked(client, conversation, seed, max_tokens)
-                if isinstance(reply, Failure) and not reply.unreachable and reply is not NOT_SENT:
-                    reply = replace(reply, reason=f"{reply.reason} at {self._shown}")
-                if metered is not None:
-                    metered.finish(reply, usage)
-            finally:
-                if metered is not None:
-                    metered.end(usage)
-        return reply
-
-    async def _asked(
         self, client: AsyncOpenAI, conversation: Conversation, seed: int | None, max_tokens: int
-    ) -> tuple[str | Failure, Usage | None]:
-        """The reply, and what the server says that it took."""
+    ) -> str | Failure:
         messages: Any = list(conversation)
         arguments: dict[str, Any] = {self.length_field: max_tokens}
         arguments |= {} if self.temperature is None else {"temperature": self.temperature}
@@ -222,23 +191,22 @@ class ServedChat:
             completion = await client.chat.completions.create(
                 model=self.model, messages=messages, **arguments
             )
+            reply = text_of(completion)
         except APIStatusError as error:
-            return self._status_failure(error), None
-        except NotAdmitted:
-            return NOT_SENT, None
+            reply = self._status_failure(error)
         except TooLarge:
-            return TOO_LARGE, None
+            reply = TOO_LARGE
         except APIConnectionError as error:
-            return self._connection_failure(error), None
+            reply = self._connection_failure(error)
         except (OpenAIError, ValueError, RecursionError):  # JSON that is none, text that is no Unicode
-            return Failure(reason="the request or its reply is not valid JSON"), None
-        return text_of(completion), usage_of(completion)
+            reply = Failure(reason="the request or its reply is not valid JSON")
+        if isinstance(reply, Failure) and not reply.unreachable:
+            return replace(reply, reason=f"{reply.reason} at {self._shown}")
+        return reply
 
     def _connection_failure(self, error: APIConnectionError) -> Failure:
         cause = error.__cause__
-        if isinstance(cause, NotAdmitted):  # releases before version 3 wrap it
-            return NOT_SENT
-        if isinstance(cause, TooLarge):
+        if isinstance(cause, TooLarge):  # releases before version 3 wrap it
             return TOO_LARGE
         if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
             return self._unreachable()
@@ -263,16 +231,3 @@ class ServedChat:
 
     def _unreachable(self) -> Failure:
         return Failure(reason=f"nobody answers at {self._shown}", unreachable=True)
-
-
-async def _unless_stopped(workers: "asyncio.Future[list[None]]", meter: Meter | None) -> None:
-    """Wait for all workers; once the meter says that the run ends, for ``GRACE_SECONDS`` at most."""
-    while meter is not None and not meter.stopped():
-        if (await asyncio.wait([workers], timeout=0.1))[0]:
-            break
-    done, _ = await asyncio.wait([workers], timeout=None if meter is None else GRACE_SECONDS)
-    if done:
-        workers.result()
-    else:
-        workers.cancel()
-        await asyncio.wait([workers])
