@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,7 @@ from mllm_protector.files import write_json, write_jsonl
 from mllm_protector.generation.prompts import Prompts
 from mllm_protector.generation.replies import NOT_SENT, Form, KeptChat, Replies
 from mllm_protector.generation.scenario_file import Scenario, read_scenarios
-from mllm_protector.generation.writing import Rules, Writer
+from mllm_protector.generation.writing import Writer
 from mllm_protector.judges.asking import AskingJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Judge, Priced
@@ -81,22 +80,22 @@ def generate_pairs(
     """
     if not judges:
         raise InputError("judges: at least one judge is needed; judge=[keyword] needs no model")
-    rules = Rules(
-        seed=seed,
-        questions_per_call=questions_per_call,
-        dry_calls=dry_calls,
-        question_tokens=question_tokens,
-        answer_tokens=answer_tokens,
-        question_format=question_format,
-        near_duplicate=near_duplicate,
-        unconfirmed=unconfirmed,
-    )
+    rules: dict[str, Any] = {
+        "seed": seed,
+        "questions_per_call": questions_per_call,
+        "dry_calls": dry_calls,
+        "question_tokens": question_tokens,
+        "answer_tokens": answer_tokens,
+        "question_format": question_format,
+        "near_duplicate": near_duplicate,
+        "unconfirmed": unconfirmed,
+    }
     wording = Prompts(prompts, language, question_format)
     scenarios = read_scenarios(scenario_file, pairs)
     model = generator()
     made = {name: make() for name, make in judges.items()}
     if dry_run:
-        _announce(scenarios, wording, rules, made)
+        _announce(scenarios, wording, questions_per_call, made)
         return None
     folder = Path(output_dir)
     replies = Replies(folder / "cache" / "replies" / "0.jsonl", max_calls)
@@ -105,7 +104,8 @@ def generate_pairs(
     for judge in made.values():
         if isinstance(judge, AskingJudge) and isinstance(judge.chat, ServedChat):
             judge.chat = KeptChat(judge.chat, replies)
-    writer = Writer(scenarios, chat=KeptChat(model, replies), judges=made, prompts=wording, rules=rules)
+    chat = KeptChat(model, replies)
+    writer = Writer(scenarios=scenarios, chat=chat, judges=made, prompts=wording, **rules)
     stop: Stop | None = None
     try:
         writer.run()
@@ -122,7 +122,7 @@ def generate_pairs(
         "generator": model.identity(),
         "judges": {name: judge.identity() for name, judge in made.items()},
         "wording": wording.identity(),
-        "rules": asdict(rules),
+        "rules": rules,
     }
     write_json(folder / "generation.json", result)
     if total["written"]:
@@ -143,18 +143,18 @@ def generate_pairs(
 
 
 def _announce(
-    scenarios: Sequence[Scenario], wording: Prompts, rules: Rules, judges: Mapping[str, Judge]
+    scenarios: Sequence[Scenario], wording: Prompts, per_call: int, judges: Mapping[str, Judge]
 ) -> None:
     """Log the calls that all pairs take if nothing is dropped or repeated, and the prompts."""
     wanted = sum(each.pairs for each in scenarios)
     missing = [max(0, each.pairs - len(each.questions)) for each in scenarios]
-    calls = {"questions": sum(math.ceil(each / rules.questions_per_call) for each in missing)}
+    calls = {"questions": sum(math.ceil(each / per_call) for each in missing)}
     calls["answers"] = 2 * wanted
     calls |= {f"judge {name}": 2 * wanted for name, judge in judges.items() if isinstance(judge, Priced)}
     for name, count in {**calls, "all": sum(calls.values())}.items():
         log.info("%s: %s calls", name, f"{count:,}")
     for name, prompt in (
-        ("questions", wording.questions(scenarios[0], rules.questions_per_call, ())),
+        ("questions", wording.questions(scenarios[0], per_call, ())),
         ("accepted", wording.accepted(scenarios[0], "...")),
         ("rejected", wording.rejected("...")),
     ):

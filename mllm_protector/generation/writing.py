@@ -7,9 +7,9 @@ replies and asks only for what is missing.
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mllm_protector.data.duplicates import near_duplicates
@@ -28,20 +28,6 @@ PARSED = "a list of questions"
 DUPLICATE = "question: duplicate"
 CONFIRMED = "confirmed"
 """The outcome of a question whose pair every judge confirms."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """What a run asks for and accepts; see the keys of ``run.generate_pairs``."""
-
-    seed: int
-    questions_per_call: int
-    dry_calls: int
-    question_tokens: int
-    answer_tokens: int
-    question_format: Form
-    near_duplicate: float
-    unconfirmed: Literal["drop", "mark"]
 
 
 @dataclass(slots=True)
@@ -78,30 +64,35 @@ class Candidate:
         }
 
 
+@dataclass(slots=True, kw_only=True)
 class Writer:
     """Makes pairs until there are enough, ``max_calls`` is reached, or nothing new comes.
+
+    The other attributes are keys of ``run.generate_pairs``.
 
     Attributes:
         candidates: the questions of each scenario, in the order in which they came.
         calls: how each call for questions of a scenario ended.
+        dry: how many of its latest calls for questions led to no pair.
         capped: whether ``max_calls`` kept a conversation from being sent.
     """
 
-    def __init__(
-        self,
-        scenarios: Sequence[Scenario],
-        *,
-        chat: KeptChat,
-        judges: Mapping[str, Judge],
-        prompts: Prompts,
-        rules: Rules,
-    ) -> None:
-        self.candidates: dict[str, list[Candidate]] = {each.name: [] for each in scenarios}
-        self.calls: dict[str, list[str]] = {each.name: [] for each in scenarios}
-        self.capped = False
-        self._dry = Counter[str]()  # the latest calls for questions that led to no pair
-        self._scenarios, self._chat, self._judges = scenarios, chat, judges
-        self._prompts, self._rules = prompts, rules
+    scenarios: Sequence[Scenario]
+    chat: KeptChat
+    judges: Mapping[str, Judge]
+    prompts: Prompts
+    seed: int
+    questions_per_call: int
+    dry_calls: int
+    question_tokens: int
+    answer_tokens: int
+    question_format: Form
+    near_duplicate: float
+    unconfirmed: Literal["drop", "mark"]
+    candidates: dict[str, list[Candidate]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    dry: Counter[str] = field(default_factory=Counter)
+    capped: bool = False
 
     def run(self) -> None:
         """All rounds.
@@ -110,20 +101,20 @@ class Writer:
             InputError: a server refuses the key, the model or the address.
             RunError: a server cannot be reached, or a reply cannot be written.
         """
-        self._add([Candidate(each, query) for each in self._scenarios for query in each.questions])
+        self._add([Candidate(each, query) for each in self.scenarios for query in each.questions])
         while not self.capped:
             asking = [
                 (each, len(self.calls[each.name]) + number)
-                for each in self._scenarios
+                for each in self.scenarios
                 for number in range(self._calls_for(each))
             ]
             self._ask(asking)
-            chosen = [candidate for each in self._scenarios for candidate in self._chosen(each)]
+            chosen = [candidate for each in self.scenarios for candidate in self._chosen(each)]
             if not asking and not chosen:
                 break
             self._answer(chosen)
             self._verify([each for each in chosen if each.rejected and each.outcome is None])
-            log.info("%s pairs so far", f"{sum(len(self.pairs(name)) for name in self.calls):,}")
+            log.info("%s pairs so far", f"{sum(len(self.pairs(each.name)) for each in self.scenarios):,}")
 
     def pairs(self, name: str) -> list[Candidate]:
         """The pairs of a scenario."""
@@ -152,8 +143,8 @@ class Writer:
     def _calls_for(self, scenario: Scenario) -> int:
         """The calls for questions that a scenario makes in this round."""
         missing = scenario.pairs - len(self.pairs(scenario.name)) - len(self._chosen(scenario))
-        calls = math.ceil(missing / self._rules.questions_per_call)
-        return min(calls, self._rules.dry_calls - self._dry[scenario.name])
+        calls = math.ceil(missing / self.questions_per_call)
+        return min(calls, self.dry_calls - self.dry[scenario.name])
 
     def _known(self, name: str) -> list[str]:
         """The questions of a scenario, without duplicates."""
@@ -161,15 +152,15 @@ class Writer:
 
     def _ask(self, asking: Sequence[tuple[Scenario, int]]) -> None:
         """Add new questions: one call for each (scenario, number of the call)."""
-        count = self._rules.questions_per_call
-        prompts = [self._prompts.questions(each, count, self._known(each.name)) for each, _ in asking]
-        replies = self._complete(prompts, self._rules.question_tokens, [number for _, number in asking])
+        count = self.questions_per_call
+        prompts = [self.prompts.questions(each, count, self._known(each.name)) for each, _ in asking]
+        replies = self._complete(prompts, self.question_tokens, [number for _, number in asking])
         fresh = []
         for (each, _), reply in zip(asking, replies, strict=True):
             if reply != NOT_SENT:
-                outcome, questions = _read_list(reply, self._rules.question_format)
+                outcome, questions = _read_list(reply, self.question_format)
                 self.calls[each.name].append(outcome)
-                self._dry[each.name] += 1
+                self.dry[each.name] += 1
                 fresh += [Candidate(each, query) for query in questions]
         self._add(fresh)
 
@@ -177,17 +168,17 @@ class Writer:
         """Add questions; one that repeats an earlier one, of any scenario, is a duplicate."""
         known = [query for name in self.candidates for query in self._known(name)]
         texts = known + [candidate.query for candidate in fresh]
-        firsts = near_duplicates(texts, threshold=self._rules.near_duplicate)
+        firsts = near_duplicates(texts, threshold=self.near_duplicate)
         for place, candidate in enumerate(fresh, start=len(known)):
             candidate.outcome = None if firsts[place] == place else DUPLICATE
             self.candidates[candidate.scenario.name].append(candidate)
 
     def _answer(self, chosen: Sequence[Candidate]) -> None:
         """Write both answers to each question."""
-        accepted = [self._prompts.accepted(each.scenario, each.query) for each in chosen]
-        rejected = [self._prompts.rejected(each.query) for each in chosen]
+        accepted = [self.prompts.accepted(each.scenario, each.query) for each in chosen]
+        rejected = [self.prompts.rejected(each.query) for each in chosen]
         prompts = [*accepted, *rejected]
-        replies = self._complete(prompts, self._rules.answer_tokens, [0] * len(prompts))
+        replies = self._complete(prompts, self.answer_tokens, [0] * len(prompts))
         for candidate, good, bad in zip(chosen, replies[: len(chosen)], replies[len(chosen) :], strict=True):
             if NOT_SENT not in (good, bad):
                 candidate.accepted, problem = _read_answer("accepted", good)
@@ -199,7 +190,7 @@ class Writer:
     def _verify(self, pairs: Sequence[Candidate]) -> None:
         """Ask every judge about both answers. A pair is confirmed if all judges confirm both labels."""
         problems: list[str | None] = [None] * len(pairs)
-        for name, judge in self._judges.items():
+        for name, judge in self.judges.items():
             places = [place for place, problem in enumerate(problems) if problem is None]
             verdicts = _verdicts(judge, [pairs[place] for place in places]) if places else []
             for place, good, bad in zip(places, verdicts[::2], verdicts[1::2], strict=True):
@@ -211,16 +202,16 @@ class Writer:
             if problem is None and STAND_IN not in pair.rejected:
                 problem = f"rejected: nothing marked as {STAND_IN}"
             pair.outcome = f"labels: {problem}" if problem else CONFIRMED
-            pair.written = problem is None or self._rules.unconfirmed == "mark"
+            pair.written = problem is None or self.unconfirmed == "mark"
             if pair.written:
-                self._dry[pair.scenario.name] = 0
+                self.dry[pair.scenario.name] = 0
 
     def _complete(
         self, prompts: Sequence[str], max_tokens: int, numbers: Sequence[int]
     ) -> list[str | Failure]:
         """Replies to prompts; equal prompts with different numbers get different replies."""
-        keys = map(content_key, [self._rules.seed] * len(prompts), prompts, numbers)
-        replies = self._chat.complete(
+        keys = map(content_key, [self.seed] * len(prompts), prompts, numbers)
+        replies = self.chat.complete(
             [[{"role": "user", "content": prompt}] for prompt in prompts],
             max_tokens=max_tokens,
             seeds=[int(key[:8], 16) >> 1 for key in keys],
