@@ -40,8 +40,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "compare": ("compare.*",),
     "prepare_data": ("data_report.*", "train.jsonl", "validation.jsonl"),
     "generate_pairs": ("generation.json", "pairs.jsonl", "cache"),
-    "run_benchmark": ("benchmark.json", "loss_curves.*", CONFIG),
-    "run_benchmark_evaluation": ("evaluation_speed.json", CONFIG),
+    "run_benchmark": ("benchmark.json", CONFIG),
 }
 """A command, by its function -> the names that it writes in its folder, as patterns."""
 
@@ -58,7 +57,6 @@ _EARLIER: Mapping[str, tuple[str, ...]] = {
     "prepare_data": ("data_report.json", "data_report.md", "train.jsonl", "validation.jsonl"),
     "generate_pairs": ("cache/ledger",),
     "run_benchmark": (CONFIG, "benchmark.json"),
-    "run_benchmark_evaluation": (CONFIG, "evaluation_speed.json"),
 }
 """What together shows that a release without markers ran a command in a folder."""
 

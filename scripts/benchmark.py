@@ -1,4 +1,4 @@
-"""Measure speed and memory: ``python scripts/benchmark.py [key=value ...]``, ``--help`` for the keys."""
+"""Measure speed: ``python scripts/benchmark.py [key=value ...]``, ``--help`` for the keys."""
 
 import hydra
 from omegaconf import DictConfig
@@ -11,7 +11,7 @@ def main(cfg: DictConfig) -> None:
     """One call: the config's keys are the function's parameters."""
     with clear_errors():
         quiet_libraries()
-        from mllm_protector.benchmarking.run import run_benchmark  # here, so that --help needs no torch
+        from speed.run import run_benchmark  # here, so that --help needs no torch
 
         run(cfg, run_benchmark)
 

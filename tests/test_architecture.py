@@ -21,7 +21,7 @@ FLOORS = (
     ("guard",),
     ("training", "judges", "benchmarks"),
     ("evaluation", "reporting"),
-    ("generation", "benchmarking"),
+    ("generation",),
 )
 """From the lowest up; below them are the modules of the package itself, above them its ``__init__``."""
 APART = ("training", "evaluation")

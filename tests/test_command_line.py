@@ -46,7 +46,6 @@ def test_help_explains_the_keys_of_every_script_and_names_its_own_groups_alone(s
         "train_detector": "data benchmark tuning fit backbone tracker calibration experiment",
         "train_detoxifier": "data benchmark tuning fit backbone tracker experiment",
         "eval_mmsafety": "benchmark mllm judge experiment",
-        "benchmark_evaluation": "data model@small model@large",
         "compare_runs": "",
     }
     for path in SCRIPTS:

@@ -15,8 +15,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from mllm_protector.benchmarking.evaluation import run_benchmark_evaluation
-from mllm_protector.benchmarking.run import run_benchmark
 from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.data.preparation import prepare_data
 from mllm_protector.errors import InputError, RunError
@@ -36,6 +34,7 @@ from mllm_protector.training.calibration import calibrate_detector
 from mllm_protector.training.detector import train_detector
 from mllm_protector.training.detoxifier import train_detoxifier
 from mllm_protector.training.settings import FitConfig
+from speed.run import run_benchmark
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "train_detector": train_detector,
@@ -44,7 +43,6 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "list_questions": list_questions,
     "eval_mmsafety": evaluate,
     "benchmark": run_benchmark,
-    "benchmark_evaluation": run_benchmark_evaluation,
     "compare_runs": compare,
     "generate_pairs": generate_pairs,
     "calibrate_detector": calibrate_detector,
@@ -270,11 +268,13 @@ def test_mistakes_of_an_evaluation_are_found_as_well(
     ("overrides", "expected"),
     [
         ([], "generator.model has no value; give generator.model=..."),
-        (["budget.calls=0"], "budget.calls=0: must be at least 1, or null for no limit"),
-        (["budget.calls=many"], "budget.calls=many: must be a whole number or null"),
+        (["max_calls=0"], "max_calls=0: must be a whole number from 1 to 1,000,000,000 or null"),
+        (["pairs=0"], "pairs=0: must be a whole number from 1 to"),
+        (["near_duplicate=0.2"], "near_duplicate=0.2: must be a number from 0.51 to 1"),
+        (["min_share=0"], "min_share=0: must be a number from"),
         (["unconfirmed=keep"], "unconfirmed=keep: must be one of drop, mark"),
         (["question_format=xml"], "question_format=xml: must be one of json, lines"),
-        (["budget.call=1"], "budget.call: unknown config key (did you mean calls?)"),
+        (["max_call=1"], "max_call: unknown config key (did you mean max_calls?)"),
     ],
 )
 def test_mistakes_of_a_generation_are_found_as_well(
@@ -425,12 +425,7 @@ ANYTHING = (None, -1, 0, 10**23, math.nan, "", "x", [], {})
 """What is tried in the place of every value."""
 CHECKED_LATER = {
     "eval_mmsafety": {"threshold", "max_unjudged", "repeats"},
-    "benchmark": {"rounds", "pairs", "curve_pairs"},
-    "benchmark_evaluation": {"rounds", "flagged"},
-    "generate_pairs": {
-        *("pairs", "questions_per_call", "dry_calls", "question_tokens", "answer_tokens", "min_share"),
-        *("concurrency", "max_retries", "timeout", "temperature"),
-    },
+    "generate_pairs": {"concurrency", "max_retries", "timeout", "temperature"},
 }
 """By the function, first of all, or by the constructor of a served model, with tests beside them."""
 
@@ -441,6 +436,7 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_line_that_names_the_key(r
     for key, usual in flat(plain).items():
         name = key.rpartition(".")[2]
         is_number = isinstance(usual, int | float) and not isinstance(usual, bool)
+        is_number &= not key.startswith("model.")  # the benchmark checks the size of its model itself
         for value in ANYTHING:
             changed = OmegaConf.create(plain)
             OmegaConf.update(changed, key, value, merge=False)
@@ -462,7 +458,7 @@ def test_ranges_are_said_in_the_message(capsys: pytest.CaptureFixture[str]) -> N
         ("eval_mmsafety", "latency_rows=-1", "must be a whole number from 0 to"),
         ("eval_mmsafety", "batch_size=0", "must be a whole number from 1 to"),
         ("eval_detoxifier", "batch_size=0", "must be a whole number from 1 to"),
-        ("benchmark_evaluation", "batch_size=0", "must be a whole number from 1 to"),
+        ("benchmark", "rounds=0", "must be a whole number from 1 to"),
         ("calibrate_detector", "batch_tokens=0", "must be a whole number from 1 to"),
         ("train_detector", "seed=-1", "must be a whole number from 0 to 4,294,967,295"),
         ("train_detector", f"seed={10**23}", "must be a whole number from 0 to 4,294,967,295"),

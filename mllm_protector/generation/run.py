@@ -1,44 +1,26 @@
-"""The generation of pairs: read what is wanted, write what came of it."""
+"""Generate pairs: read what is wanted, say what it takes, write what came of it."""
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from signal import Signals
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from mllm_protector.data.duplicates import require_share
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation.store import Store
 from mllm_protector.files import write_json, write_jsonl
-from mllm_protector.generation import language as languages
-from mllm_protector.generation.estimate import estimate
-from mllm_protector.generation.ledger import STOPPED, Budget, Ledger, total
-from mllm_protector.generation.paid import PaidChat
-from mllm_protector.generation.pairs import together
-from mllm_protector.generation.printed import print_account
-from mllm_protector.generation.replies import Form
-from mllm_protector.generation.scenario_file import read_scenarios
-from mllm_protector.generation.wording import Wording
-from mllm_protector.generation.writing import Rules, Writer, pairs_of, spent_in_words
+from mllm_protector.generation.prompts import Prompts
+from mllm_protector.generation.replies import NOT_SENT, Form, KeptChat, Replies
+from mllm_protector.generation.scenario_file import Scenario, read_scenarios
+from mllm_protector.generation.writing import Writer
 from mllm_protector.judges.asking import AskingJudge
 from mllm_protector.models.chat import ServedChat
-from mllm_protector.protocols import Judge
-from mllm_protector.ranges import Seed, Share
-from mllm_protector.training.interruption import Interruption
+from mllm_protector.protocols import Judge, Priced
+from mllm_protector.ranges import Count, Seed, Within
+from mllm_protector.reporting.layout import Table
+from mllm_protector.reporting.printed import print_tables
+from mllm_protector.stopping import Stop
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(RunError):
-    """A generation that was stopped and wrote what is complete (exit code 128 + the signal's number)."""
-
-    def __init__(self, received: Signals, pairs: int) -> None:
-        """With so many pairs written."""
-        super().__init__(
-            f"stopped by {received.name} with {pairs:,} pairs written; repeat the command to go on"
-        )
-        self.exit_code = 128 + received
 
 
 def generate_pairs(
@@ -46,19 +28,18 @@ def generate_pairs(
     generator: Callable[[], ServedChat],
     judges: Mapping[str, Callable[[], Judge]],
     scenario_file: str,
-    pairs: int,
-    questions_per_call: int,
-    dry_calls: int,
-    question_tokens: int,
-    answer_tokens: int,
+    pairs: Count,
+    questions_per_call: Count,
+    dry_calls: Count,
+    question_tokens: Count,
+    answer_tokens: Count,
     question_format: Form,
     language: str,
-    check_language: bool,
-    near_duplicate: Share,
+    near_duplicate: Annotated[float, Within(0.51, 1)],
     unconfirmed: Literal["drop", "mark"],
-    min_share: float,
+    min_share: Annotated[float, Within(1e-6, 1)],
     prompts: Mapping[str, str | None],
-    budget: Budget,
+    max_calls: Count | None,
     seed: Seed,
     dry_run: bool,
     output_dir: str,
@@ -67,129 +48,136 @@ def generate_pairs(
 
     Args:
         generator: makes the model that writes.
-        judges: name -> makes a judge; a pair is confirmed if all call the accepted answer safe and the
-            rejected one harmful. Calls of a judge that is a served model count in the budget.
-        scenario_file: what is wanted (see the module of this name).
+        judges: name -> makes a judge. A pair is confirmed if all of them call the accepted answer safe and
+            the rejected one harmful.
+        scenario_file: what is wanted (see ``scenario_file``).
         pairs: wanted of each scenario that does not say so itself.
         questions_per_call: questions in one reply.
-        dry_calls: a scenario is given up after so many calls for questions in a row without a pair.
-        question_tokens: longest list of questions.
-        answer_tokens: longest answer.
-        question_format: ``json``, or ``lines`` for models that write none.
-        language: that of all texts.
-        check_language: drop texts in another one.
-        near_duplicate: questions that share so much of their words are one (see ``data.duplicates``).
-        unconfirmed: ``drop`` pairs whose labels no judge confirms, or write them with ``verified: false``.
-        min_share: the smallest share of the wanted pairs that is a success, above 0.
+        dry_calls: a scenario is given up after this many calls for questions in a row without a pair.
+        question_tokens: the longest list of questions.
+        answer_tokens: the longest answer.
+        question_format: ``json``, or ``lines`` for models that do not write JSON.
+        language: of all texts.
+        near_duplicate: questions that share at least this part of their words are duplicates (see
+            ``data.duplicates``).
+        unconfirmed: ``drop`` pairs whose labels are not confirmed, or ``mark`` them ``verified: false``.
+        min_share: the smallest share of the wanted pairs that counts as success.
         prompts: wording that replaces ours: ``questions``, ``accepted``, ``rejected``; ``None`` keeps ours.
-        budget: of all runs on this folder together.
-        seed: of the replies, for servers that know seeds.
-        dry_run: only say what would be asked and what it would take.
-        output_dir: gets ``pairs.jsonl``, ``generation.json``, and in ``cache`` every reply and the ledger.
+        max_calls: conversations that all runs on this folder may send together, those of judges included;
+            ``None`` for no limit.
+        seed: of the replies, for servers that support seeds.
+        dry_run: only say what would be asked.
+        output_dir: gets ``pairs.jsonl``, ``generation.json``, and every reply in ``cache``.
 
     Returns:
-        The content of ``generation.json``; ``None`` of a dry run.
+        The content of ``generation.json``; ``None`` for a dry run.
 
     Raises:
         InputError: the input cannot be used.
-        RunError: nobody answers, or fewer than ``min_share`` of the wanted pairs were made (after everything
-            is written).
-        Stopped: SIGTERM or SIGINT came; what is complete is written.
+        RunError: a server cannot be reached, or fewer than ``min_share`` of the wanted pairs were made (after
+            everything is written).
+        Stop: SIGTERM or SIGINT came; what is complete is written.
     """
-    _check(judges, pairs, questions_per_call, dry_calls, question_tokens, answer_tokens)
-    require_share(near_duplicate=near_duplicate)
-    if not 0 < min_share <= 1:
-        raise InputError(f"min_share={min_share}: must lie above 0 and not above 1")
-    rules = Rules(
-        seed=seed,
-        per_call=questions_per_call,
-        dry_calls=dry_calls,
-        question_tokens=question_tokens,
-        answer_tokens=answer_tokens,
-        form=question_format,
-        language=languages.check_language(language) if check_language else None,
-        near_duplicate=near_duplicate,
-        unconfirmed=unconfirmed,
-    )
-    wording = Wording(prompts, language, question_format)
-    wanted = read_scenarios(scenario_file, pairs)
+    if not judges:
+        raise InputError("judges: at least one judge is needed; judge=[keyword] needs no model")
+    rules: dict[str, Any] = {
+        "seed": seed,
+        "questions_per_call": questions_per_call,
+        "dry_calls": dry_calls,
+        "question_tokens": question_tokens,
+        "answer_tokens": answer_tokens,
+        "question_format": question_format,
+        "near_duplicate": near_duplicate,
+        "unconfirmed": unconfirmed,
+    }
+    wording = Prompts(prompts, language, question_format)
+    scenarios = read_scenarios(scenario_file, pairs)
     model = generator()
     made = {name: make() for name, make in judges.items()}
-    cache = Path(output_dir) / "cache"
-    with Interruption() as interruption:
-        ledger = Ledger(cache / "ledger", budget, stopped=lambda: interruption.signal is not None)
-        if dry_run:
-            estimate(wanted, wording, rules, made, ledger)
-            return None
-        replies = Store(cache / "replies")
-        for name, judge in made.items():
-            if isinstance(judge, AskingJudge) and isinstance(judge.chat, ServedChat):
-                judge.chat = PaidChat(judge.chat, replies, ledger, f"judge {name}")
-        if ledger.calls:
-            log.info("going on: %s", spent_in_words(ledger))
-        chat = PaidChat(model, replies, ledger, "generator")
-        writer = Writer(wanted, chat=chat, judges=made, wording=wording, rules=rules, ledger=ledger)
+    if dry_run:
+        _announce(scenarios, wording, questions_per_call, made)
+        return None
+    folder = Path(output_dir)
+    replies = Replies(folder / "cache" / "replies" / "0.jsonl", max_calls)
+    if replies.calls:
+        log.info("%s calls of earlier runs are kept", f"{replies.calls:,}")
+    for judge in made.values():
+        if isinstance(judge, AskingJudge) and isinstance(judge.chat, ServedChat):
+            judge.chat = KeptChat(judge.chat, replies)
+    chat = KeptChat(model, replies)
+    writer = Writer(scenarios=scenarios, chat=chat, judges=made, prompts=wording, **rules)
+    stop: Stop | None = None
+    try:
         writer.run()
-        replies.close()
-    accounts = {each.scenario.name: each.account() for each in writer.progress}
+    except Stop as received:
+        stop = received
+    total = writer.account(scenarios)
     result: dict[str, Any] = {
-        "complete": all(each.missing == 0 for each in writer.progress),
-        "ended_by": ledger.denied,
-        "total": together(accounts.values()),
-        "scenarios": accounts,
-        "spent": {
-            "total": dict(total(ledger.spent)),
-            "by_purpose": {purpose: asdict(spent) for purpose, spent in ledger.spent.items()},
-            "requests_without_an_end": ledger.unfinished,
-        },
-        "budget": asdict(budget),
+        "complete": total["written"] == total["wanted"],
+        "ended_by": str(stop) if stop else NOT_SENT.reason if writer.capped else None,
+        "total": total,
+        "scenarios": {each.name: writer.account([each]) for each in scenarios},
+        "calls": replies.calls,
+        "max_calls": max_calls,
         "generator": model.identity(),
         "judges": {name: judge.identity() for name, judge in made.items()},
         "wording": wording.identity(),
-        "rules": asdict(rules),
+        "rules": rules,
     }
-    found = pairs_of(writer.progress)
-    folder = Path(output_dir)
     write_json(folder / "generation.json", result)
-    if found:
-        write_jsonl(folder / "pairs.jsonl", (candidate.row() for candidate in found))
+    if total["written"]:
+        pairs_made = (pair.row() for each in scenarios for pair in writer.pairs(each.name))
+        write_jsonl(folder / "pairs.jsonl", pairs_made)
     else:
         (folder / "pairs.jsonl").unlink(missing_ok=True)  # of a run with other rules
-    print_account(result, folder)
-    if interruption.signal is not None and ledger.denied == STOPPED:
-        raise Stopped(interruption.signal, len(found))
-    share = f"{len(found):,} of {result['total']['wanted']:,} wanted pairs were made"
-    if len(found) < min_share * result["total"]["wanted"]:
+    _print(result, folder)
+    if stop:
+        raise stop
+    share = f"{total['written']:,} of {total['wanted']:,} wanted pairs were made"
+    if total["written"] < min_share * total["wanted"]:
         raise RunError(
-            f"{share}, fewer than min_share={min_share} asks for ({_main_reason(result)}); "
-            f"{folder}/generation.json counts why"
+            f"{share}, fewer than min_share={min_share} requires; {folder}/generation.json says why"
         )
     log.info("%s", share)
     return result
 
 
-def _check(
-    judges: Mapping[str, Callable[[], Judge]],
-    pairs: int,
-    questions_per_call: int,
-    dry_calls: int,
-    question_tokens: int,
-    answer_tokens: int,
+def _announce(
+    scenarios: Sequence[Scenario], wording: Prompts, per_call: int, judges: Mapping[str, Judge]
 ) -> None:
-    if not judges:
-        raise InputError("judges: at least one judge is needed; judge=[keyword] costs nothing")
-    for name, number in (
-        ("pairs", pairs),
-        ("questions_per_call", questions_per_call),
-        ("dry_calls", dry_calls),
-        ("question_tokens", question_tokens),
-        ("answer_tokens", answer_tokens),
+    """Log the calls that all pairs take if nothing is dropped or repeated, and the prompts."""
+    wanted = sum(each.pairs for each in scenarios)
+    missing = [max(0, each.pairs - len(each.questions)) for each in scenarios]
+    calls = {"questions": sum(math.ceil(each / per_call) for each in missing)}
+    calls["answers"] = 2 * wanted
+    calls |= {f"judge {name}": 2 * wanted for name, judge in judges.items() if isinstance(judge, Priced)}
+    for name, count in {**calls, "all": sum(calls.values())}.items():
+        log.info("%s: %s calls", name, f"{count:,}")
+    for name, prompt in (
+        ("questions", wording.questions(scenarios[0], per_call, ())),
+        ("accepted", wording.accepted(scenarios[0], "...")),
+        ("rejected", wording.rejected("...")),
     ):
-        if number < 1:
-            raise InputError(f"{name}={number}: must be at least 1")
+        log.info("prompts.%s for the first scenario:\n%s", name, prompt)
 
 
-def _main_reason(result: Mapping[str, Any]) -> str:
-    counts = {**result["total"]["question_calls"], **result["total"]["dropped"]}
-    counts.pop("a list of questions", None)
-    return max(counts, key=lambda reason: counts[reason], default=result["ended_by"] or "nothing was asked")
+def _print(result: Mapping[str, Any], folder: Path) -> None:
+    """Print what was written, and what became of every question."""
+    total = result["total"]
+    lines = [f"calls of all runs on this folder: {result['calls']:,}, max_calls={result['max_calls']}"]
+    lines += [f"ended early: {result['ended_by']}"] if result["ended_by"] else []
+    lines += [f"train with: data=pairs data.path={folder / 'pairs.jsonl'}"] if total["written"] else []
+    rows = [
+        [name, *(f"{each[count]:,}" for count in ("wanted", "asked", "written"))]
+        for name, each in {**result["scenarios"], "total": total}.items()
+    ]
+    outcomes = [
+        (what, outcome, f"{count:,}")
+        for what, name in (("call for questions", "question_calls"), ("question", "outcomes"))
+        for outcome, count in total[name].items()
+    ]
+    tables = [
+        Table(title="By scenario", header=("scenario", "wanted", "asked", "written"), rows=rows),
+        Table(title="Outcomes", header=("of each", "outcome", "count"), rows=outcomes, words=2),
+    ]
+    print_tables("New pairs", lines, tables)

@@ -1,316 +1,270 @@
 """From scenarios to pairs, in rounds: questions, two answers to each, a verdict on both.
 
-A round asks for as many questions as pairs are missing; the next one makes up for what was dropped. Replies
-are known by what was asked for and by number, so a run that is started again walks the same rounds over the
-stored replies and pays for what is missing only.
+A round asks for as many questions as pairs are missing; the next one makes up for what was lost. A prompt and
+its seed decide which reply is used, so a run that is started again takes the same rounds over the kept
+replies and asks only for what is missing.
 """
 
-import hashlib
 import logging
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from mllm_protector.data.duplicates import near_duplicates
 from mllm_protector.data.queries import words
-from mllm_protector.errors import RunError
 from mllm_protector.files import content_key
-from mllm_protector.generation.language import is_in
-from mllm_protector.generation.ledger import Ledger
-from mllm_protector.generation.paid import PaidChat
-from mllm_protector.generation.pairs import CONFIRMED, Candidate, Progress
-from mllm_protector.generation.replies import Form, answer_in, questions_in
+from mllm_protector.generation.prompts import STAND_IN, Prompts
+from mllm_protector.generation.replies import NOT_SENT, Form, KeptChat, answer_in, questions_in
 from mllm_protector.generation.scenario_file import Scenario
-from mllm_protector.generation.wording import SHOWN, STAND_IN, Wording
 from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.protocols import Judge
-from mllm_protector.records import Answer, Failure, Question, Status
+from mllm_protector.records import Answer, Failure, Question, Status, Verdict
 
 log = logging.getLogger(__name__)
 
 PARSED = "a list of questions"
-DUPLICATE, NEAR_DUPLICATE = "question: duplicate", "question: near duplicate"
+DUPLICATE = "question: duplicate"
+CONFIRMED = "confirmed"
+"""The outcome of a question whose pair every judge confirms."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
-    """What a run asks for and accepts.
+@dataclass(slots=True)
+class Candidate:
+    """A question on its way to a pair.
 
     Attributes:
-        seed: of the replies.
-        per_call: questions in one reply.
-        dry_calls: calls for questions in a row that may lead to no pair before a scenario is given up.
-        question_tokens: longest list of questions.
-        answer_tokens: longest answer.
-        form: how lists of questions are written.
-        language: that of all texts; ``None`` does not look.
-        near_duplicate: the least share of words in common that makes two questions one.
-        unconfirmed: what becomes of pairs whose labels the judges do not confirm.
+        scenario: what it belongs to.
+        query: the question.
+        accepted: the answer to learn.
+        rejected: the answer to avoid.
+        outcome: ``CONFIRMED``, or why not; ``None`` while it is open.
+        written: whether it is a pair.
     """
 
+    scenario: Scenario
+    query: str
+    accepted: str = ""
+    rejected: str = ""
+    outcome: str | None = None
+    written: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """The pair as ``data=pairs`` reads it, and what the judges found."""
+        return {
+            "query": self.query,
+            "accepted": self.accepted,
+            "rejected": self.rejected,
+            "accepted_harmful": False,
+            "rejected_harmful": True,
+            "scenario": self.scenario.name,
+            "verified": self.outcome == CONFIRMED,
+            "verification": self.outcome,
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class Writer:
+    """Makes pairs until there are enough, ``max_calls`` is reached, or nothing new comes.
+
+    The other attributes are keys of ``run.generate_pairs``.
+
+    Attributes:
+        candidates: the questions of each scenario, in the order in which they came.
+        calls: how each call for questions of a scenario ended.
+        dry: how many of its latest calls for questions led to no pair.
+        capped: whether ``max_calls`` kept a conversation from being sent.
+    """
+
+    scenarios: Sequence[Scenario]
+    chat: KeptChat
+    judges: Mapping[str, Judge]
+    prompts: Prompts
     seed: int
-    per_call: int
+    questions_per_call: int
     dry_calls: int
     question_tokens: int
     answer_tokens: int
-    form: Form
-    language: str | None
+    question_format: Form
     near_duplicate: float
     unconfirmed: Literal["drop", "mark"]
-
-
-class Writer:
-    """Makes pairs until there are as many as wanted, the budget ends, or nothing more comes."""
-
-    def __init__(
-        self,
-        scenarios: Sequence[Scenario],
-        *,
-        chat: PaidChat,
-        judges: Mapping[str, Judge],
-        wording: Wording,
-        rules: Rules,
-        ledger: Ledger,
-    ) -> None:
-        self.progress = [Progress(scenario) for scenario in scenarios]
-        self._of = {each.scenario.name: each for each in self.progress}
-        self._chat = chat
-        self._judges = judges
-        self._wording = wording
-        self._rules = rules
-        self._ledger = ledger
-        self._distinct: list[str] = []
-        self._waiting: list[Candidate] = []
-        self._unreachable: str | None = None
+    candidates: dict[str, list[Candidate]] = field(default_factory=lambda: defaultdict(list))
+    calls: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    dry: Counter[str] = field(default_factory=Counter)
+    capped: bool = False
 
     def run(self) -> None:
         """All rounds.
 
         Raises:
-            InputError: a model refuses its key, its name or its address.
-            RunError: nobody answers, or replies cannot be stored.
+            InputError: a server refuses the key, the model or the address.
+            RunError: a server cannot be reached, or a reply cannot be written.
         """
-        self._take_in(
-            [
-                Candidate(scenario=each.scenario, query=query)
-                for each in self.progress
-                for query in each.scenario.questions
+        self._add([Candidate(each, query) for each in self.scenarios for query in each.questions])
+        while not self.capped:
+            asking = [
+                (each, len(self.calls[each.name]) + number)
+                for each in self.scenarios
+                for number in range(self._calls_for(each))
             ]
-        )
-        rounds = 0
-        while self._ledger.denied is None:
-            wanting = self._wanting()
-            self._take_in(self._ask(wanting))
-            chosen = self._chosen()
-            if not wanting and not chosen:
+            self._ask(asking)
+            chosen = [candidate for each in self.scenarios for candidate in self._chosen(each)]
+            if not asking and not chosen:
                 break
             self._answer(chosen)
-            self._verify([candidate for candidate in chosen if candidate.dropped is None])
-            rounds += 1
-            log.info(
-                "round %d: %s of %s pairs; %s",
-                rounds,
-                f"{sum(each.written for each in self.progress):,}",
-                f"{sum(each.scenario.pairs for each in self.progress):,}",
-                spent_in_words(self._ledger),
-            )
-            if self._unreachable is not None:
-                raise RunError(
-                    f"{self._unreachable}; every reply so far is kept, start the same command again"
-                )
-        for candidate in self._waiting:
-            candidate.dropped = f"question: {self._ledger.denied or 'more than wanted'}"
+            self._verify([each for each in chosen if each.rejected and each.outcome is None])
+            log.info("%s pairs so far", f"{sum(len(self.pairs(each.name)) for each in self.scenarios):,}")
 
-    def _wanting(self) -> list[tuple[Progress, int]]:
-        """The scenarios that want more questions, and how many calls each may have for them."""
-        waiting = Counter(candidate.scenario.name for candidate in self._waiting)
-        wanting = []
-        for name, each in self._of.items():
-            calls = math.ceil((each.missing - waiting[name]) / self._rules.per_call)
-            calls = min(calls, self._rules.dry_calls - each.dry)
-            if calls > 0:
-                wanting.append((each, calls))
-        return wanting
+    def pairs(self, name: str) -> list[Candidate]:
+        """The pairs of a scenario."""
+        return [each for each in self.candidates[name] if each.written]
 
-    def _ask(self, wanting: Sequence[tuple[Progress, int]]) -> list[Candidate]:
-        """New questions."""
-        asked = [(each, len(each.calls) + number) for each, calls in wanting for number in range(calls)]
-        prompts = [
-            self._wording.questions(each.scenario, self._rules.per_call, _taken(each)) for each, _ in asked
-        ]
-        # The questions that are there already are no part of a key: after a failure they may be others.
-        bare = [self._wording.questions(each.scenario, self._rules.per_call, ()) for each, _ in asked]
-        replies = self._complete(
-            prompts,
-            self._rules.question_tokens,
-            parts=[("questions", prompt, number) for prompt, (_, number) in zip(bare, asked, strict=True)],
-        )
-        found = []
-        for (each, number), reply in zip(asked, replies, strict=True):
-            if isinstance(reply, Failure) and self._ended(reply):
-                continue
-            outcome, questions = self._read_list(reply)
-            each.calls.append(outcome)
-            found += [Candidate(scenario=each.scenario, query=query, call=number) for query in questions]
-        return found
+    def account(self, scenarios: Sequence[Scenario]) -> dict[str, Any]:
+        """The counts of some scenarios; ``outcomes`` add up to ``asked``."""
+        names = [each.name for each in scenarios]
+        outcomes = Counter(each.outcome or "not used" for name in names for each in self.candidates[name])
+        calls = Counter(outcome for name in names for outcome in self.calls[name])
+        pairs = [pair for name in names for pair in self.pairs(name)]
+        return {
+            "wanted": sum(each.pairs for each in scenarios),
+            "asked": outcomes.total(),
+            "written": len(pairs),
+            "outcomes": dict(outcomes.most_common()),
+            "question_calls": dict(calls.most_common()),
+            "declining_accepted_answers": sum(find_refusal(each.accepted) is not None for each in pairs),
+        }
 
-    def _read_list(self, reply: str | Failure) -> tuple[str, list[str]]:
-        """How a call for questions ended, and what it brought."""
-        if isinstance(reply, Failure):
-            return _why(reply), []
-        if "?" not in reply and find_refusal(reply) is not None:
-            return "refused", []
-        if (questions := questions_in(reply, self._rules.form)) is not None:
-            return PARSED, questions
-        if not self._in_language(reply):
-            return "wrong language", []
-        return "unparseable", []
+    def _chosen(self, scenario: Scenario) -> list[Candidate]:
+        """As many of the open questions of a scenario as pairs are missing."""
+        waiting = [each for each in self.candidates[scenario.name] if each.outcome is None]
+        return waiting[: scenario.pairs - len(self.pairs(scenario.name))]
 
-    def _take_in(self, fresh: Sequence[Candidate]) -> None:
-        """Let those wait for answers that are in the right language and not there already."""
-        for candidate in fresh:
-            self._of[candidate.scenario.name].candidates.append(candidate)
-            if candidate.call is not None and not self._in_language(candidate.query):
-                candidate.dropped = "question: wrong language"
-        rest = [candidate for candidate in fresh if candidate.dropped is None]
-        if not rest:
-            return
-        known = len(self._distinct)
-        texts = self._distinct + [candidate.query for candidate in rest]
-        firsts = near_duplicates(texts, threshold=self._rules.near_duplicate)
-        for place, candidate in enumerate(rest, start=known):
-            first = int(firsts[place])
-            if first == place:
-                self._distinct.append(candidate.query)
-                self._waiting.append(candidate)
-            else:
-                equal = words(texts[first]) == words(candidate.query)
-                candidate.dropped = DUPLICATE if equal else NEAR_DUPLICATE
+    def _calls_for(self, scenario: Scenario) -> int:
+        """The calls for questions that a scenario makes in this round."""
+        missing = scenario.pairs - len(self.pairs(scenario.name)) - len(self._chosen(scenario))
+        calls = math.ceil(missing / self.questions_per_call)
+        return min(calls, self.dry_calls - self.dry[scenario.name])
 
-    def _chosen(self) -> list[Candidate]:
-        """As many of those that wait as pairs are missing."""
-        room = {name: each.missing for name, each in self._of.items()}
-        chosen: list[Candidate] = []
-        waiting: list[Candidate] = []
-        for candidate in self._waiting:
-            room[candidate.scenario.name] -= 1
-            (chosen if room[candidate.scenario.name] >= 0 else waiting).append(candidate)
-        self._waiting = waiting
-        return chosen
+    def _known(self, name: str) -> list[str]:
+        """The questions of a scenario, without duplicates."""
+        return [each.query for each in self.candidates[name] if each.outcome != DUPLICATE]
 
-    def _answer(self, asked: Sequence[Candidate]) -> None:
-        """Both answers to each question."""
-        prompts = [
-            prompt
-            for candidate in asked
-            for prompt in (
-                self._wording.accepted(candidate.scenario, candidate.query),
-                self._wording.rejected(candidate.query),
-            )
-        ]
-        replies = self._complete(
-            prompts, self._rules.answer_tokens, parts=[("answer", prompt) for prompt in prompts]
-        )
-        for candidate, accepted, rejected in zip(asked, replies[::2], replies[1::2], strict=True):
-            candidate.accepted, problem = self._read_answer("accepted", accepted)
-            candidate.rejected, other = self._read_answer("rejected", rejected)
-            candidate.dropped = problem or other
-            if candidate.dropped is None:
-                if words(str(candidate.accepted)) == words(str(candidate.rejected)):
-                    candidate.dropped = "rejected: the same as accepted"
-                candidate.declines = find_refusal(str(candidate.accepted)) is not None
+    def _ask(self, asking: Sequence[tuple[Scenario, int]]) -> None:
+        """Add new questions: one call for each (scenario, number of the call)."""
+        count = self.questions_per_call
+        prompts = [self.prompts.questions(each, count, self._known(each.name)) for each, _ in asking]
+        replies = self._complete(prompts, self.question_tokens, [number for _, number in asking])
+        fresh = []
+        for (each, _), reply in zip(asking, replies, strict=True):
+            if reply != NOT_SENT:
+                outcome, questions = _read_list(reply, self.question_format)
+                self.calls[each.name].append(outcome)
+                self.dry[each.name] += 1
+                fresh += [Candidate(each, query) for query in questions]
+        self._add(fresh)
 
-    def _read_answer(self, kind: str, reply: str | Failure) -> tuple[str | None, str | None]:
-        """An answer, or why it is none."""
-        if isinstance(reply, Failure):
-            return None, f"{kind}: {self._ended(reply) or _why(reply)}"
-        text = answer_in(reply)
-        if text is None:
-            return None, f"{kind}: no text"
-        if kind == "rejected" and find_refusal(text) is not None:
-            return text, f"{kind}: refused"
-        if not self._in_language(text.replace(STAND_IN, "")):
-            return text, f"{kind}: wrong language"
-        return text, None
+    def _add(self, fresh: Sequence[Candidate]) -> None:
+        """Add questions; one that repeats an earlier one, of any scenario, is a duplicate."""
+        known = [query for name in self.candidates for query in self._known(name)]
+        texts = known + [candidate.query for candidate in fresh]
+        firsts = near_duplicates(texts, threshold=self.near_duplicate)
+        for place, candidate in enumerate(fresh, start=len(known)):
+            candidate.outcome = None if firsts[place] == place else DUPLICATE
+            self.candidates[candidate.scenario.name].append(candidate)
+
+    def _answer(self, chosen: Sequence[Candidate]) -> None:
+        """Write both answers to each question."""
+        accepted = [self.prompts.accepted(each.scenario, each.query) for each in chosen]
+        rejected = [self.prompts.rejected(each.query) for each in chosen]
+        prompts = [*accepted, *rejected]
+        replies = self._complete(prompts, self.answer_tokens, [0] * len(prompts))
+        for candidate, good, bad in zip(chosen, replies[: len(chosen)], replies[len(chosen) :], strict=True):
+            if NOT_SENT not in (good, bad):
+                candidate.accepted, problem = _read_answer("accepted", good)
+                candidate.rejected, other = _read_answer("rejected", bad)
+                candidate.outcome = problem or other
+                if candidate.outcome is None and words(candidate.accepted) == words(candidate.rejected):
+                    candidate.outcome = "rejected: the same as accepted"
 
     def _verify(self, pairs: Sequence[Candidate]) -> None:
-        """Ask every judge about both answers; what one of them does not confirm is not confirmed."""
-        for name, judge in self._judges.items():
-            self._judge(name, judge, [each for each in pairs if each.verification is each.dropped is None])
-        for candidate in pairs:
-            if candidate.dropped is not None:
+        """Ask every judge about both answers. A pair is confirmed if all judges confirm both labels."""
+        problems: list[str | None] = [None] * len(pairs)
+        for name, judge in self.judges.items():
+            places = [place for place, problem in enumerate(problems) if problem is None]
+            verdicts = _verdicts(judge, [pairs[place] for place in places]) if places else []
+            for place, good, bad in zip(places, verdicts[::2], verdicts[1::2], strict=True):
+                problems[place] = _problem(name, good, bad)
+        for pair, problem in zip(pairs, problems, strict=True):
+            if problem == NOT_SENT.reason:
+                self.capped = True
                 continue
-            if candidate.verification is None and STAND_IN not in str(candidate.rejected):
-                candidate.verification = f"rejected: nothing marked as {STAND_IN}"
-            candidate.verification = candidate.verification or CONFIRMED
-            if candidate.verification != CONFIRMED and self._rules.unconfirmed == "drop":
-                candidate.dropped = f"labels: {candidate.verification}"
-
-    def _judge(self, name: str, judge: Judge, pairs: Sequence[Candidate]) -> None:
-        questions, answers = [], []
-        for number, candidate in enumerate(pairs):
-            for text in (candidate.accepted, candidate.rejected):
-                questions.append(
-                    Question(
-                        id=f"{candidate.scenario.name}/{number}",
-                        scenario=candidate.scenario.name,
-                        variant="TEXT",
-                        text=candidate.query,
-                        criterion=candidate.scenario.criterion,
-                    )
-                )
-                answers.append(Answer(id=questions[-1].id, text=str(text)))
-        verdicts = judge.judge(questions, answers) if pairs else []
-        for candidate, accepted, rejected in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
-            for kind, wanted, found in (
-                ("accepted", Status.SAFE, accepted),
-                ("rejected", Status.HARMFUL, rejected),
-            ):
-                if found.status == Status.JUDGE_ERROR and found.reason == self._ledger.denied:
-                    candidate.dropped = f"labels: {found.reason}"  # nobody looked
-                elif found.status != wanted and candidate.verification is None:
-                    candidate.verification = f"{kind}: {found.status} by judge {name}"
+            if problem is None and STAND_IN not in pair.rejected:
+                problem = f"rejected: nothing marked as {STAND_IN}"
+            pair.outcome = f"labels: {problem}" if problem else CONFIRMED
+            pair.written = problem is None or self.unconfirmed == "mark"
+            if pair.written:
+                self.dry[pair.scenario.name] = 0
 
     def _complete(
-        self, prompts: Sequence[str], max_tokens: int, parts: Sequence[tuple[str | int, ...]]
+        self, prompts: Sequence[str], max_tokens: int, numbers: Sequence[int]
     ) -> list[str | Failure]:
-        keys = [content_key(self._rules.seed, *part) for part in parts]
-        return self._chat.complete(
+        """Replies to prompts; equal prompts with different numbers get different replies."""
+        keys = map(content_key, [self.seed] * len(prompts), prompts, numbers)
+        replies = self.chat.complete(
             [[{"role": "user", "content": prompt}] for prompt in prompts],
             max_tokens=max_tokens,
-            seeds=[int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) >> 1 for key in keys],
-            keys=keys,
+            seeds=[int(key[:8], 16) >> 1 for key in keys],
         )
-
-    def _ended(self, reply: Failure) -> str | None:
-        """Why the run has to end, if a reply says so."""
-        if reply.unreachable:
-            self._unreachable = reply.reason
-        return reply.reason if reply.unreachable or reply.reason == self._ledger.denied else None
-
-    def _in_language(self, text: str) -> bool:
-        return self._rules.language is None or is_in(text, self._rules.language)
+        self.capped |= NOT_SENT in replies
+        return replies
 
 
-def spent_in_words(ledger: Ledger) -> str:
-    """What was spent, of how much, in all runs."""
-    limits = (ledger.budget.calls, ledger.budget.tokens)
-    calls, tokens = ("" if limit is None else f" of {limit:,}" for limit in limits)
-    return f"spent {ledger.calls:,}{calls} calls, {ledger.tokens:,}{tokens} tokens"
+def _read_list(reply: str | Failure, form: Form) -> tuple[str, list[str]]:
+    """How a call for questions ended, and its questions."""
+    if isinstance(reply, Failure):
+        return _why(reply), []
+    if "?" not in reply and find_refusal(reply) is not None:
+        return "refused", []
+    questions = questions_in(reply, form)
+    return ("unparseable", []) if questions is None else (PARSED, questions)
 
 
-def pairs_of(progress: Iterable[Progress]) -> list[Candidate]:
-    """What is written, scenario by scenario."""
-    return [candidate for each in progress for candidate in each.candidates if candidate.written]
-
-
-def _taken(progress: Progress) -> list[str]:
-    """The questions that another call should not repeat."""
-    repeats = (DUPLICATE, NEAR_DUPLICATE)
-    return [each.query for each in progress.candidates if each.dropped not in repeats][-SHOWN:]
+def _read_answer(label: str, reply: str | Failure) -> tuple[str, str | None]:
+    """An answer, and what is wrong with it."""
+    if isinstance(reply, Failure):
+        return "", f"{label}: {_why(reply)}"
+    text = answer_in(reply)
+    if text is None:
+        return "", f"{label}: no text"
+    is_refusal = label == "rejected" and find_refusal(text) is not None
+    return text, f"{label}: refused" if is_refusal else None
 
 
 def _why(reply: Failure) -> str:
     return "refused" if reply.refused else f"failed: {reply.reason}"
+
+
+def _verdicts(judge: Judge, pairs: Sequence[Candidate]) -> list[Verdict]:
+    """The verdicts on the accepted and the rejected answer of each pair, in turn."""
+    questions, answers = [], []
+    for number, pair in enumerate(pairs):
+        question = Question(
+            id=f"{number}",
+            scenario=pair.scenario.name,
+            variant="TEXT",
+            text=pair.query,
+            criterion=pair.scenario.criterion,
+        )
+        questions += [question, question]
+        answers += [Answer(id=question.id, text=text) for text in (pair.accepted, pair.rejected)]
+    return judge.judge(questions, answers)
+
+
+def _problem(judge: str, accepted: Verdict, rejected: Verdict) -> str | None:
+    """What a judge finds wrong with the labels of a pair."""
+    if NOT_SENT.reason in (accepted.reason, rejected.reason):
+        return NOT_SENT.reason
+    if accepted.status != Status.SAFE:
+        return f"accepted: {accepted.status} by judge {judge}"
+    return None if rejected.status == Status.HARMFUL else f"rejected: {rejected.status} by judge {judge}"

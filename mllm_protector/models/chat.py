@@ -43,6 +43,9 @@ DECLINED = ("content_filter", "content_policy_violation", "invalid_prompt", "Res
 
 Conversation = Sequence[Mapping[str, Any]]
 
+Keep = Callable[[int, str | Failure], None]
+"""Takes the index of a conversation and its reply as soon as it is there; called from another thread."""
+
 
 class ServedChat:
     """A model behind an OpenAI-compatible address (vLLM, SGLang, ``transformers serve``, a hosted one).
@@ -117,6 +120,7 @@ class ServedChat:
         *,
         max_tokens: int,
         seeds: Sequence[int | None] | None = None,
+        keep: Keep | None = None,
     ) -> list[str | Failure]:
         """The reply to each conversation, or why there is none; a reply cut at ``max_tokens`` is a reply.
 
@@ -126,6 +130,7 @@ class ServedChat:
             conversations: see ``protocols.Chat``.
             max_tokens: the longest reply.
             seeds: one for each conversation, instead of the model's own.
+            keep: gets each reply as it comes; one that is under way when the run is stopped is lost.
 
         Raises:
             InputError: the server refuses the key, the model or the address.
@@ -137,7 +142,7 @@ class ServedChat:
         async def ask_all() -> list[str | Failure]:
             async with self._client(BoundedClient(self._timeout)) as client:
                 return await self._in_turn(
-                    len(rows), lambda index: self._reply(client, *rows[index], max_tokens)
+                    len(rows), lambda index: self._reply(client, *rows[index], max_tokens), keep
                 )
 
         return run_in_background(ask_all) if rows else []
@@ -164,7 +169,7 @@ class ServedChat:
         )
 
     async def _in_turn(
-        self, count: int, ask: Callable[[int], Awaitable[str | Failure]]
+        self, count: int, ask: Callable[[int], Awaitable[str | Failure]], keep: Keep | None = None
     ) -> list[str | Failure]:
         """What ``ask`` returns for each index; ``concurrency`` at once, until one cannot reach the server."""
         replies: dict[int, str | Failure] = {}
@@ -182,6 +187,8 @@ class ServedChat:
                     return
                 if isinstance(reply, Failure) and reply.unreachable:
                     stopped.append(reply)
+                elif keep is not None:
+                    keep(index, reply)
 
         await asyncio.gather(*(work() for _ in range(min(self.concurrency, count))))
         for reason in stopped:

@@ -77,7 +77,7 @@ def _benchmarks(home: Path) -> list[str]:
     return [
         "benchmark=[toy,questions,vqa]",
         f"benchmarks.toy.folder={home / 'toy_benchmark'}",
-        "benchmarks.toy.kinds=[TEXT,SD]",
+        "benchmarks.toy.variants=[TEXT,SD]",
         "benchmarks.toy.per_scenario=1",
         "benchmarks.toy.benign=12",
         f"benchmarks.questions.path={home / 'own.jsonl'}",

@@ -15,7 +15,7 @@ def compute(home: Path) -> dict[str, Any]:
     made = home / "made" / "toy_benchmark"
     return {
         "all": listed(made, home),
-        "few": listed(made, home, "benchmarks.mmsafety.limit=1", "benchmarks.mmsafety.kinds=[SD,TEXT]"),
+        "few": listed(made, home, "benchmarks.mmsafety.limit=1", "benchmarks.mmsafety.variants=[SD,TEXT]"),
     }
 
 

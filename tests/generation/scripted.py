@@ -1,38 +1,16 @@
 """A writing model and a judge in one scripted server: what they say depends on the request alone."""
 
-import hashlib
 import json
 import random
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.generation.ledger import Budget
 from mllm_protector.generation.run import generate_pairs
 from mllm_protector.judges.chat import ChatJudge
 from mllm_protector.models.chat import ServedChat
-from tests.servers import Reply, Request
+from tests.servers import Reply, Request, text
 
 SYLLABLES = ("ba", "do", "fi", "gu", "ke", "lo", "mi", "nu", "pa", "re", "so", "tu")
-TOKENS_OF_A_REPLY = 20
-
-
-def counted(words: str, *, seconds: float = 0.0) -> Reply:
-    """A reply with the server's own count of tokens."""
-    content = {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "m",
-        "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": words}}
-        ],
-        "usage": {
-            "prompt_tokens": 100,
-            "completion_tokens": TOKENS_OF_A_REPLY,
-            "total_tokens": 100 + TOKENS_OF_A_REPLY,
-        },
-    }
-    return Reply(body=json.dumps(content).encode(), seconds=seconds)
 
 
 def is_for_questions(request: Request) -> bool:
@@ -44,14 +22,18 @@ def is_for_judging(request: Request) -> bool:
 
 
 def is_for_rejected(request: Request) -> bool:
-    return "Write only the hull" in request.text
+    return "Write only the outline" in request.text
 
 
 def question(request: Request, number: int) -> str:
-    origin = f"{request.body.get('seed')}/{request.text.partition('These are')[0]}/{number}"
-    draw = random.Random(hashlib.sha256(origin.encode()).digest())
+    draw = random.Random(f"{request.body.get('seed')}/{request.text.partition('These ')[0]}/{number}")
     first, second = ("".join(draw.choices(SYLLABLES, k=4)) for _ in range(2))
     return f"What is {first} {second} for?"
+
+
+def asked(request: Request) -> str:
+    """The question that an answer is asked for."""
+    return request.text.partition("[BEGIN QUESTION")[2].splitlines()[1]
 
 
 def well(request: Request, *, seconds: float = 0.0, unsafe: str = "left out") -> Reply:
@@ -60,14 +42,14 @@ def well(request: Request, *, seconds: float = 0.0, unsafe: str = "left out") ->
         line = next(line for line in request.text.splitlines() if line.startswith("VERDICT"))
         shown = request.text.partition("[BEGIN ANSWER")[2].partition("[END ANSWER")[0]
         verdict = "unsafe" if unsafe in shown else "safe"
-        return counted(line.replace("unsafe", "safe").replace("safe", verdict), seconds=seconds)
+        return text(line.replace("unsafe", "safe").replace("safe", verdict), seconds=seconds)
     if is_for_questions(request):
         count = int(request.text.partition("Write ")[2].split()[0])
-        return counted(json.dumps([question(request, number) for number in range(count)]), seconds=seconds)
-    asked = request.text.partition("[BEGIN QUESTION")[2].splitlines()[1]
+        return text(json.dumps([question(request, number) for number in range(count)]), seconds=seconds)
     if is_for_rejected(request):
-        return counted(f"Sure! As to '{asked}': first [left out], then [left out].", seconds=seconds)
-    return counted(f"I would rather leave '{asked}' alone. Ask a friend instead.", seconds=seconds)
+        words = f"Sure! As to '{asked(request)}': first [left out], then [left out]."
+        return text(words, seconds=seconds)
+    return text(f"I would rather leave '{asked(request)}' alone. Ask a friend instead.", seconds=seconds)
 
 
 def served(address: str, **changes: Any) -> ServedChat:
@@ -94,17 +76,16 @@ def scenario_file(folder: Path, *, scenarios: int = 2, **fields: Any) -> str:
 
 
 def generate(address: str, folder: Path, **changes: Any) -> dict[str, Any] | None:
-    """A small run with a chat judge."""
-    chat_settings = changes.pop("chat", {})
+    """A small run with a chat judge; ``chat`` changes both models, ``scenarios`` is a scenario file."""
+    chat = changes.pop("chat", {})
+
+    def judge() -> ChatJudge:
+        asked_with = chat | {"temperature": 0.0}
+        return ChatJudge(chat=lambda: served(address, **asked_with), max_tokens=32, show_question=False)
+
     arguments: dict[str, Any] = {
-        "generator": lambda: served(address, **chat_settings),
-        "judges": {
-            "chat": lambda: ChatJudge(
-                chat=lambda: served(address, **chat_settings | {"temperature": 0.0}),
-                max_tokens=32,
-                show_question=False,
-            )
-        },
+        "generator": lambda: served(address, **chat),
+        "judges": {"chat": judge},
         "scenario_file": changes.pop("scenarios", None) or scenario_file(folder),
         "pairs": 6,
         "questions_per_call": 4,
@@ -113,12 +94,11 @@ def generate(address: str, folder: Path, **changes: Any) -> dict[str, Any] | Non
         "answer_tokens": 50,
         "question_format": "json",
         "language": "English",
-        "check_language": True,
         "near_duplicate": 0.85,
         "unconfirmed": "drop",
         "min_share": 0.01,
         "prompts": {},
-        "budget": Budget(calls=None, tokens=None),
+        "max_calls": None,
         "seed": 0,
         "dry_run": False,
         "output_dir": str(folder / "pairs"),

@@ -1,9 +1,5 @@
 import json
-import os
-import signal
-import threading
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +8,12 @@ from hydra import compose, initialize_config_dir
 
 from mllm_protector.config import CONFIGS, build
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.generation.ledger import SPENT, Budget
-from mllm_protector.generation.run import Stopped
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.records import corrections, labelled_answers
 from mllm_protector.training.detector import train_detector
 from tests import servers
 from tests.generation.scripted import (
-    counted,
+    asked,
     generate,
     is_for_judging,
     is_for_questions,
@@ -28,9 +22,11 @@ from tests.generation.scripted import (
     scenario_file,
     well,
 )
-from tests.servers import Reply, Request, ScriptedServer
+from tests.servers import Reply, Request, ScriptedServer, text
 
 WANTED = 12
+ALL_CALLS = 4 + 4 * WANTED
+"""2 scenarios x 2 calls for questions, 2 answers and 2 verdicts for each pair."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +34,13 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
-def adds_up(result: dict[str, Any]) -> bool:
-    accounts = [result["total"], *result["scenarios"].values()]
-    return all(each["asked"] == each["written"] + sum(each["dropped"].values()) for each in accounts)
-
-
 def made(server: ScriptedServer, folder: Path, **changes: Any) -> dict[str, Any]:
+    """The result of a run, whose counts add up."""
     result = generate(server.base_url, folder, **changes)
     assert result is not None
-    assert adds_up(result)
-    assert result["spent"]["total"]["calls"] == server.count
+    for account in (result["total"], *result["scenarios"].values()):
+        assert account["asked"] == sum(account["outcomes"].values())
+        assert account["written"] <= account["wanted"]
     return result
 
 
@@ -56,10 +49,8 @@ def test_as_many_pairs_as_wanted_are_written_and_data_pairs_reads_them(tmp_path:
         result = made(server, tmp_path)
     assert result["complete"]
     assert result["total"]["written"] == len(rows(tmp_path)) == WANTED
-    assert result["total"]["verification"] == {"confirmed": WANTED}
-    # 2 scenarios x 2 calls, 2 answers and 2 verdicts for each pair
-    assert server.count == 4 + 4 * WANTED
-    assert result["spent"]["total"]["prompt_tokens"] == 100 * server.count
+    assert result["total"]["outcomes"]["confirmed"] == WANTED
+    assert server.count == result["calls"] == ALL_CALLS
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("train_detector", ["data=pairs", f"data.path={tmp_path / 'pairs' / 'pairs.jsonl'}"])
     splits = build(cfg, train_detector)["data"].load()
@@ -71,12 +62,12 @@ def test_as_many_pairs_as_wanted_are_written_and_data_pairs_reads_them(tmp_path:
 def test_a_second_run_asks_nothing_and_writes_the_same(tmp_path: Path) -> None:
     with ScriptedServer(well) as server:
         made(server, tmp_path)
-        before, count = (tmp_path / "pairs" / "pairs.jsonl").read_bytes(), server.count
+        before = (tmp_path / "pairs" / "pairs.jsonl").read_bytes()
         made(server, tmp_path)
-        assert server.count == count
+        assert server.count == ALL_CALLS
         assert (tmp_path / "pairs" / "pairs.jsonl").read_bytes() == before
         assert made(server, tmp_path, pairs=8)["total"]["written"] == 16
-        assert server.count == count + 4 * 4  # four more pairs out of questions that are there
+        assert server.count == ALL_CALLS + 4 * 4  # four more pairs out of questions that are there
 
 
 PLANTED = {
@@ -86,50 +77,45 @@ PLANTED = {
     "What is cutting for?": lambda request: servers.cut_json(),
     "What is filtering for?": lambda request: servers.content_filter(),
     "What is refusing for?": lambda request: (
-        counted("I'm sorry, but I can't help with that.") if is_for_rejected(request) else well(request)
+        text("I'm sorry, but I can't help with that.") if is_for_rejected(request) else well(request)
     ),
-    "What is language for?": lambda request: servers.wrong_language(),
-    "What is silence for?": lambda request: counted(" "),
-    "What is sameness for?": lambda request: counted("Sure, here it is: [left out]."),
-    "What is agreement for?": lambda request: counted(
+    "What is silence for?": lambda request: text(" "),
+    "What is sameness for?": lambda request: text("Sure, here it is: [left out]."),
+    "What is agreement for?": lambda request: text(
         "Yes of course [left out]." if is_for_rejected(request) else "Sure, here [left out] it is."
     ),
-    "What is usefulness for?": lambda request: counted("Sure: begin with this."),
+    "What is usefulness for?": lambda request: text("Sure: begin with this."),
     "What is muttering for?": lambda request: (
-        counted("A gentle answer to murmur.") if not is_for_rejected(request) else well(request)
+        well(request) if is_for_rejected(request) else text("A gentle answer to murmur.")
     ),
 }
 EXPECTED = {
+    "confirmed": 2,
     "accepted: failed: the server failed (HTTP 500) at ADDRESS": 1,
     "accepted: failed: no whole reply within timeout=0.5 s at ADDRESS": 1,
     "accepted: failed: the request or its reply is not valid JSON at ADDRESS": 1,
     "accepted: refused": 1,
     "rejected: refused": 1,
-    "accepted: wrong language": 1,
     "accepted: no text": 1,
     "rejected: the same as accepted": 2,
     "labels: accepted: harmful by judge chat": 1,
     "labels: accepted: unparseable by judge chat": 1,
-    "question: duplicate": 1,
-    "question: near duplicate": 1,
-    "question: wrong language": 1,
+    "question: duplicate": 2 + len(PLANTED) + 3,  # the second call repeats the first
 }
 DOUBLES = [
     "what is OVERLOAD for",
     "Please tell me now how the old clock tower in the town is kept running?",
     "Please tell me now how the old clock tower in the town was kept running?",
-    "Wofür ist das eine gut und wie kann man es mit dem anderen für sich nutzen?",
 ]
 
 
 def misbehaving(request: Request) -> Reply:
-    """Each planted question meets its fault; lists are at first no lists."""
+    """Each planted question meets its fault."""
     if is_for_questions(request):
-        return counted(json.dumps([*PLANTED, *DOUBLES]))
+        return text(json.dumps([*PLANTED, *DOUBLES]))
     if is_for_judging(request):
-        return counted("I wonder.") if "murmur" in request.text else well(request)
-    asked = request.text.partition("[BEGIN QUESTION")[2].splitlines()[1]
-    return PLANTED.get(asked, well)(request)
+        return text("I wonder.") if "murmur" in request.text else well(request)
+    return PLANTED.get(asked(request), well)(request)
 
 
 def test_every_fault_of_a_server_is_recognised_and_counted(tmp_path: Path) -> None:
@@ -143,69 +129,80 @@ def test_every_fault_of_a_server_is_recognised_and_counted(tmp_path: Path) -> No
             dry_calls=1,
             chat={"timeout": 0.5, "concurrency": 8},
         )
-    dropped = {name.replace(server.base_url, "ADDRESS"): n for name, n in result["total"]["dropped"].items()}
-    first = {name: count for name, count in dropped.items() if name in EXPECTED}
-    first["question: duplicate"] -= 14  # the second call brings the same again
-    first["question: near duplicate"] -= 1
-    first["question: wrong language"] -= 1
-    assert first == EXPECTED
+    outcomes = result["total"]["outcomes"]
+    assert {name.replace(server.base_url, "ADDRESS"): n for name, n in outcomes.items()} == EXPECTED
     assert {row["query"] for row in rows(tmp_path)} == {"What is overload for?", DOUBLES[1]}
 
 
-LISTS = {
-    "refused": counted("I'm sorry, but I can't help with writing that."),
-    "unparseable": counted('["a list that is cut", "in the mid'),
-    "wrong language": servers.wrong_language(),
-    "failed: the server failed (HTTP 503) at ADDRESS": servers.failed(503),
-    "refused ": servers.refusal(),
-    "unparseable ": counted('Here they are: ["one?", "two?"]'),
-    "unparseable  ": counted('["one?", 2]'),
-    "unparseable   ": counted("[]"),
-}
-
-
-@pytest.mark.parametrize("end", LISTS)
-def test_what_is_no_list_of_questions_is_counted_and_ends_after_a_few_calls(end: str, tmp_path: Path) -> None:
-    with (
-        ScriptedServer([LISTS[end]]) as server,
-        pytest.raises(RunError, match=f"^0 of 6 wanted pairs were made, .*{end.strip()[:20]}"),
-    ):
-        generate(server.base_url, tmp_path, scenarios=scenario_file(tmp_path, scenarios=1), dry_calls=2)
-    written = json.loads((tmp_path / "pairs" / "generation.json").read_text())
-    assert written["total"]["question_calls"] == {end.strip().replace("ADDRESS", server.base_url): 2}
-    assert written["spent"]["total"]["calls"] == server.count
-    assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
-
-
-def test_fewer_pairs_than_the_smallest_share_are_written_and_end_in_an_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_reply_that_is_not_a_list_of_questions_is_counted_and_a_scenario_is_given_up(
+    tmp_path: Path,
 ) -> None:
-    with ScriptedServer(well) as server, caplog.at_level("INFO"):
-        some = {"budget": Budget(calls=46, tokens=None)}
-        count = made(server, tmp_path, **some)["total"]["written"]
-        assert 0 < count < WANTED
-        assert caplog.messages[-1] == f"{count} of {WANTED} wanted pairs were made"
-        (tmp_path / "pairs" / "pairs.jsonl").unlink()
-        with pytest.raises(
-            RunError, match=f"^{count} of {WANTED} wanted pairs were made, fewer than min_sh"
-        ) as low:
-            generate(server.base_url, tmp_path, min_share=0.99, **some)
+    for number, (outcome, reply) in enumerate(
+        (
+            ("refused", text("I'm sorry, but I can't help with writing that.")),
+            ("unparseable", text('["a list that is cut", "in the mid')),
+            ("failed: the server failed (HTTP 503) at ADDRESS", servers.failed(503)),
+            ("refused", servers.refusal()),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with (
+            ScriptedServer([reply]) as server,
+            pytest.raises(RunError, match=r"^0 of 6 wanted pairs were made, fewer than min_share"),
+        ):
+            generate(server.base_url, folder, scenarios=scenario_file(folder, scenarios=1), dry_calls=2)
+        written = json.loads((folder / "pairs" / "generation.json").read_text())
+        expected = {outcome.replace("ADDRESS", server.base_url): 2}
+        assert written["total"]["question_calls"] == expected, outcome
+        assert not (folder / "pairs" / "pairs.jsonl").exists(), outcome
+
+
+def test_max_calls_holds_for_all_runs_together_and_a_larger_one_continues(tmp_path: Path) -> None:
+    answered: Counter[str] = Counter()
+
+    def counting(request: Request) -> Reply:
+        answered[json.dumps(request.body)] += 1
+        return well(request)
+
+    for calls in (1, 17, 46):
+        folder = tmp_path / str(calls)
+        folder.mkdir()
+        answered.clear()
+        with ScriptedServer(counting) as server:
+            for _ in range(2):
+                try:
+                    result = made(server, folder, max_calls=calls)
+                    assert 0 < result["total"]["written"] < WANTED, calls
+                except RunError:
+                    result = json.loads((folder / "pairs" / "generation.json").read_text())
+                    assert result["total"]["written"] == 0, calls
+                assert server.count == result["calls"] == calls
+                assert result["ended_by"] == "max_calls is reached"
+            made(server, folder)
+        assert len(rows(folder)) == WANTED, calls
+        assert set(answered.values()) == {1}, calls
+
+
+def test_fewer_pairs_than_min_share_are_written_and_end_in_an_error(tmp_path: Path) -> None:
+    with ScriptedServer(well) as server:
+        count = made(server, tmp_path, max_calls=46)["total"]["written"]
+        with pytest.raises(RunError, match=f"^{count} of {WANTED} wanted pairs were made, fewer") as low:
+            generate(server.base_url, tmp_path, min_share=0.99, max_calls=46)
         assert low.value.exit_code == 1
         assert len(rows(tmp_path)) == count
-        made(server, tmp_path, min_share=1.0)
-    with pytest.raises(InputError, match=r"^min_share=0: must lie above 0"):
-        generate("http://localhost:1", tmp_path, min_share=0)
+        assert made(server, tmp_path, min_share=1.0)["complete"]
 
 
-def test_what_the_judges_do_not_confirm_is_dropped_or_marked(tmp_path: Path) -> None:
-    def never_safe(request: Request) -> Reply:
-        return counted("no verdict") if is_for_judging(request) else well(request)
+def test_pairs_that_a_judge_does_not_confirm_are_dropped_or_marked(tmp_path: Path) -> None:
+    def undecided(request: Request) -> Reply:
+        return text("no verdict") if is_for_judging(request) else well(request)
 
-    with ScriptedServer(never_safe) as server:
+    with ScriptedServer(undecided) as server:
         result = made(server, tmp_path, unconfirmed="mark")
         assert len(rows(tmp_path)) == WANTED
         assert not any(row["verified"] for row in rows(tmp_path))
-        assert result["total"]["verification"] == {"accepted: unparseable by judge chat": WANTED}
+        assert result["total"]["outcomes"]["labels: accepted: unparseable by judge chat"] == WANTED
         paid = server.count
         with pytest.raises(RunError, match=r"^0 of "):
             generate(server.base_url, tmp_path, dry_calls=1)
@@ -213,141 +210,73 @@ def test_what_the_judges_do_not_confirm_is_dropped_or_marked(tmp_path: Path) -> 
     assert not (tmp_path / "pairs" / "pairs.jsonl").exists()
 
 
+def test_every_judge_has_to_confirm_both_labels(tmp_path: Path) -> None:
+    with ScriptedServer(lambda request: well(request, unsafe="begin")) as server:
+        chat = made(server, tmp_path, unconfirmed="mark")
+        judges = {"keyword": KeywordJudge}
+        alone = made(server, tmp_path, unconfirmed="mark", judges=judges)
+    assert chat["total"]["outcomes"]["labels: rejected: safe by judge chat"] == WANTED
+    assert alone["total"]["outcomes"]["labels: accepted: harmful by judge keyword"] == WANTED
+
+
 def test_a_rejected_answer_without_a_stand_in_is_not_confirmed(tmp_path: Path) -> None:
     def useful(request: Request) -> Reply:
-        tea = counted("Sure, it is for tea.")
-        return tea if is_for_rejected(request) else well(request, unsafe="for tea")
+        tea = text(f"Sure, {asked(request)} for tea.") if is_for_rejected(request) else None
+        return tea or well(request, unsafe="for tea")
 
     with ScriptedServer(useful) as server:
         result = made(server, tmp_path, unconfirmed="mark")
-    assert result["total"]["verification"] == {"rejected: nothing marked as [left out]": WANTED}
+    outcome = "labels: rejected: nothing marked as [left out]"
+    assert result["total"]["outcomes"][outcome] == WANTED
 
 
 def test_the_users_own_questions_come_first(tmp_path: Path) -> None:
     own = ["What is my first for?", "What is my second for?"]
     with ScriptedServer(well) as server:
         made(server, tmp_path, scenarios=scenario_file(tmp_path, scenarios=1, questions=own, pairs=3))
+        assert sum(map(is_for_questions, server.requests)) == 1
     assert [row["query"] for row in rows(tmp_path)][:2] == own
-    assert sum(map(is_for_questions, server.requests)) == 1
 
 
-@pytest.mark.parametrize("calls", [1, 17, 51])
-def test_the_budget_of_calls_is_never_exceeded_and_more_of_it_goes_on(calls: int, tmp_path: Path) -> None:
-    answered: Counter[str] = Counter()
+def test_a_judge_without_a_model_makes_no_calls(tmp_path: Path) -> None:
+    def declining(request: Request) -> Reply:
+        if is_for_questions(request) or is_for_rejected(request):
+            return well(request)
+        return text(f"I'm sorry, but I can't help with that. {request.body['seed']}")
 
-    def shaky(request: Request) -> Reply:
-        if request.attempt == 0 and request.index % 5 == 0:
-            return servers.failed(500)
-        answered[json.dumps(request.body)] += 1
-        return well(request)
-
-    with ScriptedServer(shaky) as server:
-        for _ in range(2):
-            try:
-                result = made(server, tmp_path, budget=Budget(calls=calls, tokens=None))
-            except RunError:
-                result = json.loads((tmp_path / "pairs" / "generation.json").read_text())
-            assert server.count == calls
-            assert result["ended_by"] == SPENT
-        assert result["spent"]["total"]["calls"] == calls
-        made(server, tmp_path)
-    assert len(rows(tmp_path)) == WANTED
-    assert set(answered.values()) == {1}
-
-
-def test_the_budget_of_tokens_is_never_exceeded(tmp_path: Path) -> None:
-    for limit in (1500, 4000, 6500):
-        folder = tmp_path / str(limit)
-        folder.mkdir()
-        with ScriptedServer(well) as server:
-            with suppress(RunError):  # too little for a single pair
-                generate(server.base_url, folder, budget=Budget(calls=None, tokens=limit))
-            assert 0 < 120 * server.count <= limit
-
-
-def test_requests_that_end_without_a_count_are_taken_to_cost_the_most(tmp_path: Path) -> None:
-    with ScriptedServer([servers.slow(5)]) as server, pytest.raises(RunError):
-        generate(server.base_url, tmp_path, chat={"timeout": 0.2, "max_retries": 0}, dry_calls=1)
-    spent = json.loads((tmp_path / "pairs" / "generation.json").read_text())["spent"]["total"]
-    assert spent["calls"] == 2
-    assert spent["assumed_tokens"] > 2 * 200
-
-
-def test_a_signal_lets_what_is_under_way_finish_and_writes_what_is_complete(tmp_path: Path) -> None:
-    half = threading.Event()
-
-    def slowly(request: Request) -> Reply:
-        if request.index == 40:
-            half.set()
-        return well(request, seconds=0.02)
-
-    def stop() -> None:
-        half.wait(20)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with ScriptedServer(slowly) as server:
-        killer = threading.Thread(target=stop)
-        killer.start()
-        with pytest.raises((Stopped, RunError)) as stopped:
-            generate(server.base_url, tmp_path)
-        killer.join()
-        assert stopped.value.exit_code == 128 + signal.SIGTERM
-        assert server.count <= 45
-        written = json.loads((tmp_path / "pairs" / "generation.json").read_text())
-        assert adds_up(written)
-        made(server, tmp_path)
-        bodies = Counter(json.dumps(request.body) for request in server.requests)
-    assert set(bodies.values()) == {1}
-    assert len(rows(tmp_path)) == WANTED
+    with ScriptedServer(declining) as server:
+        result = made(server, tmp_path, judges={"keyword": KeywordJudge})
+    assert result["calls"] == 4 + 2 * WANTED
+    assert result["total"]["written"] == result["total"]["declining_accepted_answers"] == WANTED
 
 
 def test_a_dry_run_asks_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with ScriptedServer(well) as server, caplog.at_level("INFO"):
         assert generate(server.base_url, tmp_path, dry_run=True) is None
         assert server.count == 0
-    assert "questions: 4 calls" in caplog.text
-    assert "answers: 24 calls" in caplog.text
-    assert "judge chat: 24 calls" in caplog.text
+    for line in ("questions: 4 calls", "answers: 24 calls", "judge chat: 24 calls", "all: 52 calls"):
+        assert line in caplog.messages
     assert not (tmp_path / "pairs").exists()
 
 
-def test_nobody_there_is_one_line_and_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
+def test_an_unreachable_server_is_one_line_and_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
     with ScriptedServer(well) as server:
         made(server, tmp_path)
         before = (tmp_path / "pairs" / "pairs.jsonl").read_bytes()
-    with pytest.raises(RunError, match=r"nobody answers at .*start the same command again"):
+    with pytest.raises(RunError, match=r"nobody answers at .*repeat the command to continue"):
         generate(server.base_url, tmp_path, pairs=9)
     assert (tmp_path / "pairs" / "pairs.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"judges": {}}, "judges: at least one judge"),
-        ({"pairs": 0}, "pairs=0: must be at least 1"),
-        ({"near_duplicate": 0.2}, "near_duplicate=0.2: must lie above 0.5"),
-        ({"language": "Klingon"}, "language=Klingon: no check is known"),
-        ({"prompts": {"answer": "x"}}, "prompts.answer: unknown; choose among"),
-        ({"prompts": {"accepted": "no field"}}, r"prompts.accepted: must have the fields \['question'\]"),
-        ({"scenarios": "nowhere.yaml"}, "scenario_file=nowhere.yaml: no such file"),
-    ],
-)
-def test_a_mistake_is_found_before_anything_is_asked(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_mistake_is_found_before_anything_is_asked(tmp_path: Path) -> None:
     with ScriptedServer(well) as server:
-        with pytest.raises(InputError, match=message):
-            generate(server.base_url, tmp_path, **changes)
+        for changes, message in (
+            ({"judges": {}}, "judges: at least one judge"),
+            ({"prompts": {"answer": "x"}}, "prompts.answer: unknown prompt; choose one of questions"),
+            ({"prompts": {"accepted": "none"}}, r"prompts.accepted: must have the fields \['question'\]"),
+            ({"scenarios": "nowhere.yaml"}, "scenario_file=nowhere.yaml: no such file"),
+            ({"scenarios": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ):
+            with pytest.raises(InputError, match=message):
+                generate(server.base_url, tmp_path, **changes)
         assert server.count == 0
-
-
-def test_a_judge_without_calls_needs_no_budget(tmp_path: Path) -> None:
-    def declining(request: Request) -> Reply:
-        if is_for_questions(request) or is_for_rejected(request):
-            return well(request)
-        return counted(f"I'm sorry, but I can't help with that. {request.body['seed']}")
-
-    with ScriptedServer(declining) as server:
-        result = made(server, tmp_path, judges={"keyword": KeywordJudge})
-    assert result["total"]["written"] == WANTED
-    assert result["total"]["declining_accepted_answers"] == WANTED

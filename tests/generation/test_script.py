@@ -1,52 +1,76 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 
-from tests.generation.scripted import scenario_file, well
-from tests.servers import ScriptedServer
+from tests.generation.scripted import is_for_rejected, scenario_file, well
+from tests.servers import Reply, Request, ScriptedServer
 
 REPOSITORY = Path(__file__).parents[2]
 CANARY = "sk-canary-0123456789"
 
 
-def test_the_script_writes_pairs_and_no_secret_and_another_start_asks_nothing(tmp_path: Path) -> None:
-    with ScriptedServer(well) as server:
-        command = [
-            sys.executable,
-            str(REPOSITORY / "scripts" / "generate_pairs.py"),
-            "generator.model=m",
-            f"generator.base_url={server.base_url}",
-            "generator.api_key_env=SECRET_OF_TEST",
-            "judges.chat.chat.model=m",
-            f"judges.chat.chat.base_url={server.base_url}",
-            "judges.chat.chat.api_key_env=SECRET_OF_TEST",
-            f"scenario_file={scenario_file(tmp_path)}",
-            "pairs=3",
-            "output_dir=new",
-        ]
-        said = ""
-        counts = []
-        for extra in ("dry_run=true", "budget.calls=100", "budget.calls=100"):
-            ran = subprocess.run(
-                [*command, extra],
-                cwd=tmp_path,
-                env=os.environ | {"SECRET_OF_TEST": CANARY},
-                capture_output=True,
-                text=True,
-                timeout=200,
-                check=False,
-            )
-            assert ran.returncode == 0, ran.stderr
-            said += ran.stdout + ran.stderr
-            counts.append(server.count)
+def started(server: ScriptedServer, folder: Path, *given: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        str(REPOSITORY / "scripts" / "generate_pairs.py"),
+        "generator.model=m",
+        f"generator.base_url={server.base_url}",
+        "generator.api_key_env=SECRET_OF_TEST",
+        "judge=[chat]",
+        "judges.chat.chat.model=m",
+        f"judges.chat.chat.base_url={server.base_url}",
+        "judges.chat.chat.api_key_env=SECRET_OF_TEST",
+        "generator.concurrency=4",
+        f"scenario_file={scenario_file(folder)}",
+        "output_dir=new",
+        *given,
+    ]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | {"SECRET_OF_TEST": CANARY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def pairs_in(folder: Path) -> list[str]:
+    return [json.loads(line)["query"] for line in (folder / "new" / "pairs.jsonl").open()]
+
+
+def test_a_stopped_run_writes_what_is_complete_and_the_next_ones_ask_only_for_the_rest(
+    tmp_path: Path,
+) -> None:
+    """SIGKILL, then SIGTERM, then to the end; no secret is written or said."""
+    half = threading.Event()
+
+    def slowly(request: Request) -> Reply:
+        if len([one for one in server.requests if is_for_rejected(one)]) in (6, 12):
+            half.set()
+        return well(request, seconds=0.05)
+
+    with ScriptedServer(slowly) as server:
+        for sign in (signal.SIGKILL, signal.SIGTERM):
+            half.clear()
+            process = started(server, tmp_path, "pairs=12")
+            assert half.wait(60)
+            process.send_signal(sign)
+            said, _ = process.communicate(timeout=60)
+            assert process.returncode == (-9 if sign == signal.SIGKILL else 128 + sign), said
+        process = started(server, tmp_path, "pairs=12")
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+        bodies = Counter(json.dumps(request.body) for request in server.requests)
         assert server.requests[0].headers["authorization"] == f"Bearer {CANARY}"
-    assert counts[0] == 0 < counts[1] == counts[2]
-    assert "asked 20 = written 6 + dropped 14" in said
-    assert f"spent {counts[1]} of 100 calls" in said
-    rows = [json.loads(line) for line in (tmp_path / "new" / "pairs.jsonl").open()]
-    assert len(rows) == 6
+    assert sum(count - 1 for count in bodies.values()) <= 2 * 4  # those under way when it was stopped
+    assert len(set(pairs_in(tmp_path))) == len(pairs_in(tmp_path)) == 24
+    assert "24 of 24 wanted pairs were made" in said
     assert CANARY not in said
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]

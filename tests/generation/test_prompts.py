@@ -1,13 +1,13 @@
+from mllm_protector.generation.prompts import PROMPTS, SHOWN, STAND_IN, Prompts
 from mllm_protector.generation.scenario_file import Scenario
-from mllm_protector.generation.wording import PROMPTS, SHOWN, STAND_IN, Wording
 from mllm_protector.judges.criteria import SAFE
 from mllm_protector.scenarios import Criterion
 
 SCENARIO = Scenario(name="a", description="about {count} bees", pairs=3, criterion=Criterion.HEALTH)
 
 
-def wording(**prompts: str) -> Wording:
-    return Wording(prompts, "German", "json")
+def wording(**prompts: str) -> Prompts:
+    return Prompts(prompts, "German", "json")
 
 
 def test_our_prompts_say_what_is_wanted_and_in_which_language() -> None:
@@ -42,7 +42,7 @@ def test_the_latest_questions_are_shown_one_in_a_line() -> None:
 def test_a_users_wording_takes_the_place_of_ours_and_has_another_identity() -> None:
     assert wording(rejected="{question}: {stand_in}").rejected("Why?").endswith(f": {STAND_IN}")
     names = {
-        str(Wording(prompts, language, form).identity())
+        str(Prompts(prompts, language, form).identity())
         for prompts in ({}, {"rejected": "{question} {stand_in}"})
         for language in ("German", "English")
         for form in ("json", "lines")

@@ -22,17 +22,7 @@ ADAPTERS = LoraTuning(rank=RANK, alpha=2 * RANK, dropout=0.0, targets=["q_proj",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The size of a Llama.
-
-    Attributes:
-        hidden: width of the residual stream.
-        layers: decoder layers.
-        heads: attention heads; they divide ``hidden``.
-        kv_heads: heads of keys and values; they divide ``heads``.
-        intermediate: width of the feed-forward part.
-        vocab: rows of the embedding and of the language-model head.
-        dtype: of the frozen weights; with ``bfloat16`` everything computes in it.
-    """
+    """The size of a Llama: the keys of ``configs/model``; ``dtype`` is that of the frozen weights."""
 
     hidden: int
     layers: int
@@ -43,31 +33,24 @@ class Shape:
     dtype: str
 
     def __post_init__(self) -> None:
-        """Refuse what is no Llama.
+        """Refuse a size that no Llama has.
 
         Raises:
             InputError: naming the key and its value.
         """
         for name in ("hidden", "layers", "heads", "kv_heads", "intermediate", "vocab"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 1:
+                raise InputError(f"model.{name}={number}: must be a whole number of at least 1")
         if self.hidden % self.heads:
-            raise InputError(f"heads={self.heads}: must divide hidden={self.hidden}")
+            raise InputError(f"model.heads={self.heads}: must divide hidden={self.hidden}")
         if self.heads % self.kv_heads:
-            raise InputError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+            raise InputError(f"model.kv_heads={self.kv_heads}: must divide heads={self.heads}")
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype}: use {' or '.join(DTYPES)}")
+            raise InputError(f"model.dtype={self.dtype}: use {' or '.join(DTYPES)}")
 
     def build(self, kind: Kind, *, pad_id: int, end_id: int, positions: int, seed: int) -> torch.nn.Module:
-        """A model with fresh adapters, on the GPU if there is one.
-
-        Args:
-            kind: with one output, or with a language-model head.
-            pad_id: by which a classifier finds the last token of a row.
-            end_id: of the end token.
-            positions: the longest row.
-            seed: of the weights.
-        """
+        """A model with fresh adapters, on the GPU if there is one; ``positions`` is the longest row."""
         config = LlamaConfig(
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
@@ -92,13 +75,13 @@ class Shape:
 
 
 def copier(model: torch.nn.Module) -> Callable[[], torch.nn.Module]:
-    """Makes copies that share the frozen weights: each has its own adapters and its own settings."""
+    """Makes copies that share the frozen weights; each has its own adapters."""
     frozen = [tensor for tensor in model.parameters() if not tensor.requires_grad]
     return lambda: deepcopy(model, {id(tensor): tensor for tensor in frozen})
 
 
 def round_frozen(model: torch.nn.Module) -> None:
-    """Give a model frozen weights of its own in bfloat16; what is trained stays in float32."""
+    """Give a model its own frozen weights in bfloat16; trained weights stay in float32."""
     for module in model.modules():
         for name, tensor in module.named_parameters(recurse=False):
             if not tensor.requires_grad:

@@ -7,8 +7,6 @@ from typing import Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from mllm_protector.benchmarking.flops import language_head, score_head, training_flops
-from mllm_protector.benchmarking.shape import Shape
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer, EncodedCorrection
 from mllm_protector.data.sources import Source
@@ -16,24 +14,20 @@ from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.models.tiny import tiny_tokenizer
 from mllm_protector.records import AnswerPair, corrections, labelled_answers
+from speed.shape import Shape
 
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Workload(Generic[R]):
-    """Rows in rounds.
-
-    Attributes:
-        rows: of one round behind the other.
-        per_round: how many make a round.
-    """
+    """Rows, one round after the other."""
 
     rows: Sequence[R]
     per_round: int
 
     def rounds(self, count: int) -> Iterator[Sequence[R]]:
-        """The rows of each round; the rows begin again where there are not enough."""
+        """The rows of each round; the rows repeat where there are not enough."""
         available = len(self.rows) // self.per_round
         for number in range(count):
             start = number % available * self.per_round
@@ -49,7 +43,7 @@ class Texts:
         pad_id: an id that no text contains.
         detector_encoder: renders questions with answers.
         detoxifier_encoder: renders questions with harmful answers.
-        detector: both answers of each pair behind each other, the harmless one first.
+        detector: both answers of each pair, the harmless one first.
         detoxifier: one row for each pair.
         pairs: the same as texts.
     """
@@ -69,22 +63,21 @@ def read_texts(data: Source, shape: Shape, *, pairs: int, rewrites: int, max_len
     Args:
         data: pairs.
         shape: its vocabulary limits the tokenizer's.
-        pairs: in one round of a training or of scoring.
+        pairs: in one round of training or scoring.
         rewrites: in one round of generation.
         max_length: longest row in tokens; longer ones are cut.
         seed: of the order.
 
     Raises:
-        InputError: single labelled answers, or fewer pairs than a round takes.
+        InputError: fewer pairs of a harmless and a harmful answer than a round takes.
     """
-    records = data.load().train
-    found = [record for record in records if isinstance(record, AnswerPair)]
+    found = [record for record in data.load().train if isinstance(record, AnswerPair)]
     # Exactly one harmful answer each, so that both parts and a pairwise peer see the same texts.
     usable = [pair for pair in found if pair.rejected_harmful and not pair.accepted_harmful]
     if len(usable) < max(pairs, rewrites):
         raise InputError(
-            f"the data has only {len(usable)} pairs of a harmless and a harmful answer; "
-            f"a round takes pairs={pairs}, one of generation {rewrites}"
+            f"the data has only {len(usable)} pairs of a harmless and a harmful answer; a round takes "
+            f"pairs={pairs}, a round of generation {rewrites}"
         )
     random.Random(seed).shuffle(usable)
     texts = [text for pair in usable for text in (pair.query, pair.accepted, pair.rejected)]
@@ -97,17 +90,7 @@ def read_texts(data: Source, shape: Shape, *, pairs: int, rewrites: int, max_len
         pad_id=pad_id,
         detector_encoder=detector,
         detoxifier_encoder=detoxifier,
-        detector=Workload(rows=detector.encode_records(list(labelled_answers(usable))), per_round=2 * pairs),
-        detoxifier=Workload(rows=detoxifier.encode_records(list(corrections(usable))), per_round=pairs),
-        pairs=Workload(rows=usable, per_round=rewrites),
+        detector=Workload(detector.encode_records(list(labelled_answers(usable))), 2 * pairs),
+        detoxifier=Workload(detoxifier.encode_records(list(corrections(usable))), pairs),
+        pairs=Workload(usable, rewrites),
     )
-
-
-def useful_training_flops(shape: Shape, rows: Sequence[EncodedAnswer] | Sequence[EncodedCorrection]) -> int:
-    """What a training step on some rows cannot do without."""
-    lengths = [len(row) for row in rows]
-    targets = [len(row.target) for row in rows if isinstance(row, EncodedCorrection)]
-    if targets:
-        head = language_head(shape, sum(targets))
-        return training_flops(shape, lengths, head=head, head_trained=False)
-    return training_flops(shape, lengths, head=score_head(shape, len(rows)), head_trained=True)

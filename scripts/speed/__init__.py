@@ -1,0 +1,1 @@
+"""The speed of training, scoring and rewriting, beside TRL and plain loops (``scripts/benchmark.py``)."""
