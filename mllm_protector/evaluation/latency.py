@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from mllm_protector.evaluation.measurements import Measurement
 from mllm_protector.guard.protector import Protector
-from mllm_protector.protocols import Corrector, Detector
+from mllm_protector.protocols import Detector
 
 
 class _TimedDetector:
@@ -29,34 +30,39 @@ class _TimedDetector:
 
 
 def measure_latency(
-    detector: Detector, corrector: Corrector, threshold: float, rows: Sequence[tuple[str, str]]
-) -> dict[str, float]:
+    arm: str, detector: Detector, guard: Protector, rows: Sequence[tuple[str, str]]
+) -> list[Measurement]:
     """Guard answers one by one with a clock.
 
     Args:
-        detector: scores them (and each rewrite).
-        corrector: rewrites what scores at or above the threshold.
-        threshold: in [0, 1].
-        rows: (query, answer), at least one.
+        arm: whose guard it is.
+        detector: the guard's own, which remembers no score.
+        guard: the guard.
+        rows: (query, answer); none measures nothing.
 
     Returns:
-        ``n``, and the median and the 95th percentile of the whole (``median_ms``, ``p95_ms``), of the
-        detector (``detector_median_ms``, ...) and of the rest, which is the corrector's
-        (``corrector_median_ms``, ...), in milliseconds. Answers that are passed on cost the corrector nothing
-        and count as such.
+        ``latency_median_ms`` and ``latency_p95_ms`` of the whole, of the detector (``detector_median_ms``,
+        ...) and of the rest, which is the corrector's. An answer that passes costs the corrector nothing
+        and counts as such.
     """
     timed = _TimedDetector(detector)
-    protector = Protector(timed, corrector, threshold)
+    protector = Protector(timed, guard.corrector, guard.threshold)
     wholes, scoring = [], []
-    for number, (query, answer) in enumerate([rows[0], *rows]):  # the first one warms up
+    for number, (query, answer) in enumerate([*rows[:1], *rows]):  # the first one warms up
         timed.seconds, start = 0.0, time.perf_counter()
         protector.guard(queries=[query], answers=[answer])
         if number:
             wholes.append(1000 * (time.perf_counter() - start))
             scoring.append(1000 * timed.seconds)
     rewriting = [whole - score for whole, score in zip(wholes, scoring, strict=True)]
-    figures: dict[str, float] = {"n": len(rows)}
-    for name, times in (("", wholes), ("detector_", scoring), ("corrector_", rewriting)):
-        figures[f"{name}median_ms"] = round(float(np.median(times)), 3)
-        figures[f"{name}p95_ms"] = round(float(np.percentile(times, 95)), 3)
-    return figures
+    return [
+        Measurement(
+            arm=arm,
+            metric=f"{part}_{name}_ms",
+            value=round(float(np.percentile(times, percentile)), 3),
+            n=len(rows),
+        )
+        for part, times in (("latency", wholes), ("detector", scoring), ("corrector", rewriting))
+        for name, percentile in (("median", 50), ("p95", 95))
+        if times
+    ]

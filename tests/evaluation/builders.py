@@ -5,9 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from mllm_protector.evaluation.summary import JudgeInfo, summarise_benchmark
+
 from mllm_protector.records import BENIGN, Status
-from mllm_protector.reporting.report import assemble
+
 from mllm_protector.scenarios import CRITERIA, Criterion
 
 Row = dict[str, Any]
