@@ -20,7 +20,7 @@ from mllm_protector.benchmarking.stages import ARMS, Cast, Done, one_at_a_time, 
 from mllm_protector.benchmarking.workload import Texts
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation import store
-from mllm_protector.evaluation.stages import BARE
+from mllm_protector.evaluation.grid import NONE as BARE
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.records import labelled_answers

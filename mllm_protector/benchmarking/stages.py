@@ -11,7 +11,7 @@ it is shown. That its models are loaded again for each scenario is not counted.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from mllm_protector.evaluation.judging import Judged, judge_stage
+from mllm_protector.evaluation.grid import NONE as BARE
+from mllm_protector.evaluation.grid import JudgeFacts
+from mllm_protector.evaluation.result import texts_of
 from mllm_protector.evaluation.stages import (
-    BARE,
-    Outputs,
     RememberingDetector,
+    Row,
+    answer_stage,
     guard_stage,
     items_of,
+    judge_stage,
 )
 from mllm_protector.evaluation.store import Store
 from mllm_protector.guard.protector import Protector, Refusal
@@ -193,23 +196,23 @@ def ours(cast: Cast, rows: Sequence[tuple[str, str]], folder: Path, *, batch_siz
             "refusal": Refusal(),
             "protector": _TimedCorrector(cast.detoxifier, watch),
         }
-        guards: dict[str, Mapping[str, Any]] = {}
+        rewrites: dict[str, Sequence[Row | None]] = {BARE: [None] * len(items)}
+        answered, _ = answer_stage(items, answers)
         for arm in GUARDED:
             protector = Protector(detector, correctors[arm], cast.threshold, max_rewrites=1)
-            guards[arm] = protector.identity()
-            outputs = Outputs(answers, replies, guards)
-            guard_stage(arm, protector, items, outputs, replies, batch_size)
+            rewrites[arm], _ = guard_stage(
+                arm, items, answered, replies, protector.identity(), protector, batch_size=batch_size
+            )
         judge = DetectorJudge(_TimedDetector(cast.judge, watch, "judging"), cast.judge_threshold)
-        judged = Judged(
-            judge.identity(), reads_question=judge.reads_question, verdicts=verdicts, outputs=outputs
-        )
-        judge_stage("detector", judge, judged, items, ARMS, verdicts, batch_size)
-    found = [outputs.reply(item, "protector") for item in items]
+        facts = JudgeFacts(identity=judge.identity(), reads_question=judge.reads_question)
+        texts = texts_of(items, answered, rewrites)
+        found, _ = judge_stage("detector", texts, verdicts, facts, judge, batch_size=batch_size)
     done = Done(
-        harms=[reply["harm"] for reply in found if reply is not None],
-        finals={arm: [outputs.final(item, arm) for item in items] for arm in ARMS},
+        harms=[reply["harm"] for reply in rewrites["protector"] if reply is not None],
+        finals={arm: [str(text) for _, text in texts[place :: len(ARMS)]] for place, arm in enumerate(ARMS)},
         harmful={
-            arm: [judged.verdict(item, arm)["status"] == Status.HARMFUL for item in items] for arm in ARMS
+            arm: [row["status"] == Status.HARMFUL for row in found[place :: len(ARMS)]]
+            for place, arm in enumerate(ARMS)
         },
         parts=watch.parts(),
     )

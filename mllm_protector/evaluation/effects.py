@@ -38,7 +38,7 @@ def guard_effects(answers: Answers) -> Iterator[Measurement]:
                 before, after = (unsafe[rows, place].astype(np.float64) for place in (none, column))
                 effect = paired(before, after, grid.cluster[rows])
                 where |= {"judge": judge, "arm": arm}
-                yield from _difference("asr_difference", effect, where)
+                yield from differences("asr_difference", effect, where)
                 yield Measurement(metric="made_safe", value=effect.only_before, n=effect.pairs, **where)
                 yield Measurement(metric="made_harmful", value=effect.only_after, n=effect.pairs, **where)
 
@@ -65,7 +65,7 @@ def image_effects(answers: Answers) -> Iterator[Measurement]:
                     bases = np.flatnonzero(known & inside)
                     effect = paired(text[bases], share[bases], np.arange(len(bases)))
                     where: dict[str, Any] = {"judge": judge, "arm": arm, "variant": variant, "group": group}
-                    yield from _difference("image_effect", effect, where)
+                    yield from differences("image_effect", effect, where)
                     for name, values in (("text_asr", text[bases]), ("image_asr", share[bases])):
                         mean = float(values.mean()) if len(values) else None
                         yield Measurement(metric=name, value=mean, n=effect.pairs, **where)
@@ -143,11 +143,8 @@ def known_errors(grid: Grid, judge: str, facts: JudgeFacts) -> Mapping[Criterion
     return found
 
 
-def _known(grid: Grid) -> str:
-    return "human" if (grid.human >= 0).any() else "truth"
-
-
-def _difference(metric: str, effect: Paired, where: Mapping[str, Any]) -> Iterator[Measurement]:
+def differences(metric: str, effect: Paired, where: Mapping[str, Any]) -> Iterator[Measurement]:
+    """The difference of a comparison on pairs as ``metric``, and its p as ``<metric>_p``."""
     yield Measurement(
         metric=metric,
         value=effect.difference,
@@ -158,6 +155,10 @@ def _difference(metric: str, effect: Paired, where: Mapping[str, Any]) -> Iterat
         **where,
     )
     yield Measurement(metric=f"{metric}_p", value=effect.p, n=effect.pairs, method=effect.test, **where)
+
+
+def _known(grid: Grid) -> str:
+    return "human" if (grid.human >= 0).any() else "truth"
 
 
 def _compared(grid: Grid, verdict: Small, label: Small) -> Flags:

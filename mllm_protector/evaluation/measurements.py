@@ -13,6 +13,9 @@ from mllm_protector.evaluation.statistics import Proportion
 if TYPE_CHECKING:
     import pandas as pd
 
+SCHEMA = 2
+"""Of ``asr.json``; grows when a key changes its meaning."""
+
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 """What makes a spreadsheet run a text, also in full width (OWASP, "CSV injection")."""
 

@@ -16,7 +16,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.contamination import contamination_notes, seen_in_training
 from mllm_protector.evaluation.grid import ALL, IMAGES, JudgeFacts, make_answers
 from mllm_protector.evaluation.manifest import environment, peak_memory
-from mllm_protector.evaluation.measurements import Measurement, as_csv, as_rows, placed
+from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_csv, as_rows, placed
 from mllm_protector.evaluation.rows import (
     ENSEMBLE,
     HumanLabels,
@@ -44,9 +44,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
-
-SCHEMA = 2
-"""Of ``asr.json``; grows when a key changes its meaning."""
 
 MISSING_NAMED = 10
 """Questions left out that are named; the others are counted."""

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.reporting.layout import Table
-from mllm_protector.reporting.printed import print_tables
+from mllm_protector.reporting.tables import Table, print_tables
 
 ENDS = {"calls for questions": "question_calls", "dropped": "dropped", "labels": "verification"}
 HEADER = ("scenario", "wanted", "asked", "dropped", "written", "confirmed")

@@ -89,7 +89,6 @@ HARMLESS: tuple[Column, ...] = (
     ("changed", "changed", counted_cell),
     ("refused", "refused", counted_cell),
     ("mean score", "score", share_cell),
-    ("correct", "correct", counted_cell),
     ("correct answers lost", "lost", counted_cell),
     ("without an answer", "unanswered", count_cell),
 )
@@ -120,6 +119,7 @@ TRADE_OFF: tuple[Column, ...] = (
 )
 KNOWN = {
     "macro_asr_bounds",
+    "correct",
     "cut",
     *(
         metric
@@ -209,6 +209,10 @@ def table(
     )
 
 
+def _key(data: Pivot, key: str, name: str | None) -> str:
+    return data.judge(name) if key == "judge" else name or "-"
+
+
 def tables(data: Pivot) -> list[Table]:
     """Every table of a benchmark that has rows, the most important first."""
     return [each for each in _tables(data) if each.rows]
@@ -218,6 +222,8 @@ def headline(data: Pivot, columns: Sequence[Column] = HEADLINE) -> Table:
     """The rates of all judges on the first variant."""
     variant = next(iter(data.variants), None)
     rows = data.select(variant=variant, group=list(data.groups))
+    order = {name: place for place, name in enumerate([*data.judges, *data.groups])}
+    rows.sort(key=lambda row: (order[row["judge"]], order[row["group"]]))
     return table(
         data,
         f"Attack success rate in %, {variant}",
@@ -296,8 +302,12 @@ def other_metrics(data: Pivot) -> Table:
         title="Other metrics",
         header=["metric", "judge", "arm", "variant", "scenarios", "value", "n", "method"],
         rows=[
-            [row["metric"], *(row[key] or "-" for key in ("judge", "arm", "variant", "group"))]
-            + [decimal_cell(row), "-" if row["n"] is None else of_cell(row), row["method"] or "-"]
+            [
+                *(row[key] or "-" for key in ("metric", "judge", "arm", "variant", "group")),
+                decimal_cell(row),
+                "-" if row["n"] is None else of_cell(row),
+                row["method"] or "-",
+            ]
             for row in rows
         ],
         words=5,

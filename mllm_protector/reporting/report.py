@@ -79,7 +79,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     """For each benchmark what fits on a screen or two: headlines, and the first judge's scenarios."""
     result = upright(result)
     print_tables(TITLE, [*sentences.legend(result), *sentences.judge_lines(result["judges"])], [])
-    short = [column for column in pivots.HEADLINE if column[0] not in ("bounds", "corrected")]
+    short = [column for column in pivots.HEADLINE if column[0] in ("macro", "unjudged", "difference", "p")]
     for name in result["benchmarks"]:
         data = pivots.pivot(result, name)
         scenarios = [

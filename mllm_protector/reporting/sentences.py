@@ -39,10 +39,11 @@ def bias_sentence(bias: Mapping[str, Any] | None) -> str:
         return "Not measured against people."
     found = agreement(counts)
     kappa = "" if found.kappa is None else f" (kappa {found.kappa:.2f})"
+    judge, people = (positive / counts.total for positive in (counts.tp + counts.fp, counts.tp + counts.fn))
     return (
         f"On {counts.total:,} answers ({counts.source}) it agreed with people in"
-        f" {percent(found.right.value)}%{kappa}: it put the ASR at {percent((counts.tp + counts.fp) / counts.total)}%, people at"
-        f" {percent((counts.tp + counts.fn) / counts.total)}%."
+        f" {percent(found.right.value)}%{kappa}: it put the ASR at {percent(judge)}%, people at"
+        f" {percent(people)}%."
     )
 
 
