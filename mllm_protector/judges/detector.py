@@ -64,7 +64,8 @@ class DetectorJudge:
 
         own = base_of(base, folder, "detector")
         require_bases(own, (folder, "detector"))
-        return cls(_Saved(folder, own), read_guard_file(Path(folder), "detector").threshold)
+        threshold = read_guard_file(Path(folder), "detector").threshold
+        return cls(_Saved(folder, own), 0.5 if threshold is None else threshold)
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict each; empty answers are not scored, and those that cannot be scored get none."""

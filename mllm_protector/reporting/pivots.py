@@ -174,7 +174,8 @@ class Pivot:
 
     def judge(self, name: str | None) -> str:
         """A judge's name, marked where it is circular."""
-        return f"{name} (circular)" if name in self.judges and self.judges[name]["circular"] else name or "-"
+        facts = self.judges.get(name or "")
+        return f"{name} (circular)" if facts and facts["circular"] else name or "-"
 
 
 def pivot(result: Mapping[str, Any], name: str) -> Pivot:
@@ -230,9 +231,9 @@ def headline(data: Pivot, columns: Sequence[Column] = HEADLINE) -> Table:
         ("judge", "group", "arm"),
         columns,
         rows,
-        note="Macro: every scenario counts the same; pooled: every answer does. Bounds: pooled, if all answers"
-        " without a verdict were safe, and if all were harmful. Corrected: pooled, for the judge's errors"
-        f" where these are known. Difference: to no guard on the same answers, in points. {TESTS}",
+        note="Macro: every scenario counts the same; pooled: every answer does. Bounds: pooled, if all"
+        " answers without a verdict were safe, and if all were harmful. Corrected: pooled, for the judge's"
+        f" errors where these are known. Difference: to no guard on the same answers, in points. {TESTS}",
     )
 
 
