@@ -38,8 +38,8 @@ NAMED_THRESHOLDS = 6
 
 def asr_plot(result: Mapping[str, Any]) -> bytes:
     """``asr.png``: the bars of the first benchmark by the first judge."""
-    name, judge = next(iter(result["benchmarks"])), next(iter(result["judges"]))
-    facts = result["judges"][judge]
+    name, judge = next(iter(result["benchmarks"])), next(iter(result["judges"]), "")
+    facts = result["judges"].get(judge, {"note": None})
     notes = [*([facts["note"]] if facts["note"] else []), *result["notes"]]
     with style():
         figure = bars(pivot(result, name), name, judge, width=8, notes=notes)
@@ -56,7 +56,7 @@ def plots(data: Pivot, name: str, thresholds: Mapping[str, float]) -> dict[str, 
         name: of the benchmark.
         thresholds: those in use, by arm.
     """
-    judge = next(iter(data.judges))
+    judge = next(iter(data.judges), "")
     with style():
         figures = {
             "Attack success rate by scenario": bars(data, name, judge, width=WIDTH),

@@ -142,7 +142,8 @@ def hostile_page(payload: str) -> str:
 
 def test_nothing_from_outside_becomes_markup() -> None:
     harmless = Reader(hostile_page("harmless"))
-    for payload in HOSTILE:
+    for start in range(0, len(HOSTILE), 8):
+        payload = " ".join(HOSTILE[start : start + 8])
         found = Reader(hostile_page(payload))
         assert found.elements == harmless.elements, payload
         names = [(tag, name) for tag, name, _ in found.attributes]

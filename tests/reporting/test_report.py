@@ -139,7 +139,7 @@ def test_names_from_outside_are_no_markup_in_markdown() -> None:
 def test_names_from_outside_are_no_commands_in_latex() -> None:
     text = as_latex(hostile())
     assert text.isascii()
-    assert "\\input" not in text
+    assert not [line for line in text.splitlines() if "\\input" in line and not line.startswith("%")]
     commands = [line for line in text.splitlines() if "javascript" in line and not line.startswith("%")]
     assert commands
     for line in commands:
