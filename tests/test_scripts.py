@@ -108,7 +108,9 @@ def test_an_evaluation_writes_its_report(home: Path) -> None:
     rates = [row for row in result["measurements"] if row["metric"] == "asr" and row["group"] == "all"]
     # all images, text and one kind of image; 3 arms, 2 judges
     assert len(rates) == 3 * 3 * 2
-    assert {path.name for path in folder.glob("asr.*")} == {f"asr.{end}" for end in ("json", "md", "tex", "png")}
+    assert {path.name for path in folder.glob("asr.*")} == {
+        f"asr.{end}" for end in ("json", "md", "tex", "png")
+    }
     assert (folder / "measurements.csv").read_text().count("\n") == len(result["measurements"]) + 1
     assert "<html" in (folder / "report.html").read_text()
     run = read(folder / "run.json")

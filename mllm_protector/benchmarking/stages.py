@@ -22,13 +22,13 @@ from transformers import GenerationConfig
 
 from mllm_protector.evaluation.grid import NONE as BARE
 from mllm_protector.evaluation.grid import JudgeFacts
+from mllm_protector.evaluation.guards import RememberingDetector
+from mllm_protector.evaluation.items import items_of
 from mllm_protector.evaluation.result import texts_of
 from mllm_protector.evaluation.stages import (
-    RememberingDetector,
     Row,
     answer_stage,
     guard_stage,
-    items_of,
     judge_stage,
 )
 from mllm_protector.evaluation.store import Store

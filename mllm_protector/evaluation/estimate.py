@@ -4,7 +4,8 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from mllm_protector.evaluation.grid import NONE
-from mllm_protector.evaluation.stages import Item, probes_of
+from mllm_protector.evaluation.items import Item
+from mllm_protector.evaluation.stages import probes_of
 from mllm_protector.evaluation.store import Store
 from mllm_protector.protocols import Cost, Judge, Priced
 from mllm_protector.records import BENIGN, Answer

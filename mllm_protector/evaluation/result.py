@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.contamination import contamination_notes, seen_in_training
 from mllm_protector.evaluation.grid import ALL, IMAGES, JudgeFacts, make_answers
+from mllm_protector.evaluation.items import Item
 from mllm_protector.evaluation.manifest import environment, peak_memory
 from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_csv, as_rows, placed
 from mllm_protector.evaluation.rows import (
@@ -27,7 +28,6 @@ from mllm_protector.evaluation.rows import (
     write_rows,
 )
 from mllm_protector.evaluation.stages import (
-    Item,
     Row,
     answer_stage,
     guard_stage,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_protector.evaluation.grid import NONE
+from mllm_protector.evaluation.items import Item
 from mllm_protector.evaluation.measurements import Measurement
-from mllm_protector.evaluation.stages import CUT, Item, Row, shown, shown_is_cut
+from mllm_protector.evaluation.stages import CUT, Row, shown, shown_is_cut
 from mllm_protector.evaluation.statistics import macro_mean
 from mllm_protector.evaluation.store import FAILED
 from mllm_protector.files import write_text

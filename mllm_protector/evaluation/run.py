@@ -5,46 +5,40 @@ judge needs no new answers. With several processes each takes its share of the q
 by their words; the first one then reads everything and measures.
 """
 
-import hashlib
 import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.errors import InputError, RecordError
+from mllm_protector.errors import InputError
 from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.grid import NONE, JudgeFacts
-from mllm_protector.evaluation.latency import measure_latency
+from mllm_protector.evaluation.guards import load_protectors, measure_latency
+from mllm_protector.evaluation.items import Item, items_of, load_benchmark, share_of
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.result import Evaluation, Facts, finish, stores, texts_of
 from mllm_protector.evaluation.rows import ENSEMBLE, read_human_labels
 from mllm_protector.evaluation.stages import (
-    Item,
-    RememberingDetector,
     Row,
     answer_stage,
     guard_stage,
-    items_of,
     judge_stage,
     probe_stage,
 )
 from mllm_protector.evaluation.store import Filled, Store
 from mllm_protector.guard.calibration import require_threshold
-from mllm_protector.guard.protector import Protector, Refusal
-from mllm_protector.models.bases import bases_of, require_bases
-from mllm_protector.models.detector import load_detector
-from mllm_protector.models.detoxifier import load_detoxifier
+from mllm_protector.guard.protector import Protector
+from mllm_protector.models.bases import require_bases
 from mllm_protector.models.guard_file import Kind, read_guard_file
-from mllm_protector.models.shared import can_share, load_shared
 from mllm_protector.processes import start_accelerator
-from mllm_protector.protocols import MLLM, Benchmark, Corrector, Detector, Judge, Priced
+from mllm_protector.protocols import MLLM, Benchmark, Judge, Priced
 from mllm_protector.ranges import Amount, Count
-from mllm_protector.records import LoadedBenchmark, Question, Status
+from mllm_protector.records import Question, Status
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +122,7 @@ def evaluate(
     made = {name: make() for name, make in judges.items()}
     processes = start_accelerator("no", patience=timedelta(days=30))
     with processes.main_process_first():  # what has to be made or downloaded is so only once
-        loaded = {name: _load(name, benchmark, repeats) for name, benchmark in benchmarks.items()}
+        loaded = {name: load_benchmark(name, benchmark, repeats) for name, benchmark in benchmarks.items()}
         model = mllm()
     identity = model.identity()
     items = {name: items_of(name, each.questions, identity) for name, each in loaded.items()}
@@ -141,12 +135,10 @@ def evaluate(
             estimate(everything, answered, made, arms)
         return None
 
-    mine = [
-        item for item in everything if _share_of(item, processes.num_processes) == processes.process_index
-    ]
+    mine = [item for item in everything if share_of(item, processes.num_processes) == processes.process_index]
     answers, answering = answer_stage(mine, answered, model, batch_size=batch_size)
     del model
-    scorer, protectors = _load_protectors(arms, detector, detoxifier, base, threshold, rewrite_tokens)
+    scorer, protectors = load_protectors(arms, detector, detoxifier, base, threshold, rewrite_tokens)
     replies, guarding = _guard(protectors, mine, answers, replied, MANY * batch_size)
     guards = {arm: protector.identity() for arm, protector in protectors.items()}
     rejected = {arm: dict(protector.rejections) for arm, protector in protectors.items()}
@@ -187,33 +179,6 @@ def evaluate(
     }
     asked = {name: (benchmarks[name], loaded[name], items[name]) for name in benchmarks}
     return finish(asked, known, Path(output_dir), run=run, max_unjudged=max_unjudged, report_rows=report_rows)
-
-
-def _load_protectors(
-    arms: Sequence[str],
-    detector: str,
-    detoxifier: str,
-    base: str | None,
-    threshold: float | None,
-    rewrite_tokens: int,
-) -> tuple[Detector | None, dict[str, Protector]]:
-    """The detector, and the guard of each arm; the guards share it, and it scores no answer twice."""
-    if set(arms) == {NONE}:
-        return None, {}
-    correctors: dict[str, Corrector] = {"refusal": Refusal()}
-    if "protector" not in arms:
-        scorer = load_detector(detector, base=base)
-    elif can_share(detector, detoxifier):
-        scorer, correctors["protector"] = load_shared(
-            detector, detoxifier, base=base, max_new_tokens=rewrite_tokens
-        )
-    else:
-        one, other = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
-        scorer = load_detector(detector, base=one)
-        correctors["protector"] = load_detoxifier(detoxifier, base=other, max_new_tokens=rewrite_tokens)
-    limit = scorer.threshold if threshold is None else threshold
-    remembering = RememberingDetector(scorer)
-    return scorer, {arm: Protector(remembering, correctors[arm], limit) for arm in arms if arm != NONE}
 
 
 def _guard(
@@ -304,33 +269,6 @@ def _check(
         raise InputError(f"repeats={repeats}: must be at least 1")
     if not 0 <= max_unjudged <= 1:
         raise InputError(f"max_unjudged={max_unjudged}: must be a share between 0 and 1")
-
-
-def _load(name: str, benchmark: Benchmark, repeats: int) -> LoadedBenchmark:
-    try:
-        loaded = benchmark.load()
-    except RecordError:
-        raise  # it begins with the file and the line
-    except InputError as error:
-        key = re.split("[=:. ]", str(error), maxsplit=1)[0]
-        raise InputError(f"benchmarks.{name}{'.' if hasattr(benchmark, key) else ': '}{error}") from error
-    if not loaded.questions:
-        raise InputError(f"benchmarks.{name}: no questions are left to ask")
-    log.info("%s: %s questions", name, f"{len(loaded.questions):,}")
-    if repeats == 1:
-        return loaded
-    again = [
-        replace(question, id=f"{question.id}#{number + 1}", base=question.cluster, repeat=number)
-        for question in loaded.questions
-        for number in range(repeats)
-    ]
-    return replace(loaded, questions=again)
-
-
-def _share_of(item: Item, processes: int) -> int:
-    """Which process does an item: it depends on the words alone, so equal ones are not done twice."""
-    digest = hashlib.sha256(item.question.text.encode(errors="backslashreplace")).digest()
-    return int.from_bytes(digest[:8]) % processes
 
 
 def _sample(items: Sequence[Item], answers: Sequence[Row], count: int) -> list[tuple[str, str]]:

@@ -7,17 +7,17 @@ model never gets old ones, and the same words are judged once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.errors import RunError
 from mllm_protector.evaluation.grid import JudgeFacts
+from mllm_protector.evaluation.items import Item
 from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.probes import Probe
-from mllm_protector.protocols import MLLM, Detector, Judge
+from mllm_protector.protocols import MLLM, Judge
 from mllm_protector.records import (
     BENIGN,
     JUDGED,
@@ -36,37 +36,6 @@ CUT = "cut"
 
 Row = dict[str, Any]
 """A row of a store."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """A question of a benchmark, to be answered by one model.
-
-    Attributes:
-        benchmark: its name.
-        question: what is asked.
-        image: a hash of the image; ``None`` without one.
-        key: of its answer.
-    """
-
-    benchmark: str
-    question: Question
-    image: str | None
-    key: str
-
-
-def items_of(benchmark: str, questions: Sequence[Question], mllm: Mapping[str, Any]) -> list[Item]:
-    """The items of a benchmark's questions for a model of this identity.
-
-    The same words and image get the same answer, but from a model that says it answers ``by_id``.
-    """
-    model, by_id = content_key(mllm), bool(mllm.get("by_id"))
-    items = []
-    for question in questions:
-        image = _digest(question)
-        key = content_key(model, question.text, image, question.repeat, question.id if by_id else None)
-        items.append(Item(benchmark=benchmark, question=question, image=image, key=key))
-    return items
 
 
 def answer_stage(
@@ -229,30 +198,6 @@ def probes_of(judge: Judge) -> Sequence[Probe]:
     return getattr(judge, "probes", ())
 
 
-class RememberingDetector:
-    """Scores no (query, answer) twice, so that a second arm costs only its rewrites."""
-
-    def __init__(self, detector: Detector) -> None:
-        """Wrap a detector."""
-        self._detector = detector
-        self._scores: dict[str, float] = {}
-
-    def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """As the detector's own."""
-        rows = {content_key(*row): row for row in zip(queries, answers, strict=True)}
-        new = [key for key in rows if key not in self._scores]
-        if new:
-            scores = self._detector.score(
-                queries=[rows[key][0] for key in new], answers=[rows[key][1] for key in new]
-            )
-            self._scores.update(zip(new, scores, strict=True))
-        return [self._scores[content_key(*row)] for row in zip(queries, answers, strict=True)]
-
-    def identity(self) -> dict[str, Any]:
-        """As the detector's own."""
-        return self._detector.identity()
-
-
 def _answers(mllm: MLLM, questions: Sequence[Question]) -> list[Row]:
     texts = mllm.generate(questions)
     gone = [text.reason for text in texts if isinstance(text, Failure) and text.unreachable]
@@ -322,11 +267,3 @@ def _misjudged(probes: Sequence[Probe], rows: Sequence[Row]) -> list[tuple[Probe
 def _cut_field(cut: bool) -> dict[str, bool]:
     """The field of a text that was cut at its longest length; other rows lack it."""
     return {CUT: True} if cut else {}
-
-
-def _digest(question: Question) -> str | None:
-    """Of the image, or what is wrong with it, which may be another image tomorrow."""
-    try:
-        return None if question.image is None else question.image.digest()
-    except InputError as error:
-        return f"unreadable: {error}"

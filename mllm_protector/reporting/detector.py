@@ -8,9 +8,9 @@ from typing import Any
 from mllm_protector.evaluation.detection import DETECTOR
 from mllm_protector.evaluation.detector import MeasuredDetector
 from mllm_protector.files import write_text
+from mllm_protector.reporting.columns import Row, decimal_cell
 from mllm_protector.reporting.curves import curves
 from mllm_protector.reporting.html import data_uri, render
-from mllm_protector.reporting.pivots import Row, decimal_cell
 from mllm_protector.reporting.tables import (
     Table,
     decimal,

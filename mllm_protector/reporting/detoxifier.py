@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_protector.files import write_text
-from mllm_protector.reporting.pivots import Row
+from mllm_protector.reporting.columns import Row
 from mllm_protector.reporting.tables import Table, decimal, markdown, print_tables, with_interval
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
-from mllm_protector.reporting.pivots import Pivot, Row, pivot
+from mllm_protector.reporting.columns import Row
+from mllm_protector.reporting.pivots import Pivot, pivot
 from mllm_protector.reporting.tables import in_words, showable
 
 if TYPE_CHECKING:

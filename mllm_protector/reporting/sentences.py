@@ -1,6 +1,6 @@
 """What has to stand beside the numbers of a run, in sentences for every page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -8,8 +8,10 @@ from typing import Any
 from mllm_protector.evaluation.grid import NONE
 from mllm_protector.evaluation.statistics import agreement
 from mllm_protector.records import Confusion
-from mllm_protector.reporting.pivots import Pivot, Row, policy_remark
+from mllm_protector.reporting.columns import Row
+from mllm_protector.reporting.pivots import Pivot
 from mllm_protector.reporting.tables import GLOSSARY, percent, with_interval
+from mllm_protector.scenarios import HARM, POLICY
 
 
 def legend(result: Mapping[str, Any]) -> list[str]:
@@ -82,6 +84,19 @@ def headlines(data: Pivot) -> list[str]:
                 f"(macro mean over scenarios, {GLOSSARY.get(str(variant), variant)})."
             )
     return [*(lines or ["Nothing was judged."]), _harmless(data)]
+
+
+def policy_remark(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Why some groups stand apart, where a benchmark has such."""
+    apart = [group for group, members in groups.items() if members and set(members) <= set(POLICY)]
+    if not apart:
+        return []
+    harm = [group for group, members in groups.items() if members and set(members) <= set(HARM)]
+    asking = "".join(f"{group} asks for harmful content; " for group in harm)
+    return [
+        f"{asking}in {', '.join(apart)} a plain helpful answer already counts as unsafe, so these scenarios "
+        "stand apart."
+    ]
 
 
 def training_lines(facts: Mapping[str, Any], name: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from mllm_protector.data.contamination import check_contamination
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation import run as module
+from mllm_protector.evaluation import guards as module
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.judges.keyword import KeywordJudge

@@ -15,7 +15,7 @@ from mllm_protector.evaluation.grid import Answers
 from mllm_protector.evaluation.measurements import FIELDS, Measurement, as_csv
 from mllm_protector.evaluation.summary import STATISTICS
 from mllm_protector.files import write_json
-from mllm_protector.reporting import pivots
+from mllm_protector.reporting import columns, pivots
 from mllm_protector.reporting.compare import compare
 from mllm_protector.reporting.page import page
 from mllm_protector.reporting.plots import asr_plot, plots
@@ -67,7 +67,7 @@ def test_every_metric_but_the_named_ones_has_a_table() -> None:
     text = "".join(" ".join(table.header) for table in pivots.tables(data))
     for heading in ("macro", "pooled", "difference", "changed", "allowed", "agree", "with image"):
         assert heading in text, heading
-    assert {row["metric"] for row in result["measurements"]} <= pivots.KNOWN
+    assert {row["metric"] for row in result["measurements"]} <= columns.KNOWN
 
 
 def test_every_file_is_the_same_to_the_byte_for_shuffled_rows() -> None:
