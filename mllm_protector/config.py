@@ -81,15 +81,22 @@ def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
     return {name: _construct(name, value) for name, value in content.items()}
 
 
-def run(cfg: DictConfig, function: Callable[..., Any]) -> None:
+def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], object] | None = None) -> None:
     """All that a script does: check the config, claim the folder that results go to, and call.
+
+    Args:
+        cfg: the composed config.
+        function: gets the config's keys.
+        then: gets what the function returns.
 
     Raises:
         InputError: as ``build`` and ``claim_output_dir``.
     """
     arguments = build(cfg, function)
     with claim_output_dir(_plain(cfg), function.__name__):
-        function(**arguments)
+        result = function(**arguments)
+        if then is not None:
+            then(result)
 
 
 def recorded_data(folder: Path) -> Any:

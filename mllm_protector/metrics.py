@@ -1,4 +1,4 @@
-"""Figures for a detector's scores: pure functions, scikit-learn wherever it has them."""
+"""Metrics of a detector's scores: pure functions, scikit-learn wherever it has them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,61 +16,20 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
+from mllm_protector.records import Confusion
+
 Floats = NDArray[np.float64]
 
 DETECTION_METRICS = ("auroc", "average_precision", "accuracy", "f1", "brier", "ece")
 """What ``detection_metrics`` gives."""
 
 HIGHER_IS_BETTER = ("auroc", "average_precision", "accuracy", "f1")
-"""Of all other figures (losses, perplexity, Brier, calibration error) lower is better."""
+"""Of all other metrics (losses, perplexity, Brier, calibration error) lower is better."""
 
 CALIBRATION_BINS = 15
 
 CHUNK = 8_000_000
 """Weights that ``cluster_weights`` holds at once."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OperatingPoint:
-    """What flagging some answers means, counted; a share of nothing is ``None``.
-
-    Attributes:
-        found: harmful and flagged.
-        missed: harmful and not flagged.
-        false_alarms: harmless and flagged.
-        rejected: harmless and not flagged.
-    """
-
-    found: int
-    missed: int
-    false_alarms: int
-    rejected: int
-
-    @property
-    def accuracy(self) -> float | None:
-        """The answers that are treated rightly."""
-        total = self.found + self.missed + self.false_alarms + self.rejected
-        return _share(self.found + self.rejected, total)
-
-    @property
-    def precision(self) -> float | None:
-        """Of the flagged answers those that do harm."""
-        return _share(self.found, self.found + self.false_alarms)
-
-    @property
-    def recall(self) -> float | None:
-        """Of the harmful answers those that are flagged."""
-        return _share(self.found, self.found + self.missed)
-
-    @property
-    def false_positive_rate(self) -> float | None:
-        """Of the harmless answers those that are flagged."""
-        return _share(self.false_alarms, self.false_alarms + self.rejected)
-
-    @property
-    def f1(self) -> float | None:
-        """The harmonic mean of precision and recall; 0 where nothing harmful is flagged."""
-        return _share(2 * self.found, 2 * self.found + self.missed + self.false_alarms)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +76,7 @@ def detection_metrics(
     }
 
 
-def operating_point(labels: Sequence[bool], flagged: Sequence[bool]) -> OperatingPoint:
+def confusion(labels: Sequence[bool], flagged: Sequence[bool]) -> Confusion:
     """Count what flagging does.
 
     Args:
@@ -125,9 +84,8 @@ def operating_point(labels: Sequence[bool], flagged: Sequence[bool]) -> Operatin
         flagged: whether each answer is treated as harmful.
     """
     harm, flag = np.asarray(labels, dtype=bool), np.asarray(flagged, dtype=bool)
-    counts = confusion_matrix(harm, flag, labels=[False, True])
-    rejected, false_alarms, missed, found = counts.ravel().tolist()
-    return OperatingPoint(found=found, missed=missed, false_alarms=false_alarms, rejected=rejected)
+    tn, fp, fn, tp = confusion_matrix(harm, flag, labels=[False, True]).ravel().tolist()
+    return Confusion(tp=tp, fp=fp, fn=fn, tn=tn)
 
 
 def cluster_weights(clusters: Any, *, resamples: int, seed: int) -> Iterator[Floats]:
@@ -144,17 +102,17 @@ def cluster_weights(clusters: Any, *, resamples: int, seed: int) -> Iterator[Flo
         (b, N) weights, a few samples at a time; B rows in all.
     """
     clusters = np.asarray(clusters)
-    dice = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     count = int(clusters.max()) + 1
     step = max(1, CHUNK // len(clusters))
     for start in range(0, resamples, step):
         samples = min(step, resamples - start)
-        drawn = dice.multinomial(count, np.full(count, 1 / count), size=samples)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=samples)
         yield drawn[:, clusters].astype(np.float64)
 
 
 def weighted_average_precision(labels: Any, scores: Any, weights: Floats) -> Floats:
-    """Average precision under many weightings at once: scikit-learn's figure, sorted only once.
+    """Average precision under many weightings at once: scikit-learn's metric, sorted only once.
 
     Args:
         labels: (N,) True for harmful.
@@ -168,12 +126,12 @@ def weighted_average_precision(labels: Any, scores: Any, weights: Floats) -> Flo
     order = np.argsort(-score, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
     sorted_weights = weights[:, order]
-    found = np.cumsum(sorted_weights * harm[order], axis=1)[:, ends]
-    alarms = np.cumsum(sorted_weights * ~harm[order], axis=1)[:, ends]
+    tp = np.cumsum(sorted_weights * harm[order], axis=1)[:, ends]
+    fp = np.cumsum(sorted_weights * ~harm[order], axis=1)[:, ends]
     with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.nan_to_num(found / (found + alarms))
-        average: Floats = (np.diff(found, prepend=0.0) * precision).sum(axis=1) / found[:, -1]
-    average[alarms[:, -1] == 0] = np.nan
+        precision = np.nan_to_num(tp / (tp + fp))
+        average: Floats = (np.diff(tp, prepend=0.0) * precision).sum(axis=1) / tp[:, -1]
+    average[fp[:, -1] == 0] = np.nan
     return average
 
 
@@ -207,7 +165,3 @@ def expected_calibration_error(
 def perplexity(loss: float) -> float:
     """The exponential of a mean loss per token in nats; capped so that it stays a number in JSON."""
     return math.exp(min(loss, 80.0))
-
-
-def _share(count: int, total: int) -> float | None:
-    return count / total if total else None

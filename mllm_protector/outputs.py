@@ -33,7 +33,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "toy_mllm": (*_TRAINING, "untrained"),
     "export_detector": (*_MODEL, "README.md", CONFIG),
     "import_official_detector": (*_MODEL, CONFIG),
-    "evaluate": ("asr.*", "report.html", "run.json", "cache", "*/results.jsonl"),
+    "evaluate": ("asr.*", "measurements.csv", "report.html", "run.json", "cache", "*/results.jsonl"),
     "eval_detector": ("metrics.json", "scores.jsonl", "report.*"),
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
     "list_questions": ("questions.jsonl",),

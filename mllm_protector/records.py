@@ -210,28 +210,57 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confusion:
-    """How often a judge and people agreed, counted; harmful is the positive class.
+    """Decisions against labels, counted; harmful is the positive class. A share of nothing is ``None``.
 
     Attributes:
+        tp: harmful, and called harmful.
+        fp: safe, and called harmful.
+        fn: harmful, and called safe.
+        tn: safe, and called safe.
         source: the answers on which it was counted, in words.
         criterion: what harmful means here; errors by one criterion say nothing of another.
-        found: harmful to both.
-        missed: harmful to people only.
-        false_alarms: harmful to the judge only.
-        rejected: safe to both.
     """
 
-    source: str
-    found: int
-    missed: int
-    false_alarms: int
-    rejected: int
+    tp: int
+    fp: int
+    fn: int
+    tn: int
+    source: str = ""
     criterion: Criterion = Criterion.HARM
 
     @property
     def total(self) -> int:
         """The answers that were counted."""
-        return self.found + self.missed + self.false_alarms + self.rejected
+        return self.tp + self.fp + self.fn + self.tn
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of right decisions."""
+        return _share(self.tp + self.tn, self.total)
+
+    @property
+    def precision(self) -> float | None:
+        """The share of harmful answers among those called harmful."""
+        return _share(self.tp, self.tp + self.fp)
+
+    @property
+    def recall(self) -> float | None:
+        """The share of harmful answers that are called harmful."""
+        return _share(self.tp, self.tp + self.fn)
+
+    @property
+    def false_positive_rate(self) -> float | None:
+        """The share of safe answers that are called harmful."""
+        return _share(self.fp, self.fp + self.tn)
+
+    @property
+    def f1(self) -> float | None:
+        """The harmonic mean of precision and recall; 0 where no harmful answer is called harmful."""
+        return _share(2 * self.tp, 2 * self.tp + self.fn + self.fp)
+
+
+def _share(count: int, total: int) -> float | None:
+    return count / total if total else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,9 @@ def main(cfg: DictConfig) -> None:
     with clear_errors():
         quiet_libraries()
         from mllm_protector.evaluation.detector import eval_detector  # here, so that --help needs no torch
+        from mllm_protector.reporting.detector import report
 
-        run(cfg, eval_detector)
+        run(cfg, eval_detector, report)
 
 
 if __name__ == "__main__":

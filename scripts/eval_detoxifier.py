@@ -14,8 +14,9 @@ def main(cfg: DictConfig) -> None:
         from mllm_protector.evaluation.detoxifier import (
             eval_detoxifier,  # here, so that --help needs no torch
         )
+        from mllm_protector.reporting.detoxifier import report
 
-        run(cfg, eval_detoxifier)
+        run(cfg, eval_detoxifier, report)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ def main(cfg: DictConfig) -> None:
         quiet_libraries()
         from mllm_protector.evaluation.run import evaluate  # here, so that --help needs no torch
         from mllm_protector.processes import leave_processes
+        from mllm_protector.reporting.report import report
 
-        run(cfg, evaluate)
+        run(cfg, evaluate, report)
         leave_processes()
 
 

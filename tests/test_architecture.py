@@ -20,7 +20,8 @@ FLOORS = (
     ("models",),
     ("guard",),
     ("training", "judges", "benchmarks"),
-    ("evaluation", "reporting"),
+    ("evaluation",),
+    ("reporting",),
     ("generation",),
 )
 """From the lowest up; below them are the modules of the package itself, above them its ``__init__``."""

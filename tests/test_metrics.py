@@ -17,9 +17,9 @@ from mllm_protector.metrics import (
     HIGHER_IS_BETTER,
     calibration_bins,
     cluster_weights,
+    confusion,
     detection_metrics,
     expected_calibration_error,
-    operating_point,
     perplexity,
     weighted_average_precision,
 )
@@ -87,10 +87,10 @@ def scored(count: int, *, seed: int = 0, ties: bool = False) -> tuple[list[bool]
 
 
 @pytest.mark.parametrize("threshold", [0.2, 0.5, 0.9, 2.0])
-def test_an_operating_point_has_scikit_learns_shares(threshold: float) -> None:
+def test_a_confusion_matrix_has_scikit_learns_shares(threshold: float) -> None:
     labels, scores = scored(200)
     flagged = [score >= threshold for score in scores]
-    point = operating_point(labels, flagged)
+    point = confusion(labels, flagged)
     assert point.recall == recall_score(labels, flagged)
     assert point.accuracy == accuracy_score(labels, flagged)
     assert point.f1 == pytest.approx(f1_score(labels, flagged, zero_division=0.0))
@@ -103,7 +103,7 @@ def test_an_operating_point_has_scikit_learns_shares(threshold: float) -> None:
 
 
 def test_a_share_of_nothing_is_none() -> None:
-    point = operating_point([True, True], [False, True])
+    point = confusion([True, True], [False, True])
     assert (point.recall, point.precision, point.false_positive_rate) == (0.5, 1.0, None)
 
 

@@ -105,15 +105,22 @@ def test_a_training_tells_its_data_its_progress_and_its_result(home: Path, part:
 def test_an_evaluation_writes_its_report(home: Path) -> None:
     folder = home / "outputs" / "mmsafety"
     result = read(folder / "asr.json")
-    # 13 scenarios x 2 kinds x 3 arms x 2 judges
-    assert len(result["benchmarks"]["toy"]["cells"]) == 13 * 2 * 3 * 2
+    rates = [row for row in result["measurements"] if row["metric"] == "asr" and row["group"] == "all"]
+    # all images, text and one kind of image; 3 arms, 2 judges
+    assert len(rates) == 3 * 3 * 2
     assert {path.name for path in folder.glob("asr.*")} == {
-        f"asr.{ending}" for ending in ("json", "csv", "md", "tex", "png")
+        f"asr.{end}" for end in ("json", "md", "tex", "png")
     }
+    assert (folder / "measurements.csv").read_text().count("\n") == len(result["measurements"]) + 1
     assert "<html" in (folder / "report.html").read_text()
     run = read(folder / "run.json")
     assert run["stages"]["answers"]["new"] == run["stages"]["answers"]["rows"] > 0
-    assert run["latency"]["protector"]["median_ms"] > 0
+    [latency] = [
+        row["value"]
+        for row in run["measurements"]
+        if (row["arm"], row["metric"]) == ("protector", "latency_median_ms")
+    ]
+    assert latency > 0
     rows = [json.loads(line) for line in (folder / "toy" / "results.jsonl").open()]
     assert len(rows) == 3 * result["benchmarks"]["toy"]["questions"]["count"]
 

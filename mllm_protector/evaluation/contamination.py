@@ -52,3 +52,18 @@ def _among(asked: Finding, scenarios: Mapping[str, str], entry: Mapping[str, Any
         "removed": entry["removed"],
         "threshold": entry["threshold"],
     }
+
+
+def contamination_notes(name: str, contamination: Mapping[str, dict[str, Any] | None]) -> list[str]:
+    """What nobody may overlook: parts of the guard that learnt from a benchmark's questions."""
+    learnt = [
+        f"{part} ({found['found']:,} of {found['asked']:,} different questions)"
+        for part, found in contamination.items()
+        if found and found["found"] and not found["removed"]
+    ]
+    if not learnt:
+        return []
+    return [
+        f"Contaminated: questions of {name} stand, nearly word for word, in the training data of"
+        f" the {' and the '.join(learnt)}, so on new questions the guard may do worse than these figures say."
+    ]

@@ -11,7 +11,8 @@ that the detector was trained with) whether the detector has seen the answers be
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,22 +25,55 @@ from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.baseline import CrossValidated, cross_validate, query_clusters, taught_scores
-from mllm_protector.evaluation.detection import differing_pairs, figures_by_group, figures_of_all
-from mllm_protector.files import expand, write_json, write_jsonl, write_text
-from mllm_protector.metrics import expected_calibration_error
+from mllm_protector.evaluation.detection import (
+    DETECTOR,
+    calibration_metrics,
+    decision_metrics,
+    differing_pairs,
+    group_metrics,
+    pairwise_accuracy,
+    ranking_metrics,
+)
+from mllm_protector.evaluation.measurements import as_rows
+from mllm_protector.files import expand, write_json, write_jsonl
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME
 from mllm_protector.models.scale import Scale
 from mllm_protector.ranges import Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
-from mllm_protector.reporting.detector import Measured, document, page, print_summary
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 BASELINE_THRESHOLD = 0.5
 
 Split = Literal["validation", "all"]
+
+UNCALIBRATED = "detector before calibration"
+"""The arm of the detector's scores at temperature 1 and offset 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredDetector:
+    """What pages are made of.
+
+    Attributes:
+        metrics: the content of ``metrics.json``.
+        labels: True for harmful.
+        scores: what scored (the detector, its baselines) -> P(harmful) of each answer.
+        uncalibrated: ``UNCALIBRATED`` -> the same, where calibration changed them.
+        flagged: what the detector's threshold makes of each answer.
+        texts: query and answer of each; empty to show none.
+        folder: where ``metrics.json`` lies.
+    """
+
+    metrics: dict[str, Any]
+    labels: Sequence[bool]
+    scores: Mapping[str, Sequence[float]]
+    uncalibrated: Mapping[str, Sequence[float]]
+    flagged: Sequence[bool]
+    texts: Sequence[tuple[str, str]]
+    folder: Path
 
 
 def eval_detector(
@@ -54,8 +88,8 @@ def eval_detector(
     save_texts: bool,
     output_dir: str,
     seed: Seed,
-) -> dict[str, Any]:
-    """Measure a saved detector: ``metrics.json``, ``scores.jsonl``, ``report.md`` and ``report.html``.
+) -> MeasuredDetector:
+    """Measure a saved detector and write ``metrics.json`` and ``scores.jsonl``.
 
     Intervals are 95 % and take answers to one query as one draw: Wilson's on the effective number of answers;
     ``ranking`` says how well those of AUROC, average precision and their distance to the baselines cover.
@@ -69,15 +103,14 @@ def eval_detector(
         device: ``None`` takes the GPU if there is one.
         split: ``validation`` measures on the validation part. ``all`` measures on every record, for data
             that the detector was not trained with.
-        group_file: a file with ``query`` and ``group``, for a table by group and for the thresholds that the
-            detector has for groups; ``None`` for neither.
+        group_file: a file with ``query`` and ``group``, for metrics by group; ``None`` for none.
         save_texts: write queries and answers beside their scores, and the worst mistakes into the page.
         output_dir: gets the results.
         seed: of the bootstrap.
 
     Returns:
-        The content of ``metrics.json``: the detector's figures, and those of the baselines under
-        ``baselines``; one that could not be taught is missing there, and ``notes`` say why.
+        What ``reporting.detector`` makes pages of. In its ``measurements`` the arm is what scored. A baseline
+        that could not be taught is missing, and ``notes`` say why.
 
     Raises:
         InputError: the detector, the data or the groups cannot be used.
@@ -110,44 +143,43 @@ def eval_detector(
         raise RunError(f"{detector}: a score is not a number; look at its training, or train it again")
     scale = scorer.guard.scale
     scores, uncalibrated = scale.scores(logits), Scale().scores(logits)
-    limits = [scorer.threshold] * len(answers)
 
     log.info("teaching the baselines")
     baselines = _baselines(taught_on, answers, notes)
     labels = [answer.harmful for answer in answers]
     clusters = query_clusters(answers)
     pairs = differing_pairs(records)
-    columns = {"detector": scores} | {name: found for name, (found, _) in baselines.items()}
-    flags = {name: [score >= BASELINE_THRESHOLD for score in found] for name, found in columns.items()} | {
-        "detector": [score >= limit for score, limit in zip(scores, limits, strict=True)]
-    }
-    figures, against = figures_of_all(labels, columns, flags, clusters, pairs, seed=seed)
+    columns = {DETECTOR: scores} | {name: found for name, (found, _) in baselines.items()}
+    limits = dict.fromkeys(columns, BASELINE_THRESHOLD) | {DETECTOR: scorer.threshold}
+    flags = {name: [score >= limits[name] for score in found] for name, found in columns.items()}
+    before = {} if scale == Scale() else {UNCALIBRATED: uncalibrated}
+    measurements = [
+        *ranking_metrics(labels, columns, clusters, seed=seed),
+        *pairwise_accuracy(columns, clusters, pairs),
+        *decision_metrics(labels, flags, clusters),
+        *calibration_metrics(labels, columns | before),
+        *(group_metrics(labels, columns, flags[DETECTOR], clusters, names) if group_of else ()),
+    ]
     metrics = {
         "schema": SCHEMA,
-        **figures["detector"],
+        "detector": {"folder": detector} | scorer.identity(),
         "threshold": scorer.threshold,
         "threshold_how": scorer.guard.threshold_how,
-        "group_thresholds": {},
         "temperature": scale.temperature,
         "offset": scale.offset,
         "scale_how": (scorer.guard.calibration or {}).get("scale_how"),
-        "ece_before_calibration": expected_calibration_error(labels, uncalibrated),
-        "brier_before_calibration": float(np.mean((np.array(uncalibrated) - labels) ** 2)),
         "answers": len(labels),
         "harmful": sum(labels),
         "queries": int(clusters.max()) + 1,
         "pairs": len(pairs),
         "baselines": {
-            name: facts | figures[name] | {"threshold": BASELINE_THRESHOLD}
-            for name, (_, facts) in baselines.items()
+            name: facts | {"threshold": BASELINE_THRESHOLD} for name, (_, facts) in baselines.items()
         },
-        "against": against,
-        "groups": figures_by_group(labels, columns, flags["detector"], clusters, names) if group_of else [],
         "notes": notes,
         "split": split,
         "seed": seed,
         "data": {"account": splits.account, "fingerprint": splits.fingerprint},
-        "detector": {"folder": detector} | scorer.identity(),
+        "measurements": as_rows(measurements),
     }
     write_json(folder / "metrics.json", metrics)
     write_jsonl(
@@ -156,7 +188,7 @@ def eval_detector(
             {
                 "query_sha256": hashlib.sha256(answer.query.encode()).hexdigest(),
                 "harmful": answer.harmful,
-                "score": columns["detector"][place],
+                "score": scores[place],
                 **{name: columns[name][place] for name in baselines},
                 "group": names[place],
             }
@@ -164,19 +196,15 @@ def eval_detector(
             for place, answer in enumerate(answers)
         ),
     )
-    measured = Measured(
+    return MeasuredDetector(
         metrics=metrics,
         labels=labels,
         scores=columns,
-        uncalibrated=uncalibrated,
-        flagged=flags["detector"],
+        uncalibrated=before,
+        flagged=flags[DETECTOR],
         texts=[(answer.query, answer.answer) for answer in answers] if save_texts else [],
+        folder=folder,
     )
-    write_text(folder / "report.html", page(measured))
-    write_text(folder / "report.md", document(metrics))
-    print_summary(metrics)
-    log.info("written: %s (metrics.json, scores.jsonl, report.md, report.html)", folder)
-    return metrics
 
 
 def _notes(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]:
@@ -185,12 +213,12 @@ def _notes(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]
     same_split = trained.get("fingerprint") == splits.fingerprint
     if same_split and split == "all":
         notes.append(
-            "Most of these answers are the detector's own training data: its figures say little about new "
+            "Most of these answers are the detector's own training data: its metrics say little about new "
             "ones. Measure with split=validation, or on other data."
         )
     elif same_split:
         notes.append(
-            "The training chose its best step by these very answers: the figures lean to the good side."
+            "The training chose its best step by these very answers: the metrics lean to the good side."
         )
     elif trained.get("account") == splits.account:
         notes.append(

@@ -1,12 +1,12 @@
 """A saved detoxifier on held-out pairs, beside what it has to beat: a fixed refusal, and its untrained base.
 
 Every harmful answer is rewritten, whatever the guard's detector thinks of it. ``protector`` is what a user
-would see: checked, tried again, refused in the end; ``bare`` is the first rewrite as it came.
+would see: checked, tried again, refused in the end; ``unchecked`` is the first rewrite as it came.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,10 @@ from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.fluency import text_losses
-from mllm_protector.evaluation.rewriting import Relevance, Texts, figures, share
-from mllm_protector.evaluation.statistics import Floats, Ints
-from mllm_protector.files import expand, write_json, write_jsonl, write_text
+from mllm_protector.evaluation.measurements import Measurement, as_rows, of_share, placed
+from mllm_protector.evaluation.rewriting import Relevance, Texts, rewrite_metrics
+from mllm_protector.evaluation.statistics import Floats, Ints, share
+from mllm_protector.files import expand, write_json, write_jsonl
 from mllm_protector.guard.protector import Protector, Rewrite
 from mllm_protector.guard.rewrites import fault_of
 from mllm_protector.models.bases import bases_of
@@ -29,11 +30,10 @@ from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_u
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, Outcome, corrections
-from mllm_protector.reporting.detoxifier import markdown, print_summary
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 2
+SCHEMA = 3
 AT_ONCE = 256
 """Answers between two lines in the log; more at once are sorted by length all the same."""
 
@@ -52,8 +52,8 @@ def eval_detoxifier(
     batch_size: Count,
     output_dir: str,
     seed: Seed,
-) -> dict[str, Any]:
-    """Measure a saved detoxifier and write ``metrics.json``, ``rewrites.jsonl`` and ``rewrites.md``.
+) -> tuple[dict[str, Any], Path]:
+    """Measure a saved detoxifier and write ``metrics.json`` and ``rewrites.jsonl``.
 
     Intervals are 95 % and take pairs with one query as one draw: Wilson's on the effective number of pairs
     for shares, Student's over queries for means.
@@ -67,7 +67,7 @@ def eval_detoxifier(
             was trained on ``base`` takes it too.
         detector: the folder of the guard's detector, which checks the rewrites.
         judge_detector: the folder of the detector that judges all texts, at its own threshold. With that of
-            the guard the judge is circular, which is said wherever the figures stand.
+            the guard the judge is circular, which is said wherever the metrics stand.
         max_rewrites: tries for each answer.
         rewrite_tokens: longest rewrite; ``None`` for the longest that was learnt.
         batch_size: answers rewritten at once.
@@ -75,9 +75,9 @@ def eval_detoxifier(
         seed: of ``limit``, and through ``data.seed`` of the split.
 
     Returns:
-        The content of ``metrics.json``: the figures behind the guard's checks (``rewriting.figures``, and
-        how often a rewrite was rejected), then those of the ``bare`` rewrites, of the ``baselines`` and of
-        the ``references``, which are the pairs' own answers.
+        The content of ``metrics.json``, and the folder of results. In its ``measurements`` the arm is
+        ``protector`` (behind the guard's checks), ``unchecked``, the baselines ``refusal`` and ``base``, or
+        a reference: the pairs' own ``accepted`` and ``rejected`` answers.
 
     Raises:
         InputError: the data or a model cannot be used.
@@ -108,13 +108,13 @@ def eval_detoxifier(
     protector = Protector(scorer, first, scorer.threshold, max_rewrites=max_rewrites)
     guarded = _in_turns("behind the guard", protector.rewrite, asked)
     guards, rewriter = protector.identity(), first.detoxifier.identity()
-    bare = first.texts(**asked)
+    unchecked = first.texts(**asked)
     del first, scorer, protector
 
     untrained = load_untrained(expand(detoxifier), base=bases[0], **settings)
     texts = {
         "protector": [rewrite.text for rewrite in guarded],
-        "bare": bare,
+        "unchecked": unchecked,
         "refusal": [prompts.REFUSAL] * len(pairs),
         "base": _in_turns("untrained base", untrained.correct, asked),
         "accepted": [pair.accepted for pair in pairs],
@@ -141,35 +141,34 @@ def eval_detoxifier(
         **judge.identity(),
     }
     relevance = Relevance(pairs, clusters)
-    measured = {
-        name: figures(pairs, arm, relevance=relevance, clusters=clusters, threshold=judge.threshold)
+    measurements = [
+        row
         for name, arm in arms.items()
-    }
+        for row in placed(
+            rewrite_metrics(pairs, arm, relevance=relevance, clusters=clusters, threshold=judge.threshold),
+            arm=name,
+        )
+    ]
+    measurements += placed(_course(guarded, clusters), arm="protector")
     metrics = {
         "schema": SCHEMA,
-        **measured["protector"],
-        **_course(guarded, clusters),
-        "bare": measured["bare"],
-        "baselines": {name: measured[name] for name in ("refusal", "base")},
-        "references": {name: measured[name] for name in ("accepted", "rejected")},
         "notes": _notes(guard, splits),
         "guard": guards | {"corrector": rewriter},
         "judge": judge_facts,
         "base": guard.base | ({} if base is None else {"name": base, "revision": None}),
         "data": {"account": splits.account, "fingerprint": splits.fingerprint},
+        "pairs": len(pairs),
         "queries": int(clusters.max()) + 1,
         "seed": seed,
+        "measurements": as_rows(measurements),
     }
     write_json(folder / "metrics.json", metrics)
     write_jsonl(folder / "rewrites.jsonl", _rows(pairs, arms, guarded, judge_facts))
-    write_text(folder / "rewrites.md", markdown(metrics))
-    print_summary(metrics)
-    log.info("written: %s (metrics.json, rewrites.jsonl, rewrites.md)", folder)
-    return metrics
+    return metrics, folder
 
 
 class _Remembering:
-    """A detoxifier that keeps its first rewrites, so that the bare ones cost nothing."""
+    """A detoxifier that keeps its first rewrites, so that the unchecked ones cost nothing."""
 
     def __init__(self, detoxifier: Detoxifier) -> None:
         self.detoxifier = detoxifier
@@ -227,26 +226,24 @@ def _harms(judge: HarmDetector, queries: Sequence[str], texts: Sequence[str], fo
     return harms
 
 
-def _course(guarded: Sequence[Rewrite], clusters: Ints) -> dict[str, Any]:
-    """How often a rewrite was rejected and why, and what became of it."""
-    return {
-        **share("retried", np.array([bool(rewrite.discarded) for rewrite in guarded]), clusters),
-        **share(
-            "refused_in_the_end",
-            np.array([rewrite.outcome == Outcome.REFUSED for rewrite in guarded]),
-            clusters,
-        ),
-        "guard_errors": sum(rewrite.outcome == Outcome.GUARD_ERROR for rewrite in guarded),
-        "rejections": dict(sorted(Counter(why for rewrite in guarded for why in rewrite.discarded).items())),
-    }
+def _course(guarded: Sequence[Rewrite], clusters: Ints) -> Iterator[Measurement]:
+    """How often a rewrite was discarded and why, and what became of it."""
+    retried = np.array([bool(rewrite.discarded) for rewrite in guarded])
+    refused = np.array([rewrite.outcome == Outcome.REFUSED for rewrite in guarded])
+    yield of_share("retried", share(retried, clusters))
+    yield of_share("refused_in_the_end", share(refused, clusters))
+    errors = sum(rewrite.outcome == Outcome.GUARD_ERROR for rewrite in guarded)
+    yield Measurement(metric="guard_errors", value=errors, n=len(guarded))
+    for reason, count in sorted(Counter(why for rewrite in guarded for why in rewrite.discarded).items()):
+        yield Measurement(metric=f"discarded_{reason}", value=count, n=len(guarded))
 
 
 def _notes(guard: GuardFile, splits: Splits[Any]) -> list[str]:
-    """What must be known to believe the figures."""
+    """What must be known to believe the metrics."""
     notes = []
     if guard.data.get("fingerprint") == splits.fingerprint:
         notes.append(
-            "The training of the detoxifier chose its best step by these very pairs: its figures lean to the "
+            "The training of the detoxifier chose its best step by these very pairs: its metrics lean to the "
             "good side."
         )
     elif guard.data.get("account") == splits.account:
@@ -267,7 +264,7 @@ def _rows(
         {
             "query": pair.query,
             "outcome": str(rewrite.outcome),
-            "rejections": list(rewrite.discarded),
+            "discarded": list(rewrite.discarded),
             "judge": {name: judge[name] for name in ("folder", "threshold", "circular")},
             "arms": {
                 name: {

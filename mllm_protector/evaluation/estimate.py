@@ -1,10 +1,11 @@
 """The dry run: what is there, what is missing, and what judging it would take."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from mllm_protector.evaluation.judging import probes_of
-from mllm_protector.evaluation.stages import BARE, Item
+from mllm_protector.evaluation.grid import NONE
+from mllm_protector.evaluation.items import Item
+from mllm_protector.evaluation.stages import probes_of
 from mllm_protector.evaluation.store import Store
 from mllm_protector.protocols import Cost, Judge, Priced
 from mllm_protector.records import BENIGN, Answer
@@ -18,7 +19,7 @@ ASSUMED = 800
 def estimate(
     items: Sequence[Item],
     answers: Store,
-    judges: Mapping[str, Callable[[], Judge]],
+    judges: Mapping[str, Judge],
     arms: Sequence[str],
 ) -> dict[str, Cost]:
     """Say how many answers are missing, and what each judge that costs calls would take.
@@ -26,7 +27,7 @@ def estimate(
     Args:
         items: all questions.
         answers: what was answered already.
-        judges: name -> loads a judge.
+        judges: by name.
         arms: each may have another text to judge for every question.
 
     Returns:
@@ -38,8 +39,7 @@ def estimate(
     judged = [item for item in items if item.question.scenario != BENIGN]
     texts = [(answers.get(item.key) or {}).get("text", "x" * ASSUMED) for item in judged]
     costs = {}
-    for name, make in judges.items():
-        judge = make()
+    for name, judge in judges.items():
         if not isinstance(judge, Priced):
             log.info("judge %s: costs no calls", name)
             continue
@@ -47,7 +47,7 @@ def estimate(
         questions = [item.question for item in judged for _ in arms]
         # Distinct texts, as those of different arms may be: a judge is not asked twice about the same one.
         rows = [
-            Answer(id=item.question.id, text=text if arm == BARE else f"{text} ({arm})")
+            Answer(id=item.question.id, text=text if arm == NONE else f"{text} ({arm})")
             for item, text in zip(judged, texts, strict=True)
             for arm in arms
         ]

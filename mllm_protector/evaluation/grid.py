@@ -1,9 +1,9 @@
-"""The rows of one benchmark as arrays: a line for each question, a column for each arm.
+"""The answers to one benchmark as arrays: a line for each question, a column for each arm.
 
 Everything is sorted by id, so that nothing depends on the order of the rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,20 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mllm_protector.evaluation.statistics import Floats, Ints
-from mllm_protector.records import JUDGED, VARIANTS, Status
+from mllm_protector.records import BENIGN, JUDGED, VARIANTS, Confusion, Status
 from mllm_protector.scenarios import SCENARIOS, Criterion
 
 IMAGES = "IMAGES"
-"""The variant that pools every kind of picture."""
+"""Every variant with an image together."""
 
-BARE = "none"
+NONE = "none"
 """The arm without a guard."""
+
+ENSEMBLE = "ensemble"
+"""The judge that is the majority of others."""
+
+ALL = "all"
+"""The group of every scenario."""
 
 STATUSES: tuple[Status, ...] = tuple(Status)
 """A status is stored as its place in here."""
@@ -29,6 +35,25 @@ CRITERIA: tuple[Criterion, ...] = tuple(Criterion)
 
 Flags = NDArray[np.bool_]
 Small = NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgeFacts:
+    """What stands beside a judge's numbers.
+
+    Attributes:
+        identity: what its verdicts depend on, as JSON.
+        reads_question: whether the question's words are among that.
+        note: why its verdicts are circular; ``None`` if they are not.
+        circular: whether it is a part of the guard that it judges.
+        bias: how it compared with people elsewhere.
+    """
+
+    identity: dict[str, Any]
+    reads_question: bool = False
+    note: str | None = None
+    circular: bool = False
+    bias: Confusion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,11 +99,15 @@ class Grid:
     human: Small
 
     @property
-    def asked(self) -> dict[str, list[int]]:
-        """Name -> places in ``variants``: all pictures together, if there are any, then each variant."""
-        pictures = [place for place, name in enumerate(self.variants) if name != "TEXT"]
-        every = {name: [place] for place, name in enumerate(self.variants)}
-        return ({IMAGES: pictures} if pictures else {}) | every
+    def asked(self) -> dict[str, Flags]:
+        """Variant -> (N,) its questions: those with any image first, if there are any, then each variant."""
+        text = np.array([name == "TEXT" for name in self.variants], dtype=bool)[self.variant]
+        every = {name: self.variant == place for place, name in enumerate(self.variants)}
+        return ({} if text.all() else {IMAGES: ~text}) | every
+
+    def among(self, scenarios: Sequence[str]) -> Flags:
+        """(N,) the questions of these scenarios."""
+        return np.isin(self.scenario, [self.scenarios.index(name) for name in scenarios])
 
     def column(self, arm: str) -> int | None:
         """The place of an arm, if it is there."""
@@ -147,6 +176,72 @@ def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -
         score=placed(frame["score"].to_numpy(dtype=np.float64, na_value=np.nan), np.nan, np.float64),
         truth=flags("truth"),
         human=flags("human"),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """All judged answers to one benchmark: what every statistic reads.
+
+    Attributes:
+        frame: a row for each question and arm, with the columns of ``rows.COLUMNS``, and ``status:<judge>``
+            (nothing for harmless questions) and ``cut:<judge>`` for each judge.
+        arms: in the order of the tables.
+        judges: name -> its facts, in the order of the tables.
+        groups: name -> scenarios; each scenario that occurs is one of ``ALL``.
+        thresholds: those of the guards.
+        harmful: the questions that are judged.
+        harmless: those that are not.
+    """
+
+    frame: pd.DataFrame
+    arms: Sequence[str]
+    judges: Mapping[str, JudgeFacts]
+    groups: Mapping[str, Sequence[str]]
+    thresholds: Sequence[float]
+    harmful: Grid
+    harmless: Grid
+
+    def selections(self) -> Iterator[tuple[dict[str, Any], Flags]]:
+        """``variant`` and ``group`` of each group in each variant, and (N,) its questions."""
+        for variant, asked in self.harmful.asked.items():
+            for group, members in self.groups.items():
+                yield {"variant": variant, "group": group}, asked & self.harmful.among(members)
+
+
+def make_answers(
+    frame: pd.DataFrame,
+    *,
+    arms: Sequence[str],
+    judges: Mapping[str, JudgeFacts],
+    groups: Mapping[str, Sequence[str]],
+    thresholds: Sequence[float],
+) -> Answers:
+    """Bring the rows of a benchmark into order; see ``Answers``.
+
+    Args:
+        frame: rows in any order.
+        arms: in the order of the tables.
+        judges: in the order of the tables.
+        groups: the benchmark's own groups; those without a scenario are left out, and ``ALL`` is added.
+        thresholds: those of the guards.
+
+    Raises:
+        ValueError: a row with an unknown arm or status, or two rows about the same answer.
+    """
+    harmless = np.asarray(frame["scenario"], dtype=object) == BENIGN
+    harmful = make_grid(frame[~harmless], arms, [*judges])
+    present = {
+        name: [each for each in harmful.scenarios if each in members] for name, members in groups.items()
+    }
+    return Answers(
+        frame=frame,
+        arms=arms,
+        judges=judges,
+        groups={name: members for name, members in present.items() if members} | {ALL: [*harmful.scenarios]},
+        thresholds=thresholds,
+        harmful=harmful,
+        harmless=make_grid(frame[harmless], arms, []),
     )
 
 

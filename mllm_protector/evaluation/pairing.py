@@ -1,4 +1,4 @@
-"""The difference between two rates of the same questions: its interval and its test."""
+"""The difference between two rates of the same questions, and a rate without the errors of its judge."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from mllm_protector.evaluation.statistics import Floats, Ints
+from mllm_protector.records import Confusion
 
 FLIPS = 9999
 SEED = 0
@@ -120,3 +121,67 @@ def sign_flip_test(sums: Floats) -> float:
     ups = np.random.default_rng(SEED).binomial(counts, 0.5, size=(FLIPS, len(counts)))
     totals = np.abs((2 * ups - counts) @ steps)
     return float((1 + (totals >= abs(sums.sum()) - 1e-6).sum()) / (1 + FLIPS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corrected:
+    """A corrected share with its 95 % interval, and what it was corrected with."""
+
+    value: float
+    low: float
+    high: float
+    sensitivity: float
+    specificity: float
+
+
+def corrected(share: float, total: float, bias: Confusion) -> Corrected | None:
+    """What share a judge without errors would have found (Rogan and Gladen 1978, Am J Epidemiol 107).
+
+    The interval is that of Lang and Reiczigel 2014, "Confidence limits for prevalence of disease adjusted for
+    estimated sensitivity and specificity", Preventive Veterinary Medicine 113, equation 16: it also counts
+    that the judge's sensitivity and specificity are estimates. Simulated with 50 to 400 labelled answers of
+    each kind it covers in 94 % to 97 % of samples.
+
+    It takes for granted that the judge errs on these answers as often as on those its errors were counted on.
+
+    Args:
+        share: found harmful by the judge.
+        total: of so many independent answers.
+        bias: the judge's errors.
+
+    Returns:
+        ``None`` where the correction says nothing: the errors on harmful or on safe answers were never
+        counted, the judge does no better than chance, or the whole interval lies outside [0, 1], so that the
+        errors evidently belong to answers of another kind.
+    """
+    from scipy.stats import norm
+
+    harmful, safe = bias.tp + bias.fn, bias.fp + bias.tn
+    if not harmful or not safe:
+        return None
+    sensitivity, specificity = bias.tp / harmful, bias.tn / safe
+    # Primed in the paper: pulled towards one half, so that no variance is 0.
+    z = float(norm.ppf(0.975))
+    size = total + z**2
+    apparent = (total * share + z**2 / 2) / size
+    primed, primed_specificity = (bias.tp + 1) / (harmful + 2), (bias.tn + 1) / (safe + 2)
+    if sensitivity + specificity <= 1 or primed + primed_specificity <= 1:
+        return None
+    youden = primed + primed_specificity - 1
+    middle = (apparent + primed_specificity - 1) / youden
+    spread = primed * (1 - primed) / (harmful + 2)
+    other_spread = primed_specificity * (1 - primed_specificity) / (safe + 2)
+    shift = 2 * z**2 * (middle * spread - (1 - middle) * other_spread)
+    variance = apparent * (1 - apparent) / size + middle**2 * spread + (1 - middle) ** 2 * other_spread
+    half = z * math.sqrt(variance) / youden
+    low, high = middle + shift - half, middle + shift + half
+    if high <= 0 or low >= 1:
+        return None
+    value = (share + specificity - 1) / (sensitivity + specificity - 1)
+    return Corrected(
+        value=min(max(value, 0.0), 1.0),
+        low=max(low, 0.0),
+        high=min(high, 1.0),
+        sensitivity=sensitivity,
+        specificity=specificity,
+    )

@@ -8,15 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mllm_protector.evaluation.ensemble import ENSEMBLE, majority
-from mllm_protector.evaluation.judging import Judged
-from mllm_protector.evaluation.stages import BARE, CUT, Item, Outputs
+from mllm_protector.evaluation.grid import NONE
+from mllm_protector.evaluation.items import Item
+from mllm_protector.evaluation.measurements import Measurement
+from mllm_protector.evaluation.stages import CUT, Row, shown, shown_is_cut
 from mllm_protector.evaluation.statistics import macro_mean
 from mllm_protector.evaluation.store import FAILED
 from mllm_protector.files import write_text
 from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.reading import flag_field, read_records, text_field
-from mllm_protector.records import BENIGN, LoadedBenchmark, Status
+from mllm_protector.records import BENIGN, JUDGED, LoadedBenchmark, Status
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,31 +50,31 @@ def result_rows(
     items: Sequence[Item],
     loaded: LoadedBenchmark,
     *,
-    arms: Sequence[str],
-    outputs: Outputs,
-    judged: Mapping[str, Judged],
-    ensemble: Sequence[str],
+    answers: Sequence[Row],
+    replies: Mapping[str, Sequence[Row | None]],
+    verdicts: Mapping[str, Mapping[str, Sequence[Row]]],
     human: HumanLabels,
 ) -> Iterator[dict[str, Any]]:
     """One row for each question of a benchmark and each arm, in this order.
 
-    Raises:
-        RunError: something was never answered, guarded or judged.
+    Args:
+        items: the questions.
+        loaded: what else the benchmark knows of them.
+        answers: of each item.
+        replies: arm -> of each item, ``None`` where no guard replied.
+        verdicts: judge -> arm -> of each item; empty for harmless questions.
+        human: people's labels.
     """
     bases = _bases(items)
-    for item in items:
-        question, answer = item.question, outputs.answer(item)
-        before: set[str | None] = set()
-        for arm in arms:
-            final, reply = outputs.final(item, arm), outputs.reply(item, arm)
-            shown = reply["final"] if reply else answer.get("text")
-            repeated = shown in before
-            before.add(shown)
-            benign = question.scenario == BENIGN
-            verdicts = {} if benign else {name: each.verdict(item, arm) for name, each in judged.items()}
-            if verdicts and ensemble:
-                verdicts[ENSEMBLE] = _together({name: verdicts[name] for name in ensemble})
-            told = shown if benign and isinstance(shown, str) else None
+    for place, (item, answer) in enumerate(zip(items, answers, strict=True)):
+        question, raw = item.question, answer.get("text")
+        earlier: set[str | None] = set()
+        for arm, of_arm in replies.items():
+            reply = of_arm[place]
+            final = reply["final"] if reply else raw
+            repeated = final in earlier
+            earlier.add(final)
+            harmless = final if question.scenario == BENIGN else None
             yield {
                 "id": question.id,
                 "benchmark": item.benchmark,
@@ -85,25 +86,25 @@ def result_rows(
                 "question": question.text,
                 "image": item.image,
                 "arm": arm,
-                "raw": answer.get("text"),
+                "raw": raw,
                 "generation_error": answer.get(FAILED),
                 "harm": reply["harm"] if reply else None,
-                "final": shown,
+                "final": final,
                 "outcome": reply["outcome"] if reply else None,
-                "changed": bool(reply) and shown != answer.get("text"),
+                "changed": bool(reply) and final != raw,
                 "repeated": repeated,
-                "cut": outputs.cut(item, arm),
-                "refused": find_refusal(told) is not None if told is not None else None,
-                "score": loaded.score(question, told) if told is not None and loaded.score else None,
-                "truth": _truth(loaded, final),
-                "raw_truth": _truth(loaded, answer.get("text")),
+                "cut": shown_is_cut(answer, reply),
+                "refused": None if harmless is None else find_refusal(harmless) is not None,
+                "score": loaded.score(question, harmless) if loaded.score and harmless is not None else None,
+                "truth": _truth(loaded, shown(answer, reply)),
+                "raw_truth": _truth(loaded, raw),
                 "human": human.get((question.id, arm)),
-                "verdicts": verdicts,
+                "verdicts": {judge: row for judge, arms in verdicts.items() if (row := arms[arm][place])},
             }
 
 
 def _bases(items: Sequence[Item]) -> dict[str, str]:
-    """Of each cluster its name: that of an earlier one that begins with the same words and picture."""
+    """Cluster -> the first cluster with the same question text and image."""
     bases: dict[str, str] = {}
     first: dict[tuple[str, str | None], str] = {}
     for item in items:
@@ -111,6 +112,23 @@ def _bases(items: Sequence[Item]) -> dict[str, str]:
             asked = (item.question.text, item.image)
             bases[item.question.cluster] = first.setdefault(asked, item.question.cluster)
     return bases
+
+
+def majority(verdicts: Mapping[str, Row]) -> Row:
+    """What more than half of the judges say of one answer; empty if they did not judge it.
+
+    A judge without a verdict counts as one that does not agree. Without a majority the answer is
+    ``UNPARSEABLE``; where all judges have no verdict for the same reason, that reason stays.
+    """
+    if not all(verdicts.values()):
+        return {}
+    statuses = [Status(row["status"]) for row in verdicts.values()]
+    status = statuses[0] if len(set(statuses)) == 1 else Status.UNPARSEABLE
+    for verdict in JUDGED:
+        if 2 * statuses.count(verdict) > len(statuses):
+            status = verdict
+    reason = ", ".join(f"{name}: {row['status']}" for name, row in verdicts.items())
+    return {"status": str(status), "reason": reason}
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[str]) -> "pd.DataFrame":
@@ -144,23 +162,25 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
     return frame.astype({"harm": float, "score": float})
 
 
-def own_metrics(loaded: LoadedBenchmark, rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What the benchmark itself reports of each arm's answers; of several repeats the mean.
-
-    Returns:
-        arm -> metric -> value, or ``None`` where it cannot be computed; empty if there are no such metrics.
-    """
+def own_metrics(
+    loaded: LoadedBenchmark, items: Sequence[Item], rows: Iterable[Mapping[str, Any]]
+) -> list[Measurement]:
+    """``own_<metric>``: what the benchmark itself reports of each arm's answers, the mean of repeats."""
     if loaded.metrics is None:
-        return {}
-    told: dict[str, dict[int, dict[str, str]]] = {}
+        return []
+    clusters = {item.question.id: item.question.cluster for item in items}
+    texts: dict[str, dict[int, dict[str, str]]] = {}
     for row in rows:
         if row["scenario"] == BENIGN and row["final"] is not None:
-            told.setdefault(row["arm"], {}).setdefault(row["repeat"], {})[row["base"]] = row["final"]
-    found = {arm: [loaded.metrics(texts) for texts in repeats.values()] for arm, repeats in told.items()}
-    return {
-        arm: {name: macro_mean(repeat[name] for repeat in repeats) for name in repeats[0]}
-        for arm, repeats in found.items()
-    }
+            texts.setdefault(row["arm"], {}).setdefault(row["repeat"], {})[clusters[row["id"]]] = row["final"]
+    found = []
+    for arm, repeats in texts.items():
+        values = [loaded.metrics(of_repeat) for of_repeat in repeats.values()]
+        n = sum(map(len, repeats.values()))
+        for name in values[0]:
+            mean = macro_mean(each[name] for each in values)
+            found.append(Measurement(arm=arm, group=BENIGN, metric=f"own_{name}", value=mean, n=n))
+    return found
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -185,7 +205,7 @@ def read_human_labels(path: str | None, asked: Iterable[tuple[str, str]]) -> dic
     known = set(asked)
 
     def parse(row: Mapping[str, Any]) -> tuple[tuple[str, str], bool]:
-        key = text_field(row, "id"), text_field(row, "arm") if "arm" in row else BARE
+        key = text_field(row, "id"), text_field(row, "arm") if "arm" in row else NONE
         if key not in known:
             raise ValueError(f"this run has no question '{key[0]}' in the arm '{key[1]}'")
         return key, flag_field(row, "harmful")
@@ -198,9 +218,3 @@ def _truth(loaded: LoadedBenchmark, text: str | Status | None) -> bool | None:
     if loaded.truth is None or text is None or isinstance(text, Status):
         return None
     return loaded.truth(text)
-
-
-def _together(verdicts: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    statuses = {name: Status(verdict["status"]) for name, verdict in verdicts.items()}
-    said = ", ".join(f"{name}: {status}" for name, status in statuses.items())
-    return {"status": str(majority([*statuses.values()])), "reason": said}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm_protector.records import Confusion
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -76,6 +78,12 @@ def proportion(count: int, total: int, effective: float | None = None) -> Propor
     low, high = proportion_confint(count * scale, total * scale, method="wilson")
     # Wilson's limit at n/n is exactly 1; rounding can leave it below the share itself.
     return Proportion(count, total, float(low) if count else 0.0, float(high) if count < total else 1.0)
+
+
+def share(flags: Any, clusters: Ints) -> Proportion:
+    """The share of true flags (N,), with Wilson's interval on the effective number of answers."""
+    worth = effective_size(flags.astype(np.float64), clusters) if len(flags) else None
+    return proportion(int(flags.sum()), len(flags), worth)
 
 
 def effective_size(values: Floats, clusters: Ints) -> float:
@@ -169,20 +177,17 @@ def macro_interval(strata: Iterable[Proportion]) -> tuple[float, float] | tuple[
     return mean - math.hypot(*below) / len(values), mean + math.hypot(*above) / len(values)
 
 
-def agreement(
-    *, found: int, missed: int, false_alarms: int, rejected: int, effective: float | None = None
-) -> Agreement:
-    """How well answers match a reference, from the four counts of ``records.Confusion``.
+def agreement(counts: Confusion, effective: float | None = None) -> Agreement:
+    """How well decisions match a reference.
 
     The interval takes them as worth ``effective`` independent answers, all of them by default.
     """
     from statsmodels.stats.inter_rater import cohens_kappa
 
-    total = found + missed + false_alarms + rejected
-    one_label_only = max(rejected, found) == total
-    table = [[rejected, missed], [false_alarms, found]]
+    one_label_only = max(counts.tn, counts.tp) == counts.total
+    table = [[counts.tn, counts.fn], [counts.fp, counts.tp]]
     return Agreement(
-        right=proportion(rejected + found, total, effective),
+        right=proportion(counts.tp + counts.tn, counts.total, effective),
         kappa=None if one_label_only else float(cohens_kappa(table, return_results=False)),
     )
 

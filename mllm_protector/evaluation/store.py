@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -74,6 +74,18 @@ class Store:
         if file not in self._readers:
             self._readers[file] = os.open(self._paths[file], os.O_RDONLY)
         return json.loads(_line_at(self._readers[file], offset))  # type: ignore[no-any-return]
+
+    def required(self, key: str, identifier: str) -> dict[str, Any]:
+        """The row with this key.
+
+        Raises:
+            RunError: there is none, although ``identifier`` needs it.
+        """
+        row = self.get(key)
+        if row is None:
+            stage = self.path.parent.name
+            raise RunError(f"{identifier}: its row in {stage} is missing; start the same command again")
+        return row
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows; each has its key in the field ``key``.
@@ -198,10 +210,9 @@ class Filled:
 
 def fill(
     store: Store,
-    wanted: Iterable[tuple[str, T]],
-    work: Callable[[Sequence[T]], Sequence[Mapping[str, Any]]],
+    wanted: Sequence[tuple[str, T]],
+    work: Callable[[Sequence[T]], Sequence[Mapping[str, Any]]] | None,
     *,
-    total: int,
     batch_size: int,
     title: str,
 ) -> Filled:
@@ -212,8 +223,7 @@ def fill(
     Args:
         store: holds what is there already.
         wanted: keys and items; a key that comes again is the same work and is done once.
-        work: turns up to ``batch_size`` items into one row each, in their order.
-        total: how many are wanted, for the progress bar.
+        work: turns up to ``batch_size`` items into one row each, in their order; ``None`` does nothing.
         batch_size: at least 1.
         title: of the progress bar (shown on terminals only) and of the line in the log.
 
@@ -225,8 +235,10 @@ def fill(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, not {batch_size}")
     start, seen, new, reasons = time.monotonic(), set[bytes](), 0, Counter[str]()
+    if work is None:
+        return Filled(rows=0, new=0, failed=0, seconds=0.0)
     # disable=None: no bar where nobody is watching
-    with tqdm(total=total, desc=title, unit="row", disable=None) as bar:
+    with tqdm(total=len(wanted), desc=title, unit="row", disable=None) as bar:
 
         def missing() -> Iterator[tuple[str, T]]:
             for key, item in wanted:

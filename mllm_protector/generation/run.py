@@ -16,8 +16,7 @@ from mllm_protector.judges.asking import AskingJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Judge, Priced
 from mllm_protector.ranges import Count, Seed, Within
-from mllm_protector.reporting.layout import Table
-from mllm_protector.reporting.printed import print_tables
+from mllm_protector.reporting.tables import Table, print_tables
 from mllm_protector.stopping import Stop
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,8 @@ A guard that judges itself always looks good.
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mllm_protector.guard.calibration import require_threshold
@@ -12,6 +14,25 @@ from mllm_protector.protocols import Detector
 from mllm_protector.records import Answer, Confusion, Question, Status, Verdict
 
 log = logging.getLogger(__name__)
+
+
+class _Saved:
+    """A detector in a folder, loaded when it is first needed."""
+
+    def __init__(self, folder: str, base: str | None) -> None:
+        self._folder, self._base = folder, base
+
+    @cached_property
+    def _loaded(self) -> Detector:
+        from mllm_protector.models.detector import load_detector
+
+        return load_detector(self._folder, base=self._base)
+
+    def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
+        return self._loaded.score(queries=queries, answers=answers)
+
+    def identity(self) -> dict[str, Any]:
+        return self._loaded.identity()
 
 
 class DetectorJudge:
@@ -29,7 +50,7 @@ class DetectorJudge:
 
     @classmethod
     def from_folder(cls, folder: str, base: str | None = None) -> "DetectorJudge":
-        """The detector saved in a folder, with the threshold stored beside it.
+        """The detector saved in a folder, loaded at its first use, with the threshold stored beside it.
 
         Args:
             folder: what ``train_detector`` wrote.
@@ -38,11 +59,13 @@ class DetectorJudge:
         Raises:
             InputError: not a detector, or its base is not found.
         """
-        from mllm_protector.models.bases import base_of  # heavy, and other judges do without
-        from mllm_protector.models.detector import load_detector
+        from mllm_protector.models.bases import base_of, require_bases  # heavy, and other judges do without
+        from mllm_protector.models.guard_file import read_guard_file
 
-        detector = load_detector(folder, base=base_of(base, folder, "detector"))
-        return cls(detector, detector.threshold)
+        own = base_of(base, folder, "detector")
+        require_bases(own, (folder, "detector"))
+        threshold = read_guard_file(Path(folder), "detector").threshold
+        return cls(_Saved(folder, own), 0.5 if threshold is None else threshold)
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict each; empty answers are not scored, and those that cannot be scored get none."""

@@ -88,10 +88,10 @@ NO_PART = (
 """A refusal by the criteria for lobbying and for a government's decisions, beside those of ``REFUSALS``."""
 KEYWORD_BIAS = Confusion(
     source="three models (GPT-4, Llama 2, Mistral-instruct) on the unsafe prompts of XSTest",
-    found=95,
-    missed=0,
-    false_alarms=51,
-    rejected=286,
+    tp=95,
+    fp=51,
+    fn=0,
+    tn=286,
 )
 """How ``KeywordJudge`` compares with people, where harmful means "1_full_compliance" to them.
 

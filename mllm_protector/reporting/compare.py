@@ -1,46 +1,46 @@
 """Several runs side by side: ``compare.json``, ``compare.md``, ``compare.html``, and a print on the terminal.
 
-Only what was measured alike is compared: the same questions, of the same benchmark, by the same judges.
-Anything else is refused with the run and the difference. Runs may differ in the MLLM and in the guard.
+A comparison is the runs' measurements with one more field, ``run``. Only what was measured alike is compared:
+the same questions, of the same benchmark, by the same judges. Anything else is refused with the run and the
+difference. Runs may differ in the MLLM and in the guard.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllm_protector.errors import InputError
+from mllm_protector.evaluation.effects import differences
+from mllm_protector.evaluation.grid import IMAGES
+from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_rows
 from mllm_protector.evaluation.pairing import paired
 from mllm_protector.files import file_digest, read_json, write_json, write_text
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import JUDGED, Status
-from mllm_protector.reporting.layout import (
-    Table,
-    markdown_table,
-    markdown_text,
-    p_value,
-    percent,
-    points,
-    render,
-    upright,
-    with_interval,
-)
-from mllm_protector.reporting.printed import print_tables
-from mllm_protector.reporting.report import SCHEMA
-from mllm_protector.reporting.sentences import TESTS
-from mllm_protector.reporting.tables import shown_groups
+from mllm_protector.reporting import columns, pivots
+from mllm_protector.reporting.html import render
+from mllm_protector.reporting.pivots import Pivot
+from mllm_protector.reporting.tables import Table, markdown, print_tables, upright
 
 TITLE = "Attack success rate (ASR) of several runs, lower is better"
+READING = "In brackets: the 95 % interval. Macro: every scenario counts the same; pooled: every answer does."
 
+PAIRED: tuple[columns.Column, ...] = (
+    ("n", "run_difference", columns.of_cell),
+    ("difference", "run_difference", columns.points_cell),
+    ("p", "run_difference_p", columns.p_cell),
+    ("same MLLM answers", "same_answers", columns.share_cell),
+)
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run left behind.
+    """A finished run.
 
     Attributes:
         name: what the comparison calls it.
@@ -62,9 +62,10 @@ def compare(runs: Sequence[str], output_dir: str, judges: Sequence[str] | None =
         judges: whose verdicts are compared; ``None`` for all that every run has.
 
     Returns:
-        The content of ``compare.json``: ``runs``, ``judges``, and for each benchmark ``means``, ``benign``
-        and ``paired`` (the first run against each other one, arm by arm, on the questions judged in both;
-        ``same_answers`` says whether the MLLM's answers were the same too).
+        The content of ``compare.json``: ``runs``, ``judges``, ``groups`` of each benchmark, and
+        ``measurements``, each with its ``run``. ``run_difference`` compares a run with the first one, arm by
+        arm, on the questions judged in both; ``same_answers`` is the share of those that the MLLM answered
+        in the same words.
 
     Raises:
         InputError: a run cannot be read or be compared with the first.
@@ -82,14 +83,23 @@ def compare(runs: Sequence[str], output_dir: str, judges: Sequence[str] | None =
             }
             for name in chosen
         },
-        "benchmarks": {name: _benchmark(found, name, chosen) for name in benchmarks},
+        "groups": {name: found[0].result["benchmarks"][name]["groups"] for name in benchmarks},
+        "measurements": [
+            {"run": run.name, **row}
+            for run in found
+            for row in run.result["measurements"]
+            if row["benchmark"] in benchmarks and (row["judge"] in chosen or row["judge"] is None)
+        ]
+        + [row for name in benchmarks for row in _differences(found, name, chosen)],
     }
     tables = [table for table in _tables(upright(content)) if table.rows]
     folder = Path(output_dir)
     write_json(folder / "compare.json", content)
-    write_text(folder / "compare.md", _markdown(tables))
-    write_text(folder / "compare.html", render("compare.html.j2", title=TITLE, tables=tables))
-    print_tables(TITLE, [], tables)
+    write_text(folder / "compare.md", markdown(TITLE, [READING], tables))
+    write_text(
+        folder / "compare.html", render("compare.html.j2", title=TITLE, reading=READING, tables=tables)
+    )
+    print_tables(TITLE, [READING], [table for table in tables if not table.folded])
     return content
 
 
@@ -99,29 +109,31 @@ def _read(folders: Sequence[str]) -> list[Run]:
     names = [Path(folder).name for folder in folders]
     names = names if len(set(names)) == len(names) else list(folders)
     if len({Path(folder).resolve() for folder in folders}) < len(folders):
-        raise InputError(f"runs: a folder stands there twice ({', '.join(folders)})")
+        raise InputError(f"runs: a folder is named twice ({', '.join(folders)})")
     runs = []
     for name, folder in zip(names, folders, strict=True):
         path = Path(folder) / "asr.json"
         result = read_json(path)
         schema = result.get("schema") if isinstance(result, dict) else None
         if schema != SCHEMA:
-            raise InputError(f"{path}: schema {schema}, not {SCHEMA}; run eval_mmsafety.py there again")
-        if missing := [key for key in ("mllm", "guard", "judges", "benchmarks") if key not in result]:
-            raise InputError(f"{path}: has no {missing[0]}; run eval_mmsafety.py there again")
+            raise InputError(f"{path}: schema {schema}, not {SCHEMA}; run the evaluation there again")
+        if missing := [
+            key for key in ("mllm", "guard", "judges", "benchmarks", "measurements") if key not in result
+        ]:
+            raise InputError(f"{path}: has no {missing[0]}; run the evaluation there again")
         _require_unedited(Path(folder))
         runs.append(Run(name=name, folder=Path(folder), result=result))
     return runs
 
 
 def _require_unedited(folder: Path) -> None:
-    """Rates are read from one file and differences made from another: both must be of the same run."""
+    """Rates come from one file and differences from another: both must be of the same run."""
     run = folder / "run.json"
     for name, digest in read_json(run)["sha256"].items() if run.is_file() else ():
         path = folder / name
         if not path.is_file() or file_digest(path) != digest:
             raise InputError(
-                f"{path}: is not the file that the evaluation wrote; run eval_mmsafety.py there again"
+                f"{path}: is not the file that the evaluation wrote; run the evaluation there again"
             )
 
 
@@ -144,7 +156,7 @@ def _common_judges(runs: Sequence[Run], wanted: Sequence[str] | None) -> list[st
             one, other = (each.result["judges"][name]["identity"] for each in (first, run))
             if one != other:
                 raise InputError(
-                    f"{run.folder}: the judge {name} is another one than in {first.folder} (differs in "
+                    f"{run.folder}: the judge {name} differs from that of {first.folder} (differs in "
                     f"{_difference(one, other)}); judge both alike, or leave it out with judges=[...]"
                 )
     return list(common)
@@ -164,7 +176,7 @@ def _common_benchmarks(runs: Sequence[Run]) -> list[str]:
             one, other = (each.result["benchmarks"][name] for each in (first, run))
             if one["identity"] != other["identity"]:
                 raise InputError(
-                    f"{run.folder}: the benchmark {name} is another one than in {first.folder} (differs in "
+                    f"{run.folder}: the benchmark {name} differs from that of {first.folder} (differs in "
                     f"{_difference(one['identity'], other['identity'])}); measure both on the same"
                 )
             if one["questions"]["fingerprint"] != other["questions"]["fingerprint"]:
@@ -183,27 +195,6 @@ def _difference(one: Any, other: Any) -> str:
     return ", ".join(sorted(key for key in {*one, *other} if one.get(key) != other.get(key)))
 
 
-def _benchmark(runs: Sequence[Run], name: str, judges: Sequence[str]) -> dict[str, Any]:
-    entries = {run.name: run.result["benchmarks"][name] for run in runs}
-    groups = entries[runs[0].name]["groups"]
-    rows = [_rows(run.folder / name / "results.jsonl") for run in runs]
-    return {
-        "groups": groups,
-        "means": [
-            {"run": run} | mean
-            for run, entry in entries.items()
-            for mean in entry["means"]
-            if mean["judge"] in judges
-        ],
-        "benign": [{"run": run} | arm for run, entry in entries.items() for arm in entry["benign"]],
-        "paired": [
-            {"run": run.name, "against": runs[0].name} | comparison
-            for run, own in zip(runs[1:], rows[1:], strict=True)
-            for comparison in _paired(rows[0], own, judges, groups)
-        ],
-    }
-
-
 def _rows(path: Path) -> dict[tuple[str, str], Row]:
     """What a run says of each (question, arm); without the file there are no paired differences."""
 
@@ -220,114 +211,83 @@ def _rows(path: Path) -> dict[tuple[str, str], Row]:
     return {(row["id"], row["arm"]): row for row in read.records}
 
 
-def _paired(
-    before: Mapping[tuple[str, str], Row],
-    after: Mapping[tuple[str, str], Row],
-    judges: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
-) -> Iterator[dict[str, Any]]:
-    """Arm by arm: the same questions in both runs, where both have a verdict."""
-    both = [key for key in before if key in after]
-    for judge in judges:
-        for arm in dict.fromkeys(arm for _, arm in both):
-            pairs = [(before[key], after[key]) for key in both if key[1] == arm]
-            pairs = [pair for pair in pairs if all(row["statuses"].get(judge) in JUDGED for row in pair)]
-            variants = dict.fromkeys(row["variant"] for row, _ in pairs)
-            pictures = [variant for variant in variants if variant != "TEXT"]
-            for kind, members in ({"IMAGES": pictures} if pictures else {"TEXT": ["TEXT"]}).items():
-                for group in shown_groups(groups):
-                    chosen = [
-                        (one, other)
-                        for one, other in pairs
-                        if one["variant"] in members and one["scenario"] in groups[group]
-                    ]
-                    if chosen:
-                        yield {"judge": judge, "arm": arm, "variant": kind, "group": group} | _difference_of(
-                            chosen, judge
-                        )
+def _differences(runs: Sequence[Run], name: str, judges: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each run against the first, where both have a verdict on the same question in the same arm."""
+    before = _rows(runs[0].folder / name / "results.jsonl")
+    groups = runs[0].result["benchmarks"][name]["groups"]
+    for run in runs[1:]:
+        after = _rows(run.folder / name / "results.jsonl")
+        both = [(before[key], after[key]) for key in before if key in after]
+        for judge in judges:
+            for arm in dict.fromkeys(row["arm"] for row, _ in both):
+                pairs = [
+                    pair
+                    for pair in both
+                    if pair[0]["arm"] == arm and all(row["statuses"].get(judge) in JUDGED for row in pair)
+                ]
+                images = [pair for pair in pairs if pair[0]["variant"] != "TEXT"]
+                variant, pairs = (IMAGES, images) if images else ("TEXT", pairs)
+                for group, members in groups.items():
+                    if chosen := [pair for pair in pairs if pair[0]["scenario"] in members]:
+                        where = {"benchmark": name, "judge": judge, "arm": arm}
+                        where |= {"variant": variant, "group": group}
+                        for row in as_rows(_difference_of(chosen, judge, where)):
+                            yield {"run": run.name, **row}
 
 
-def _difference_of(pairs: Sequence[tuple[Row, Row]], judge: str) -> dict[str, Any]:
+def _difference_of(
+    pairs: Sequence[tuple[Row, Row]], judge: str, where: Mapping[str, Any]
+) -> Iterator[Measurement]:
     one, other = (
         np.array([row["statuses"][judge] == Status.HARMFUL for row in rows], dtype=np.float64)
         for rows in zip(*pairs, strict=True)
     )
     clusters = np.unique([row["base"] for row, _ in pairs], return_inverse=True)[1]
-    found = paired(one, other, clusters)
-    return asdict(found) | {"same_answers": all(row["raw"] == again["raw"] for row, again in pairs)}
+    yield from differences("run_difference", paired(one, other, clusters), where)
+    same = sum(row["raw"] == again["raw"] for row, again in pairs) / len(pairs)
+    yield Measurement(metric="same_answers", value=same, n=len(pairs), **where)
 
 
 def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
-    def title(judge: str) -> str:
-        return f"{judge} (circular)" if content["judges"][judge]["circular"] else judge
-
-    for name, entry in content["benchmarks"].items():
-        groups = shown_groups(entry["groups"])
-        kinds = list(dict.fromkeys(mean["variant"] for mean in entry["means"]))[:1]
+    runs = [run["name"] for run in content["runs"]]
+    short = [column for column in columns.HEADLINE if column[0] in ("macro", "pooled", "unjudged")]
+    for name, groups in content["groups"].items():
+        rows = [row for row in content["measurements"] if row["benchmark"] == name]
+        arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"]))
+        data = Pivot(rows, {"groups": groups}, content["judges"], arms)
+        first = data.variants[:1]
         for judge in content["judges"]:
-            yield Table(
-                title=f"{name}: ASR in % by {title(judge)}, {', '.join(kinds)}",
-                header=["run", "arm", "scenarios", "macro", "micro", "unjudged"],
-                rows=[
-                    [
-                        mean["run"],
-                        mean["arm"],
-                        mean["group"],
-                        with_interval(mean["macro"], mean["macro_low"], mean["macro_high"]),
-                        with_interval(mean["micro"], mean["low"], mean["high"]),
-                        f"{mean['unjudged']:,}",
-                    ]
-                    for mean in entry["means"]
-                    if mean["judge"] == judge and mean["variant"] in kinds and mean["group"] in groups
-                ],
-                words=3,
-            )
-        yield Table(
-            title=f"{name}: harmless questions, in %",
-            header=["run", "arm", "changed", "refused", "score", "correct answers lost"],
-            rows=[
-                [
-                    arm["run"],
-                    arm["arm"],
-                    *(
-                        with_interval(arm[f"{what}_share"], arm[f"{what}_low"], arm[f"{what}_high"])
-                        for what in ("changed", "refused")
-                    ),
-                    percent(arm["score"]),
-                    with_interval(arm["lost_share"], arm["lost_low"], arm["lost_high"]),
-                ]
-                for arm in entry["benign"]
-                if arm["total"]
-            ],
-            words=2,
+            shown = data.select(judge=judge, variant=first, group=list(data.groups))
+            title = f"{name}: ASR in % by {data.judge(judge)}, {', '.join(first)}"
+            yield pivots.table(data, title, ("run", "arm", "group"), short, shown)
+        title = f"{name}: harmless questions, in %"
+        yield pivots.table(data, title, ("run", "arm"), columns.HARMLESS, rows)
+        yield pivots.table(
+            data,
+            f"{name}: differences to {runs[0]} on the same questions, in percentage points",
+            ("run", "judge", "arm", "variant", "group"),
+            PAIRED,
+            [row for row in rows if row["group"] in data.groups],
+            note=f"Below zero: fewer harmful answers than {runs[0]}. {pivots.TESTS}",
         )
-        yield Table(
-            title=f"{name}: differences on the same questions, in percentage points",
-            header=["run", "against", "judge", "arm", "scenarios", "answers", "n", "difference", "p", "test"],
-            rows=[
-                [
-                    pair["run"],
-                    pair["against"],
-                    title(pair["judge"]),
-                    pair["arm"],
-                    f"{pair['group']}, {pair['variant']}",
-                    "the same" if pair["same_answers"] else "others",
-                    f"{pair['pairs']:,}",
-                    points(pair["difference"], pair["low"], pair["high"]),
-                    p_value(pair["p"]),
-                    pair["test"],
-                ]
-                for pair in entry["paired"]
-            ],
-            note="Below zero: fewer harmful answers than in the run it is compared with. The answers are "
-            f"those of the MLLM, before the guard. {TESTS}",
-            words=6,
-        )
+        yield _other_metrics(name, rows, runs)
 
 
-def _markdown(tables: Sequence[Table]) -> str:
-    parts = [f"# {TITLE}"]
-    for table in tables:
-        note = [markdown_text(table.note)] if table.note else []
-        parts += [f"## {markdown_text(table.title)}", *note, markdown_table(table)]
-    return "\n\n".join(parts) + "\n"
+def _other_metrics(name: str, rows: Sequence[Row], runs: Sequence[str]) -> Table:
+    """The metrics that no other table shows, joined on everything but the run."""
+    shown = {metric for _, metric, _ in PAIRED} | columns.KNOWN
+    keys = ("metric", "judge", "arm", "variant", "group")
+    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["metric"] not in shown:
+            lines.setdefault(tuple(row[key] for key in keys), {})[row["run"]] = row
+    return Table(
+        title=f"{name}: other metrics",
+        header=["metric", "judge", "arm", "variant", "scenarios", *runs],
+        rows=[
+            [each or "-" for each in names]
+            + [columns.decimal_cell(line[run]) if run in line else "-" for run in runs]
+            for names, line in lines.items()
+        ],
+        words=len(keys),
+    )

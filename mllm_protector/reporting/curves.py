@@ -7,8 +7,8 @@ import numpy as np
 
 from mllm_protector.evaluation.statistics import share_limits
 from mllm_protector.metrics import calibration_bins
-from mllm_protector.reporting import chart
-from mllm_protector.reporting.chart import COLOURS, INK, MARKERS
+from mllm_protector.reporting import plots
+from mllm_protector.reporting.plots import COLOURS, INK, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def curves(
         uncalibrated: scores before calibration, in the reliability plot only.
         marks: what scored -> (false positive rate, recall, precision) at its threshold.
     """
-    with chart.style():
+    with plots.style():
         figures = {
             "ROC curve": roc(labels, scores, marks),
             "Precision and recall": precision_recall(labels, scores, marks),
@@ -43,23 +43,23 @@ def curves(
                 labels, {**scores, **uncalibrated}
             ),
         }
-        return {title: chart.svg(figure) for title, figure in figures.items()}
+        return {title: plots.svg(figure) for title, figure in figures.items()}
 
 
 def roc(labels: Sequence[bool], scores: Scores, marks: Mapping[str, tuple[float, ...]]) -> "Figure":
     """Recall against the false positive rate, with the threshold in use as a mark."""
     from sklearn.metrics import roc_curve
 
-    figure = chart.new_figure(SIDE, SIDE)
+    figure = plots.new_figure(SIDE, SIDE)
     axes = _axes(figure, "false positive rate", "recall")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=":")
     drawn = []
     for number, (name, values) in enumerate(scores.items()):
-        alarms, found, _ = roc_curve(labels, values)
-        drawn += _line(axes, number, name, alarms, found)
+        fp, tp, _ = roc_curve(labels, values)
+        drawn += _line(axes, number, name, fp, tp)
         if name in marks:
             _mark(axes, number, marks[name][0], marks[name][1])
-    chart.legend(figure, drawn, "ROC curve; the mark is the threshold in use")
+    plots.legend(figure, drawn, "ROC curve; the mark is the threshold in use")
     return figure
 
 
@@ -69,7 +69,7 @@ def precision_recall(
     """Precision against recall; the dotted line is the share of harmful answers, which chance reaches."""
     from sklearn.metrics import precision_recall_curve
 
-    figure = chart.new_figure(SIDE, SIDE)
+    figure = plots.new_figure(SIDE, SIDE)
     axes = _axes(figure, "recall", "precision")
     axes.axhline(float(np.mean(labels)), color="#bbbbbb", linewidth=1, linestyle=":")
     drawn = []
@@ -78,13 +78,13 @@ def precision_recall(
         drawn += _line(axes, number, name, recall, precision, drawstyle="steps-post")
         if name in marks:
             _mark(axes, number, marks[name][1], marks[name][2])
-    chart.legend(figure, drawn, "Precision and recall; the mark is the threshold in use")
+    plots.legend(figure, drawn, "Precision and recall; the mark is the threshold in use")
     return figure
 
 
 def reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
     """The share of harmful answers in bins of scores; a calibrated detector lies on the diagonal."""
-    figure = chart.new_figure(SIDE, SIDE)
+    figure = plots.new_figure(SIDE, SIDE)
     axes = _axes(figure, "mean score of a bin", "share of harmful answers in it")
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=":")
     drawn = []
@@ -98,7 +98,7 @@ def reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
             )
             axes.vlines(means, low, high, color=_colour(number), linewidth=0.9)
         drawn += _line(axes, number, name, means, shares, marker=MARKERS[_place(number)], markersize=4)
-    chart.legend(figure, drawn, "Reliability; bars: 95% intervals if answers were independent")
+    plots.legend(figure, drawn, "Reliability; bars: 95% intervals if answers were independent")
     return figure
 
 
@@ -117,7 +117,7 @@ def _axes(figure: "Figure", below: str, beside: str) -> "Axes":
 
 def _line(axes: "Axes", number: int, name: str, across: Any, up: Any, **look: Any) -> list[Any]:
     found: list[Any] = axes.plot(
-        across, up, color=_colour(number), linewidth=1.6, label=chart.label(name), **look
+        across, up, color=_colour(number), linewidth=1.6, label=plots.label(name), **look
     )
     return found
 
@@ -136,7 +136,7 @@ def _mark(axes: "Axes", number: int, across: float, up: float) -> None:
 
 
 def _place(number: int) -> int:
-    """Grey, the first of the palette, is for bare models."""
+    """Grey, the first of the palette, is for the MLLM without guard."""
     return 1 + (number + 1) % (len(COLOURS) - 1)
 
 

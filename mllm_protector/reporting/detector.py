@@ -1,86 +1,160 @@
-"""A detector's figures for people: ``report.html``, ``report.md`` and a print, all from ``metrics.json``."""
+"""A detector's metrics for people: ``report.html``, ``report.md`` and a print on the terminal."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from mllm_protector.evaluation.detection import DETECTOR
+from mllm_protector.evaluation.detector import MeasuredDetector
+from mllm_protector.files import write_text
+from mllm_protector.reporting.columns import Row, decimal_cell
 from mllm_protector.reporting.curves import curves
-from mllm_protector.reporting.layout import (
+from mllm_protector.reporting.html import data_uri, render
+from mllm_protector.reporting.tables import (
     Table,
-    data_uri,
     decimal,
-    render,
+    markdown,
+    print_tables,
     upright,
-    with_interval,
 )
-from mllm_protector.reporting.markdown import tables_in_markdown
-from mllm_protector.reporting.printed import print_tables
+
+log = logging.getLogger(__name__)
 
 TITLE = "How well a harm detector tells harmful answers from harmless ones"
 
-RANKING = {
+BASELINES = {"baseline": "baseline", "in_domain_baseline": "in-domain baseline"}
+NAMES = {
     "auroc": "AUROC",
     "average_precision": "average precision",
     "pairwise_accuracy": "pairs in the right order",
-}
-DECIDING = {
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
+    "auroc_difference": "AUROC, detector minus baseline",
+    "average_precision_difference": "average precision, detector minus baseline",
     "f1": "F1",
-    "false_positive_rate": "false positive rate",
+    "ece": "ECE",
+    "brier": "Brier score",
 }
-COUNTS = {
-    "found": "harmful, flagged",
-    "missed": "harmful, not flagged",
-    "false_alarms": "harmless, flagged",
-    "rejected": "harmless, not flagged",
-}
+"""What people read; other metrics are named as they are."""
 
-BASELINES = {"baseline": "baseline", "in_domain_baseline": "in-domain baseline"}
-"""Their names in ``metrics.json`` and for people."""
-
-MISTAKES = 10
-"""So many of each kind are shown."""
+MISTAKES = 20
+"""The worst mistakes of either kind that are shown."""
 
 LONGEST = 600
-"""Characters of a text on the page."""
+"""Characters of a text that are shown."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What the page shows.
-
-    Attributes:
-        metrics: the content of ``metrics.json``.
-        labels: True for harmful.
-        scores: what scored (``detector``, and its baselines) -> P(harmful) of each answer.
-        uncalibrated: the detector's before calibration: at temperature 1 and offset 0.
-        flagged: what the detector's threshold makes of each answer.
-        texts: query and answer of each; empty to show none.
-    """
-
-    metrics: Mapping[str, Any]
-    labels: Sequence[bool]
-    scores: Mapping[str, Sequence[float]]
-    uncalibrated: Sequence[float]
-    flagged: Sequence[bool]
-    texts: Sequence[tuple[str, str]]
-
-
-def page(measured: Measured) -> str:
-    """The whole page as HTML."""
+def report(measured: MeasuredDetector) -> None:
+    """Write ``report.html`` and ``report.md``, and print the tables."""
     metrics = upright(measured.metrics)
-    marks = {
-        name: (figures["false_positive_rate"], figures["recall"], figures["precision"])
-        for name, figures in {"detector": metrics, **_named(metrics["baselines"])}.items()
-        if figures["precision"] is not None
-    }
+    lines = [headline(metrics), *remarks(metrics), *(f"Note: {note}" for note in metrics["notes"])]
+    shown = tables(metrics)
+    write_text(measured.folder / "report.html", _page(measured, metrics, shown))
+    write_text(measured.folder / "report.md", markdown(TITLE, lines, shown))
+    print_tables(TITLE, lines, shown)
+    log.info("written: %s (metrics.json, scores.jsonl, report.md, report.html)", measured.folder)
+
+
+def value(
+    metrics: Mapping[str, Any], metric: str, arm: str = DETECTOR, group: str | None = None
+) -> Row | None:
+    """The measurement of a metric; ``None`` if there is none."""
+    return next(
+        (
+            row
+            for row in metrics["measurements"]
+            if (row["metric"], row["arm"], row["group"]) == (metric, arm, group)
+        ),
+        None,
+    )
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """The detector's AUROC, and whether it is shown to be above those of the baselines."""
+    verdicts = []
+    for arm, name in BASELINES.items():
+        own, difference = value(metrics, "auroc", arm), value(metrics, "auroc_difference", arm)
+        if own and difference:
+            verdicts.append(f"{_verdict(difference)} the {name}'s {decimal_cell(own)}")
+    own = value(metrics, "auroc")
+    said = "; ".join(verdicts) or "there is no baseline to compare it with"
+    return f"AUROC {decimal_cell(own) if own else '-'}: {said}."
+
+
+def remarks(metrics: Mapping[str, Any]) -> list[str]:
+    """What was measured, with which threshold, and what the baselines are."""
+    lines = [
+        f"{metrics['answers']:,} answers, {metrics['harmful']:,} of them harmful, to {metrics['queries']:,} "
+        f"queries ({metrics['split']} part of: {metrics['data']['account']}).",
+        f"Threshold {metrics['threshold']:.4g} ({metrics['threshold_how'] or 'not known how chosen'}), "
+        f"temperature {metrics['temperature']:.4g}, offset {metrics['offset']:.4g} "
+        f"({metrics['scale_how'] or 'not known how chosen'}).",
+        *(
+            f"{BASELINES[name].capitalize()}: TF-IDF and logistic regression ({found['variant']}), taught on "
+            f"{found['taught_on']}; threshold {found['threshold']}. AUROC by cross-validation there: "
+            f"{', '.join(f'{variant} {auroc:.3f}' for variant, auroc in found['validated'].items())}."
+            for name, found in metrics["baselines"].items()
+        ),
+        "In brackets: the 95 % interval, in which all answers to one query count as one draw.",
+    ]
+    if "in_domain_baseline" in metrics["baselines"]:
+        lines.append(
+            "The in-domain baseline knows the labels of this very set. For a detector that was trained with "
+            "other data it is no rival, but what words alone can tell here."
+        )
+    return lines
+
+
+def tables(metrics: Mapping[str, Any]) -> list[Table]:
+    """Every metric of every arm, then those of each group."""
+    rows = metrics["measurements"]
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    found = [_table("Metrics", [row for row in rows if row["group"] is None])]
+    for group in groups:
+        if group is not None:
+            found.append(_table(f"Group: {group}", [row for row in rows if row["group"] == group]))
+    return found
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    """Metrics down, what scored across."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["metric"], row["arm"]): _cell(row) for row in rows}
+    names = dict.fromkeys(row["metric"] for row in rows)
+    return Table(
+        title=title,
+        header=["metric", *(BASELINES.get(arm, arm) for arm in arms)],
+        rows=[
+            [NAMES.get(name, name.replace("_", " ")), *(cells.get((name, arm), "-") for arm in arms)]
+            for name in names
+        ],
+    )
+
+
+def _cell(row: Row) -> str:
+    if row["metric"] in ("tp", "fp", "fn", "tn"):
+        return f"{row['value']:,}"
+    return decimal_cell(row)
+
+
+def _verdict(difference: Row) -> str:
+    low, high = difference["low"], difference["high"]
+    if low is not None and low > 0:
+        return "better than"
+    return "worse than" if high is not None and high < 0 else "not significantly different from"
+
+
+def _page(measured: MeasuredDetector, metrics: Mapping[str, Any], shown: Sequence[Table]) -> str:
+    arms = {DETECTOR: DETECTOR} | {arm: name for arm, name in BASELINES.items() if arm in measured.scores}
+    marks = {}
+    for arm, name in arms.items():
+        point = [value(metrics, metric, arm) for metric in ("false_positive_rate", "recall", "precision")]
+        values = [row["value"] for row in point if row and row["value"] is not None]
+        if len(values) == len(point):
+            marks[name] = tuple(values)
     plots = curves(
         measured.labels,
-        {"detector": measured.scores["detector"], **_named(measured.scores)},
-        uncalibrated={"detector before calibration": measured.uncalibrated} if _scaled(metrics) else {},
+        {name: measured.scores[arm] for arm, name in arms.items()},
+        uncalibrated=measured.uncalibrated,
         marks=marks,
     )
     return render(
@@ -91,165 +165,21 @@ def page(measured: Measured) -> str:
         remarks=remarks(metrics),
         notes=metrics["notes"],
         plots={title: data_uri(content, "image/svg+xml") for title, content in plots.items()},
-        tables=[*tables(metrics), *_mistakes(measured)],
+        tables=[*shown, *_mistakes(measured)],
         facts=json.dumps(
-            {name: metrics[name] for name in ("detector", "data", "split", "seed", "group_thresholds")},
+            {name: metrics[name] for name in ("detector", "data", "split", "seed")},
             indent=2,
             ensure_ascii=False,
         ),
     )
 
 
-def print_summary(metrics: Mapping[str, Any]) -> None:
-    """The headline, what has to be known to read it, and the tables."""
-    print_tables(TITLE, _lines(metrics), _unfolded(metrics))
-
-
-def document(metrics: Mapping[str, Any]) -> str:
-    """What is printed, in Markdown."""
-    return tables_in_markdown(TITLE, _lines(metrics), _unfolded(metrics))
-
-
-def _lines(metrics: Mapping[str, Any]) -> list[str]:
-    metrics = upright(metrics)
-    return [headline(metrics), *remarks(metrics), *(f"Note: {note}" for note in metrics["notes"])]
-
-
-def _unfolded(metrics: Mapping[str, Any]) -> list[Table]:
-    return [table for table in tables(upright(metrics)) if not table.folded]
-
-
-def headline(metrics: Mapping[str, Any]) -> str:
-    """The detector's AUROC, and whether it is shown to be above those of the baselines."""
-    own = f"AUROC {_bracketed(metrics, 'auroc')}"
-    verdicts = [
-        f"{_verdict(metrics['against'][name]['auroc'])} the {BASELINES[name]}'s {_bracketed(found, 'auroc')}"
-        for name, found in metrics["baselines"].items()
-    ]
-    return f"{own}: {'; '.join(verdicts) or 'there is no baseline to compare it with'}."
-
-
-def _verdict(difference: Mapping[str, float | None]) -> str:
-    low, high = difference["low"], difference["high"]
-    if low is not None and low > 0:
-        return "better than"
-    return "worse than" if high is not None and high < 0 else "not shown to differ from"
-
-
-def remarks(metrics: Mapping[str, Any]) -> list[str]:
-    """On what was measured, with which threshold, and what the baselines are."""
-    lines = [
-        f"{metrics['answers']:,} answers, {metrics['harmful']:,} of them harmful, to {metrics['queries']:,} "
-        f"queries ({metrics['split']} part of: {metrics['data']['account']}).",
-        f"Threshold {metrics['threshold']:.4g} ({metrics['threshold_how'] or 'not known how chosen'}), "
-        f"temperature {metrics['temperature']:.4g}, offset {metrics['offset']:.4g} "
-        f"({metrics['scale_how'] or 'not known how chosen'}).",
-        *(
-            f"{BASELINES[name].capitalize()}: TF-IDF and logistic regression ({found['variant']}), taught on "
-            f"{found['taught_on']}; threshold {found['threshold']}."
-            for name, found in metrics["baselines"].items()
-        ),
-    ]
-    if "in_domain_baseline" in metrics["baselines"]:
-        lines.append(
-            "The in-domain baseline knows the labels of this very set. For a detector that was trained with "
-            "other data it is no rival, but what words alone can tell here."
-        )
-    return lines
-
-
-def _named(by_key: Mapping[str, Any]) -> dict[str, Any]:
-    """The baselines among some values, by the names that people read."""
-    return {shown: by_key[name] for name, shown in BASELINES.items() if name in by_key}
-
-
-def _scaled(metrics: Mapping[str, Any]) -> bool:
-    """Whether calibration changed the scores."""
-    return (metrics["temperature"], metrics["offset"]) != (1.0, 0.0)
-
-
-def tables(metrics: Mapping[str, Any]) -> list[Table]:
-    """The numbers: order, decisions, calibration, groups, and how the baselines were chosen."""
-    return [table for table in _tables(metrics) if table.rows]
-
-
-def _tables(metrics: Mapping[str, Any]) -> Iterator[Table]:
-    baselines, against = _named(metrics["baselines"]), _named(metrics["against"])
-    header = ["", "detector", *baselines]
-    columns = [metrics, *baselines.values()]
-    yield Table(
-        title="Order of the answers",
-        header=[*header, *(f"detector - {name}" for name in against)],
-        rows=[
-            [name, *(_bracketed(column, key) for column in columns)]
-            + [_difference(found.get(key)) for found in against.values()]
-            for key, name in RANKING.items()
-            if metrics[key] is not None
-        ],
-        note="In brackets: the 95 % interval, in which all answers to one query count as one draw. "
-        "AUROC: how often a harmful answer scores above a harmless one.",
-    )
-    yield Table(
-        title="Decisions at the threshold",
-        header=header,
-        rows=[
-            *([name, *(_bracketed(column, key) for column in columns)] for key, name in DECIDING.items()),
-            *([name, *(f"{column[key]:,}" for column in columns)] for key, name in COUNTS.items()),
-        ],
-        note="False positive rate: the share of harmless answers that are flagged.",
-    )
-    before, after = ("_before_calibration", " before calibration"), ("", " after")
-    endings = (before, after) if _scaled(metrics) else (("", ""),)
-    yield Table(
-        title="Calibration, lower is better",
-        header=header,
-        rows=[
-            [f"{name}{when}", decimal(metrics[f"{key}{ending}"], 3)]
-            + ["-" if ending else decimal(found[key], 3) for found in baselines.values()]
-            for key, name in (("ece", "ECE"), ("brier", "Brier score"))
-            for ending, when in endings
-        ],
-        note="ECE: the mean distance between score and share of harmful answers, over 15 bins.",
-    )
-    yield Table(
-        title="By group",
-        header=["group", "answers", "harmful", "AUROC"]
-        + [f"{shown}'s AUROC" for shown in baselines]
-        + ["recall", "false positive rate"],
-        rows=[
-            [
-                row["group"],
-                f"{row['answers']:,}",
-                f"{row['harmful']:,}",
-                decimal(row["auroc"], 3),
-                *(decimal(row[f"{name}_auroc"], 3) for name in metrics["baselines"]),
-                *(
-                    with_interval(row[key], row[f"{key}_low"], row[f"{key}_high"])
-                    for key in ("recall", "false_positive_rate")
-                ),
-            ]
-            for row in metrics["groups"]
-        ],
-        note="Recall and false positive rate in %. No AUROC where all answers of a group have one label.",
-    )
-    yield Table(
-        title="How the baselines were chosen: AUROC on what they are taught on, by cross-validation",
-        header=["variant", "AUROC"],
-        rows=[
-            [f"{shown}: {variant}", decimal(auroc, 3)]
-            for shown, found in baselines.items()
-            for variant, auroc in found["validated"].items()
-        ],
-        folded=True,
-    )
-
-
-def _mistakes(measured: Measured) -> Iterator[Table]:
+def _mistakes(measured: MeasuredDetector) -> Iterator[Table]:
     """The harmless answers with the highest scores, and the harmful ones with the lowest."""
-    scores = measured.scores["detector"]
+    scores = measured.scores[DETECTOR]
     for harmful, title in (
-        (False, "Harmless answers that score highest among the flagged"),
-        (True, "Harmful answers that score lowest among those not flagged: may be harmful to read"),
+        (False, "False positives with the highest scores"),
+        (True, "False negatives with the lowest scores: may be harmful to read"),
     ):
         wrong = [
             place
@@ -272,15 +202,3 @@ def _mistakes(measured: Measured) -> Iterator[Table]:
 
 def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
-
-
-def _bracketed(figures: Mapping[str, Any], key: str) -> str:
-    value, low, high = (decimal(figures[name], 3) for name in (key, f"{key}_low", f"{key}_high"))
-    return value if low == "-" else f"{value} [{low}, {high}]"
-
-
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "-"
-    shown = f"{found['difference']:+.3f}"
-    return shown if found["low"] is None else f"{shown} [{found['low']:+.3f}, {found['high']:+.3f}]"

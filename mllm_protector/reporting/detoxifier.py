@@ -1,34 +1,31 @@
-"""A detoxifier's figures for people: ``rewrites.md`` and a print on the terminal, from ``metrics.json``."""
+"""A detoxifier's metrics for people: ``rewrites.md`` and a print on the terminal, from ``metrics.json``."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from mllm_protector.guard.rewrites import Fault
-from mllm_protector.reporting.layout import Table, decimal, with_interval
-from mllm_protector.reporting.markdown import tables_in_markdown
-from mllm_protector.reporting.printed import print_tables
+from mllm_protector.files import write_text
+from mllm_protector.reporting.columns import Row
+from mllm_protector.reporting.tables import Table, decimal, markdown, print_tables, with_interval
+
+log = logging.getLogger(__name__)
 
 TITLE = "What a detoxifier makes of harmful answers"
 
-SHARES = {
-    "safe": "safe \u2191",
-    "refused": "refusal",
-    "repeated": "repeated \u2193",
-    "canned": "canned \u2193",
-    "copied": "copied \u2193",
-    "faulty": "faulty \u2193",
-    **{f"fault_{kind}": f"fault: {kind}" for kind in Fault},
+NUMBERS = ("on_query", "on_query_control", "on_accepted", "on_accepted_control", "length_ratio", "perplexity")
+"""The metrics that are no shares."""
+
+BETTER = {
+    **dict.fromkeys(("safe", "on_query", "on_accepted"), " \u2191"),
+    **dict.fromkeys(("repeated", "canned", "copied", "faulty", "perplexity"), " \u2193"),
 }
-NUMBERS = {
-    "on_query": "on query \u2191",
-    "on_accepted": "on accepted \u2191",
-    "length_ratio": "length ratio",
-    "perplexity": "perplexity \u2193",
-}
-COURSE = {"retried": "needed a second try", "refused_in_the_end": "ended in the fixed refusal"}
+"""Which way is better, where one is."""
+
+REFERENCES = ("accepted", "rejected")
 
 READING = (
-    "Columns: behind the guard's checks; the first rewrite as it came; two baselines; the pairs' answers.",
+    "Columns: behind the guard's checks; the first rewrite unchecked; two baselines; the pairs' answers.",
     "In %: below the judge's threshold and not empty; a refusal by keywords; repeated in the same words for "
     "another query; canned: both; word 4-grams copied from the harmful answer; faulty by the checks.",
     "On query, on accepted: cosine (TF-IDF) with the query and with the accepted answer; control: with those "
@@ -39,40 +36,31 @@ READING = (
 )
 
 
-def columns(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The arms in the order of the tables, by the heading of their column."""
-    return {
-        "protector": metrics,
-        "bare": metrics["bare"],
-        "baseline: refusal": metrics["baselines"]["refusal"],
-        "baseline: base": metrics["baselines"]["base"],
-        "accepted": metrics["references"]["accepted"],
-        "rejected": metrics["references"]["rejected"],
-    }
+def report(measured: tuple[Mapping[str, Any], Path]) -> None:
+    """Write ``rewrites.md`` and print the same.
+
+    Args:
+        measured: what ``eval_detoxifier`` returns.
+    """
+    metrics, folder = measured
+    lines = [*_remarks(metrics), *READING]
+    circular = metrics["judge"]["circular"]
+    rows = metrics["measurements"]
+    tables = [
+        _table("Rewrites", [row for row in rows if row["arm"] not in REFERENCES], circular),
+        _table("The pairs' own answers", [row for row in rows if row["arm"] in REFERENCES], circular),
+    ]
+    write_text(folder / "rewrites.md", markdown(TITLE, lines, tables))
+    print_tables(TITLE, lines, tables)
+    log.info("written: %s (metrics.json, rewrites.jsonl, rewrites.md)", folder)
 
 
-def print_summary(metrics: Mapping[str, Any]) -> None:
-    """What was measured, and the tables."""
-    print_tables(TITLE, [*remarks(metrics), *READING], _tables(metrics))
-
-
-def markdown(metrics: Mapping[str, Any]) -> str:
-    """What is printed, in Markdown."""
-    return tables_in_markdown(TITLE, [*remarks(metrics), *READING], _tables(metrics))
-
-
-def remarks(metrics: Mapping[str, Any]) -> Sequence[str]:
-    """On what was measured, what the guard's checks did, and what weakens the figures."""
-    course = ", ".join(
-        f"{words} {with_interval(*(metrics[f'{name}{end}'] for end in ('', '_low', '_high')))} %"
-        for name, words in COURSE.items()
-    )
-    rejected = ", ".join(f"{reason} {count:,}" for reason, count in metrics["rejections"].items())
+def _remarks(metrics: Mapping[str, Any]) -> Sequence[str]:
+    """What was measured, who judged, and what weakens the metrics."""
     return [
-        f"{metrics['pairs']:,} harmful answers to {metrics['queries']:,} queries.",
+        f"{metrics['pairs']:,} harmful answers to {metrics['queries']:,} queries; at most"
+        f" {metrics['guard']['max_rewrites']} attempts at each.",
         _judge(metrics["judge"]),
-        f"Behind the guard (at most {metrics['guard']['max_rewrites']} tries): {course}; rejected rewrites: "
-        f"{rejected or 'none'}; guard errors: {metrics['guard_errors']:,}.",
         *(f"Note: {note}" for note in metrics["notes"]),
     ]
 
@@ -84,38 +72,32 @@ def _judge(judge: Mapping[str, Any]) -> str:
     if not judge["circular"]:
         return f"{who}."
     return (
-        f"{who}. Circular: it is the guard's own, which has rejected what it finds harmful, so the share of "
+        f"{who}. Circular: it is the guard's own, which has discarded what it finds harmful, so the share of "
         "safe rewrites behind the guard says nothing; give another judge_detector."
     )
 
 
-def _tables(metrics: Mapping[str, Any]) -> list[Table]:
-    """The rewrites; the pairs' own answers stand in a table of their own."""
-    arms = columns(metrics)
-    own = {name: arms[name] for name in ("accepted", "rejected")}
-    rewritten = {name: arm for name, arm in arms.items() if name not in own}
-    safe = f"{SHARES['safe']} (circular)" if metrics["judge"]["circular"] else SHARES["safe"]
-    names = SHARES | {"safe": safe}
-    return [_table("Rewrites", rewritten, names), _table("The pairs' own answers", own, names)]
+def _table(title: str, rows: Sequence[Row], circular: bool) -> Table:
+    """Metrics down, arms across."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    cells = {(row["metric"], row["arm"]): _cell(row) for row in rows}
+    marks = BETTER | ({"safe": " \u2191 (circular)"} if circular else {})
+    return Table(
+        title=title,
+        header=["metric", *arms],
+        rows=[
+            [name.replace("_", " ") + marks.get(name, ""), *(cells.get((name, arm), "-") for arm in arms)]
+            for name in dict.fromkeys(row["metric"] for row in rows)
+        ],
+    )
 
 
-def _table(title: str, arms: Mapping[str, Mapping[str, Any]], shares: Mapping[str, str]) -> Table:
-    rows = []
-    for key, name in shares.items():
-        rows.append([name, *(with_interval(*_limited(arm, key)) for arm in arms.values())])
-    for key, name in NUMBERS.items():
-        rows.append([name, *(_number(*_limited(arm, key)) for arm in arms.values())])
-        if f"{key}_control" in next(iter(arms.values())):
-            plain = name.removesuffix(" \u2191")
-            rows.append([f"{plain}, control", *(decimal(arm[f"{key}_control"]) for arm in arms.values())])
-    return Table(title=title, header=["", *arms], rows=rows)
-
-
-def _limited(arm: Mapping[str, Any], key: str) -> tuple[float | None, float | None, float | None]:
-    return arm[key], arm[f"{key}_low"], arm[f"{key}_high"]
-
-
-def _number(value: float | None, low: float | None, high: float | None) -> str:
+def _cell(row: Row) -> str:
+    value, low, high = row["value"], row["low"], row["high"]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if row["metric"] not in NUMBERS:
+        return with_interval(value, low, high)
     digits = 0 if value is not None and value >= 100 else 2
     shown = [decimal(each, digits) for each in (value, low, high)]
     return shown[0] if low is None else f"{shown[0]} [{shown[1]}, {shown[2]}]"

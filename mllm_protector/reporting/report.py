@@ -1,105 +1,92 @@
-"""``asr.json``, and the same as files for people: ``asr.md``, ``asr.tex``, ``asr.csv``, ``asr.png``.
+"""The pages of an evaluation: ``asr.md``, ``asr.tex``, ``asr.png``, ``report.html``, and the terminal.
 
-The numbers of a benchmark are made in ``summary``; this only brings benchmarks together and writes.
+All are made from the content of ``asr.json``; only the page also shows single answers and ``run.json``.
 """
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+import logging
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
-from mllm_protector.evaluation.summary import JudgeInfo as JudgeInfo
-from mllm_protector.files import write_bytes, write_json, write_text
-from mllm_protector.records import Status
-from mllm_protector.reporting.chart import chart
-from mllm_protector.reporting.latex import latex
-from mllm_protector.reporting.markdown import markdown
+from mllm_protector.evaluation.result import Evaluation
+from mllm_protector.evaluation.rows import read_rows
+from mllm_protector.files import write_bytes, write_text
+from mllm_protector.reporting import columns, pivots, sentences
+from mllm_protector.reporting.page import page
+from mllm_protector.reporting.plots import asr_plot
+from mllm_protector.reporting.tables import Table, latex, markdown, print_tables, upright
 
-SCHEMA = 1
-"""Of ``asr.json``; grows when a key changes its meaning."""
+log = logging.getLogger(__name__)
 
-CELL_FIELDS = (
-    "benchmark",
-    "scenario",
-    "variant",
-    "arm",
-    "judge",
-    *(str(status) for status in Status),
-    "judged",
-    "unjudged",
-    "asr",
-    "low",
-    "high",
-    "bound_low",
-    "bound_high",
-)
-"""The columns of ``asr.csv``."""
-
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""What makes a spreadsheet run a text, also in full width (OWASP, "CSV injection")."""
+TITLE = "Attack success rate (ASR) in %, lower is better"
 
 
-def assemble(
-    benchmarks: Mapping[str, Mapping[str, Any]],
-    *,
-    mllm: Mapping[str, Any],
-    guard: Mapping[str, Mapping[str, Any]],
-    arms: Sequence[str],
-    judges: Mapping[str, JudgeInfo],
-    notes: Sequence[str],
-) -> dict[str, Any]:
-    """The content of ``asr.json``.
+def report(evaluation: Evaluation | None) -> None:
+    """Write and print everything that people read.
 
     Args:
-        benchmarks: name -> what ``summarise_benchmark`` gave.
-        mllm: what the answers depend on.
-        guard: arm -> ``detector``, ``corrector``, ``threshold``; nothing for the arm without a guard.
-        arms: their names, in the order of the tables.
-        judges: what is known about each, in the order of the tables.
-        notes: sentences that belong above the numbers.
+        evaluation: ``None`` (another process, or a dry run) has nothing to report.
+
+    Raises:
+        RunError: too many answers have no verdict (after everything is written), or the disk is full.
     """
-    return {
-        "schema": SCHEMA,
-        "mllm": dict(mllm),
-        "arms": list(arms),
-        "guard": {arm: dict(facts) for arm, facts in guard.items()},
-        "judges": {
-            name: {
-                "identity": info.identity,
-                "circular": info.circular,
-                "note": info.note,
-                "bias": None if info.bias is None else asdict(info.bias),
-            }
-            for name, info in judges.items()
-        },
-        "notes": list(notes),
-        "benchmarks": {name: dict(entry) for name, entry in benchmarks.items()},
-    }
+    if evaluation is None:
+        return
+    result, folder = evaluation.result, evaluation.folder
+    write_text(folder / "asr.md", as_markdown(result))
+    write_text(folder / "asr.tex", as_latex(result))
+    write_bytes(folder / "asr.png", asr_plot(result))
+    html = page(
+        result,
+        lambda: chain.from_iterable(
+            read_rows(folder / name / "results.jsonl") for name in result["benchmarks"]
+        ),
+        run=evaluation.run,
+        images=evaluation.image,
+        max_rows=evaluation.report_rows,
+    )
+    write_text(folder / "report.html", html)
+    print_report(result)
+    log.info("written: %s (report.html, asr.json, measurements.csv, asr.md, asr.tex, asr.png)", folder)
+    evaluation.require_judged()
 
 
-def write_report(result: Mapping[str, Any], output_dir: Path) -> None:
-    """Write ``asr.json``, ``asr.csv`` (the cells), ``asr.md``, ``asr.tex`` and ``asr.png``."""
-    write_json(output_dir / "asr.json", result)
-    write_text(output_dir / "asr.csv", cells_as_csv(result))
-    write_text(output_dir / "asr.md", markdown(result))
-    write_text(output_dir / "asr.tex", latex(result))
-    write_bytes(output_dir / "asr.png", chart(result))
+def as_markdown(result: Mapping[str, Any]) -> str:
+    """Every table of every benchmark."""
+    result = upright(result)
+    parts = [markdown(TITLE, [*sentences.legend(result), *sentences.judge_lines(result["judges"])], [])]
+    for name in result["benchmarks"]:
+        data = pivots.pivot(result, name)
+        lines = [*sentences.headlines(data), *sentences.benchmark_lines(data, name)]
+        parts.append(markdown(f"Benchmark {name}", lines, pivots.tables(data)))
+    return "\n".join(parts)
 
 
-def cells_as_csv(result: Mapping[str, Any]) -> str:
-    """The cells of all benchmarks as CSV that no spreadsheet runs as formulas."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, CELL_FIELDS)  # lines end as in RFC 4180, or a lone CR would stay unquoted
-    writer.writeheader()
-    for name, entry in result["benchmarks"].items():
-        for cell in entry["cells"]:
-            row = {"benchmark": name, **cell}
-            writer.writerow({field: _harmless(row[field]) for field in CELL_FIELDS})
-    return out.getvalue()
+def as_latex(result: Mapping[str, Any]) -> str:
+    """For each benchmark the headline table, then each judge's scenarios."""
+    result = upright(result)
+    found: list[Table] = []
+    for name in result["benchmarks"]:
+        data = pivots.pivot(result, name)
+        found.append(pivots.headline(data))
+        found += [
+            pivots.by_scenario(data, judge, variant) for judge in data.judges for variant in data.variants
+        ]
+    return latex(sentences.judge_lines(result["judges"]), [each for each in found if each.rows])
 
 
-def _harmless(value: Any) -> Any:
-    formula = isinstance(value, str) and value.startswith(FORMULA_STARTS)
-    return f"'{value}" if formula else value
+def print_report(result: Mapping[str, Any]) -> None:
+    """For each benchmark what fits on a screen or two: headlines, and the first judge's scenarios."""
+    result = upright(result)
+    print_tables(TITLE, [*sentences.legend(result), *sentences.judge_lines(result["judges"])], [])
+    short = [column for column in columns.HEADLINE if column[0] in ("macro", "unjudged", "difference", "p")]
+    for name in result["benchmarks"]:
+        data = pivots.pivot(result, name)
+        scenarios = [
+            pivots.by_scenario(data, judge, variant)
+            for judge in list(data.judges)[:1]
+            for variant in data.variants[:1]
+        ]
+        tables = [pivots.headline(data, short), *scenarios, pivots.harmless(data), pivots.other_metrics(data)]
+        lines = [*sentences.headlines(data), *sentences.benchmark_lines(data, name)]
+        print_tables(f"Benchmark {name}", lines, [table for table in tables if table.rows])

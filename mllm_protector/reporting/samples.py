@@ -1,4 +1,4 @@
-"""The questions that a page shows one by one: which ones, and their pictures made small.
+"""The questions that a page shows one by one: which ones, and their images made small.
 
 A question is shown with all of its arms or not at all, so that they can be compared.
 """
@@ -14,7 +14,7 @@ from PIL import Image
 
 from mllm_protector.errors import InputError
 from mllm_protector.records import BENIGN, JUDGED, Outcome, Status
-from mllm_protector.reporting.layout import data_uri
+from mllm_protector.reporting.html import data_uri
 
 Row = Mapping[str, Any]
 """A line of ``results.jsonl``."""
@@ -22,8 +22,8 @@ Row = Mapping[str, Any]
 Rows = Callable[[], Iterable[Row]]
 """Reads rows, as often as it is called."""
 
-Pictures = Callable[[str, str], Image.Image | None]
-"""(benchmark, question id) -> its picture."""
+Images = Callable[[str, str], Image.Image | None]
+"""(benchmark, question id) -> its image."""
 
 REASONS = (
     "still harmful under a guard",
@@ -34,7 +34,7 @@ REASONS = (
 """Why a question is shown, the most interesting first."""
 
 THUMBNAIL = 160
-"""The longest side of a picture in pixels."""
+"""The longest side of an image in pixels."""
 
 LONGEST_TEXT = 4000
 """Characters of a text that are shown; the rest is counted."""
@@ -67,8 +67,8 @@ class Sample:
         reason: one of ``REASONS``.
         question: clipped.
         raw: the MLLM's answer, clipped; ``None`` if it made none.
-        picture: a small JPEG as a data URI; ``None`` if there is none or another sample shows it.
-        shown_by: the number of the sample that shows the same picture.
+        image: a small JPEG as a data URI; ``None`` if there is none or another sample shows it.
+        shown_by: the number of the sample that shows the same image.
     """
 
     first: Row
@@ -76,18 +76,18 @@ class Sample:
     reason: str
     question: str
     raw: str | None
-    picture: str | None
+    image: str | None
     shown_by: int | None
 
 
-def samples(read: Rows, *, pictures: Pictures, max_rows: int) -> tuple[list[Sample], tuple[int, int]]:
-    """The questions worth looking at, the most interesting first, and spread over scenarios and kinds.
+def samples(read: Rows, *, images: Images, max_rows: int) -> tuple[list[Sample], tuple[int, int]]:
+    """The questions worth looking at, the most interesting first, and spread over scenarios and variants.
 
     The rows are read twice, and of those that are not shown nothing is kept.
 
     Args:
         read: reads the rows in the order of ``results.jsonl``, all arms of a question together.
-        pictures: loads a question's picture.
+        images: loads a question's image.
         max_rows: rows (question and arm) that are shown at most.
 
     Returns:
@@ -108,7 +108,7 @@ def samples(read: Rows, *, pictures: Pictures, max_rows: int) -> tuple[list[Samp
                 chosen[place] = reason
     found = [(chosen[place], arms) for place, arms in enumerate(_questions(read)) if place in chosen]
     found.sort(key=lambda one: one[0])
-    return _with_pictures(found, pictures), (rows, questions)
+    return _with_images(found, images), (rows, questions)
 
 
 def _questions(read: Rows) -> Iterator[list[Row]]:
@@ -127,22 +127,22 @@ def _reason(row: Row) -> int:
 
 
 def _spread(strata: Mapping[Any, Sequence[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-    """All of them: the first of each benchmark, scenario and kind, then the second of each, and so on."""
+    """All of them: the first of each benchmark, scenario and variant, then the second of each, and so on."""
     for turn in range(max(map(len, strata.values()), default=0)):
         for stratum in strata.values():
             if turn < len(stratum):
                 yield stratum[turn]
 
 
-def _with_pictures(chosen: Sequence[tuple[int, list[Row]]], pictures: Pictures) -> list[Sample]:
+def _with_images(chosen: Sequence[tuple[int, list[Row]]], images: Images) -> list[Sample]:
     found: list[Sample] = []
     first_shown: dict[str, int] = {}
     for number, (reason, arms) in enumerate(chosen, start=1):
         first = arms[0]
-        picture, shown_by = None, None
+        image, shown_by = None, None
         if first["image"] is not None:
             shown_by = first_shown.get(first["image"])
-            if shown_by is None and (picture := _thumbnail(pictures, first)):
+            if shown_by is None and (image := _thumbnail(images, first)):
                 first_shown[first["image"]] = number
         found.append(
             Sample(
@@ -151,7 +151,7 @@ def _with_pictures(chosen: Sequence[tuple[int, list[Row]]], pictures: Pictures) 
                 reason=REASONS[reason],
                 question=_clipped(first["question"]),
                 raw=None if first["raw"] is None else _clipped(first["raw"]),
-                picture=picture,
+                image=image,
                 shown_by=shown_by,
             )
         )
@@ -176,15 +176,15 @@ def _clipped(text: str) -> str:
     return f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters in results.jsonl)"
 
 
-def _thumbnail(pictures: Pictures, row: Row) -> str | None:
-    """A small copy; a picture that has gone since the run is left out."""
+def _thumbnail(images: Images, row: Row) -> str | None:
+    """A small copy; an image that has gone since the run is left out."""
     try:
-        picture = pictures(row["benchmark"], row["id"])
+        image = images(row["benchmark"], row["id"])
     except InputError:
         return None
-    if picture is None:
+    if image is None:
         return None
-    small = picture.convert("RGB")
+    small = image.convert("RGB")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     small.save(out, format="JPEG", quality=70, optimize=True)

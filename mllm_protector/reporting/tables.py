@@ -1,126 +1,185 @@
-"""The numbers of ``asr.json`` arranged for tables. Formats nothing and computes nothing."""
+"""Numbers as words, and tables of them for every medium: terminal, Markdown, LaTeX; ``page`` has HTML.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+Every text from outside is escaped. Characters that no page can hold, or that would turn around what follows
+them, are shown as U+FFFD.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_protector.scenarios import HARM, POLICY
+WIDTH = 110
+"""Columns of the terminal print at most; exactly that in a file or a pipe."""
+
+UNSHOWABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+"""Control characters, half surrogate pairs and noncharacters: neither HTML nor SVG takes them."""
+
+TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Characters that change the direction of what follows them."""
+
+MARKUP = re.compile(r"[\\`*|~$]|(?<=\])[(\[:]")
+"""What Markdown reads as formatting, and what makes a link of words in brackets."""
+
+TAG, ENTITY = re.compile("<(?=[A-Za-z/!?])"), re.compile("&(?=#?[0-9A-Za-z]+;)")
 
 GLOSSARY = {
     "none": "no guard",
     "refusal": "detector + fixed refusal",
     "protector": "detector + detoxifier",
-    "IMAGES": "all pictures pooled",
-    "TEXT": "no picture",
-    "SD": "generated picture",
-    "TYPO": "picture of words",
+    "IMAGES": "all images together",
+    "TEXT": "no image",
+    "SD": "generated image",
+    "TYPO": "image of the words",
     "SD_TYPO": "both",
 }
-"""What the usual arms and variants are; others have to speak for themselves."""
-
-Entry = Mapping[str, Any]
-"""A JSON object of ``asr.json``."""
-
-Block = list[list[str]]
-"""Rows of a table that belong together."""
+"""What the usual arms and variants are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """One judge's numbers of one benchmark, by name.
+class Table:
+    """Rows of text below a header; the first column names the row.
 
     Attributes:
-        judge: its name.
-        title: the name, marked if the judge is circular.
-        facts: what stands beside its numbers everywhere.
-        benchmark: the benchmark's entry in ``asr.json``.
-        arms: in the order of the columns.
-        variants: how questions were asked.
-        kinds: the variants, and before them what pools them.
-        blocks: group -> the scenarios that stand above its own row.
-        cells: by variant, scenario and arm.
-        means: by kind, group and arm.
+        title: what it shows.
+        header: the names of the columns.
+        rows: each as long as the header.
+        note: how to read it; empty if that is plain.
+        words: how many columns, from the left, hold words and not numbers.
+        folded: whether a page shows it only after a click.
     """
 
-    judge: str
     title: str
-    facts: Entry
-    benchmark: Entry
-    arms: Sequence[str]
-    variants: Sequence[str]
-    kinds: Sequence[str]
-    blocks: Mapping[str, Sequence[str]]
-    cells: Mapping[tuple[str, str, str], Entry]
-    means: Mapping[tuple[str, str, str], Entry]
-
-    def rows(self, variants: Sequence[str], show: Callable[[Entry], str]) -> list[Block]:
-        """The scenarios of each group and then the group pooled; columns are variants and, inside, arms."""
-        columns = [(variant, arm) for variant in variants for arm in self.arms]
-        return [
-            [
-                *(
-                    [name, *(show(self.cells[kind, name, arm]) for kind, arm in columns)]
-                    for name in scenarios
-                ),
-                [f"{group} pooled", *(show(self.means[kind, group, arm]) for kind, arm in columns)],
-            ]
-            for group, scenarios in self.blocks.items()
-        ]
-
-    def mean_rows(self, kinds: Sequence[str], show: Callable[[Entry], str]) -> list[Block]:
-        """The groups of each kind; columns are arms."""
-        return [
-            [
-                [kind, group, *(show(self.means[kind, group, arm]) for arm in self.arms)]
-                for group in self.blocks
-            ]
-            for kind in kinds
-        ]
-
-    def of_judge(self, name: str, kind: str, group: str) -> list[Entry]:
-        """The judge's entries of one kind and group in a list such as ``paired``."""
-        return [
-            entry
-            for entry in self.benchmark[name]
-            if (entry["judge"], entry["variant"], entry["group"]) == (self.judge, kind, group)
-        ]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    words: int = 1
+    folded: bool = False
 
 
-def views(result: Entry, name: str) -> Iterator[View]:
-    """A benchmark as each judge sees it."""
-    benchmark = result["benchmarks"][name]
-    for judge, facts in result["judges"].items():
-        cells = [cell for cell in benchmark["cells"] if cell["judge"] == judge]
-        means = [mean for mean in benchmark["means"] if mean["judge"] == judge]
-        yield View(
-            judge=judge,
-            title=f"{judge} (circular)" if facts["circular"] else judge,
-            facts=facts,
-            benchmark=benchmark,
-            arms=list(dict.fromkeys(cell["arm"] for cell in cells)),
-            variants=list(dict.fromkeys(cell["variant"] for cell in cells)),
-            kinds=list(dict.fromkeys(mean["variant"] for mean in means)),
-            blocks=shown_groups(benchmark["groups"]),
-            cells={(cell["variant"], cell["scenario"], cell["arm"]): cell for cell in cells},
-            means={(mean["variant"], mean["group"], mean["arm"]): mean for mean in means},
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage with one decimal, without the sign; ``-`` for none."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def with_interval(share: float | None, low: float | None, high: float | None) -> str:
+    """A share and its 95 % interval in percent, such as ``12.5 [10.1, 15.3]``."""
+    return percent(share) if low is None else f"{percent(share)} [{percent(low)}, {percent(high)}]"
+
+
+def points(difference: float | None, low: float | None, high: float | None) -> str:
+    """A difference of shares and its 95 % interval in percentage points, with signs."""
+    if difference is None:
+        return "-"
+    shown = f"{100 * difference:+.1f}"
+    return shown if low is None or high is None else f"{shown} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value, such as ``0.012`` or ``< 0.001``."""
+    if p is None:
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """A number, or ``-`` for none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def in_words(name: str) -> str:
+    """A name with what it stands for, if it is one of the usual ones."""
+    return f"{name} ({GLOSSARY[name]})" if name in GLOSSARY else name
+
+
+def showable(text: str) -> str:
+    """The text with U+FFFD for each character that HTML and SVG cannot hold."""
+    return UNSHOWABLE.sub("\ufffd", text)
+
+
+def upright(value: Any) -> Any:
+    """A JSON value with U+FFFD for characters that would turn around the numbers and words behind a name."""
+    if isinstance(value, Mapping):
+        return {upright(key): upright(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [upright(item) for item in value]
+    return TURNING.sub("\ufffd", value) if isinstance(value, str) else value
+
+
+def markdown_text(text: str) -> str:
+    """A text on one line of Markdown in which nothing is read as markup or HTML."""
+    line = TAG.sub("&lt;", ENTITY.sub("&amp;", " ".join(text.split())))
+    return MARKUP.sub(r"\\\g<0>", line)
+
+
+def markdown(title: str, lines: Sequence[str], tables: Iterable[Table]) -> str:
+    """A title, sentences below it, and tables, each with its note."""
+    parts = [f"# {markdown_text(title)}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
+    for table in tables:
+        parts += [f"## {markdown_text(table.title)}", *([markdown_text(table.note)] if table.note else [])]
+        align = ["left" if place < table.words else "right" for place in range(len(table.header))]
+        frame = _frame(table, markdown_text)
+        parts.append(str(frame.to_markdown(index=False, disable_numparse=True, colalign=align)))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(lines: Sequence[str], tables: Iterable[Table]) -> str:
+    """Tables to paste into a paper; they need the package booktabs and nothing else."""
+    parts = ["\n".join(f"% {_latin(line)}" for line in ("Needs \\usepackage{booktabs}.", *lines))]
+    for table in tables:
+        align = "l" * table.words + "r" * (len(table.header) - table.words)
+        caption = _latin(f"{table.title}. {table.note}".strip())
+        for letter in "\\{}$&#_%~^":  # pandas escapes cells, not captions
+            caption = caption.replace(letter, " " if letter in "\\{}~^" else f"\\{letter}")
+        body = _frame(table, _latin).to_latex(index=False, escape=True, column_format=align, caption=caption)
+        parts.append(
+            body.replace(
+                "\\begin{table}", "\\begin{table*}[t]\n\\footnotesize\\setlength{\\tabcolsep}{3pt}"
+            ).replace("\\end{table}", "\\end{table*}")
         )
+    return "\n\n".join(parts) + "\n"
 
 
-def shown_groups(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The groups worth a mean of their own, each with those of its scenarios that no group before it has."""
-    found: dict[str, list[str]] = {}
-    for group, members in groups.items():
-        own = [name for name in members if not any(name in names for names in found.values())]
-        if own or len(found) > 1:  # "all" after a single group would say the same twice
-            found[group] = own
-    return found
+def print_tables(title: str, lines: Sequence[str], tables: Iterable[Table]) -> None:
+    """Print a title, sentences below it, and tables; what the terminal cannot show becomes ``?``."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+
+    def words(text: str) -> Text:
+        shown = "".join(each if each.isprintable() or each == "\n" else "?" for each in showable(text))
+        return Text(shown.encode(console.encoding, errors="replace").decode(console.encoding))
+
+    console.print(words(f"\n{title}"), style="bold")
+    for line in lines:
+        console.print(words(line))
+    for table in tables:
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        for number, name in enumerate(table.header):
+            grid.add_column(words(name), justify="left" if number < table.words else "right")
+        for row in table.rows:
+            grid.add_row(*map(words, row))
+        console.print(words(f"\n{table.title}"), style="bold")
+        console.print(grid)
 
 
-def harm_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """The groups of scenarios alone that ask for harmful content."""
-    return [group for group, members in groups.items() if members and set(members) <= set(HARM)]
+def _frame(table: Table, escape: Any) -> Any:
+    import pandas as pd
+
+    header, *rows = ([escape(word) for word in row] for row in (table.header, *table.rows))
+    return pd.DataFrame(rows, columns=header, dtype=object)
 
 
-def policy_groups(groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """The groups of scenarios alone in which an ordinary helpful answer counts as harmful."""
-    return [group for group, members in groups.items() if members and set(members) <= set(POLICY)]
+def _latin(text: str) -> str:
+    """A text for LaTeX: plain ASCII on one line, accents dropped, anything else as ``?``.
+
+    At the start of a row brackets and stars would belong to the line break before it.
+    """
+    bare = "".join(each for each in unicodedata.normalize("NFKD", text) if not unicodedata.combining(each))
+    line = " ".join(bare.split())
+    return "".join(each if each.isascii() and each.isprintable() else "?" for each in line).lstrip("[*")

@@ -17,8 +17,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import write_json
 from mllm_protector.models.backbone import pick_device
 from mllm_protector.ranges import Count, Rate, Seed
-from mllm_protector.reporting.layout import Table
-from mllm_protector.reporting.printed import print_tables
+from mllm_protector.reporting.tables import Table, print_tables
 from speed import trl_peers
 from speed.arms import ENTRIES, Arm, Bench, Entry, Settings, Task, choose
 from speed.flops import forward_flops, generation_flops, language_head, score_head, training_flops

@@ -5,9 +5,10 @@ from typing import Any
 
 import pandas as pd
 
-from mllm_protector.evaluation.summary import JudgeInfo, summarise_benchmark
+from mllm_protector.evaluation.grid import Answers, JudgeFacts, make_answers
+from mllm_protector.evaluation.measurements import as_rows
+from mllm_protector.evaluation.summary import measure
 from mllm_protector.records import BENIGN, Status
-from mllm_protector.reporting.report import assemble
 from mllm_protector.scenarios import CRITERIA, Criterion
 
 Row = dict[str, Any]
@@ -31,6 +32,7 @@ def row(base: str, scenario: str, variant: str, arm: str, **given: Any) -> Row:
         "refused": None,
         "score": None,
         "truth": None,
+        "raw_truth": None,
         "human": None,
     }
     columns = {name if name in fields else f"status:{name}": value for name, value in given.items()}
@@ -79,50 +81,65 @@ def frame(table: Iterable[Row]) -> pd.DataFrame:
     return pd.DataFrame(columns).astype({"harm": float, "score": float, "changed": bool, "repeated": bool})
 
 
-def judges_of(table: Iterable[Row]) -> dict[str, JudgeInfo]:
+def judges_of(table: Iterable[Row]) -> dict[str, JudgeFacts]:
     """What is known about the judges that occur: nothing."""
     names = dict.fromkeys(name for each in table for name in each if name.startswith("status:"))
     return {
-        name.removeprefix("status:"): JudgeInfo(identity={"name": name.removeprefix("status:")})
+        name.removeprefix("status:"): JudgeFacts(identity={"name": name.removeprefix("status:")})
         for name in names
     }
 
 
-def summary(
-    table: list[Row],
+class Measured(list[Row]):
+    """The measurements of made-up answers."""
+
+    def all(self, metric: str, **where: Any) -> list[Row]:
+        """Those of a metric, with these fields."""
+        return [
+            each
+            for each in self
+            if each["metric"] == metric and all(each[name] == value for name, value in where.items())
+        ]
+
+    def one(self, metric: str, **where: Any) -> Row:
+        """The only one."""
+        [found] = self.all(metric, **where)
+        return found
+
+    def value(self, metric: str, **where: Any) -> Any:
+        """Its value."""
+        return self.one(metric, **where)["value"]
+
+    def limits(self, metric: str, **where: Any) -> tuple[Any, Any]:
+        """Its interval."""
+        found = self.one(metric, **where)
+        return found["low"], found["high"]
+
+
+def answers_of(
+    table: Sequence[Row],
     *,
     arms: Sequence[str] | None = None,
-    judges: Mapping[str, JudgeInfo] | None = None,
+    judges: Mapping[str, JudgeFacts] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
-    missing: Sequence[str] = (),
-    contamination: Mapping[str, Any] | None = None,
     thresholds: Sequence[float] = (),
-) -> dict[str, Any]:
-    """The entry of a benchmark."""
+) -> Answers:
+    """Rows as the statistics want them."""
     judges = judges_of(table) if judges is None else judges
-    rows_of_judges = frame(table)
+    judged = frame(table)
     for judge in judges:
         for column, nothing in ((f"status:{judge}", None), (f"cut:{judge}", False)):
-            if column not in rows_of_judges:
-                rows_of_judges[column] = nothing
-    return summarise_benchmark(
-        rows_of_judges,
+            if column not in judged:
+                judged[column] = nothing
+    return make_answers(
+        judged,
         arms=arms or list(dict.fromkeys(each["arm"] for each in table)) or ["none"],
         judges=judges,
         groups=groups or {},
-        missing=missing,
-        identity={"name": "made up"},
-        fingerprint="f" * 64,
-        contamination=contamination or {},
         thresholds=thresholds,
     )
 
 
-def report(
-    table: list[Row], *, name: str = "mmsafety", notes: Sequence[str] = (), **given: Any
-) -> dict[str, Any]:
-    """The content of ``asr.json`` with one benchmark."""
-    judges = given.setdefault("judges", judges_of(table))
-    arms = given.setdefault("arms", list(dict.fromkeys(each["arm"] for each in table)) or ["none"])
-    entry = summary(table, **given)
-    return assemble({name: entry}, mllm={"name": "toy"}, guard={}, arms=arms, judges=judges, notes=notes)
+def measured(table: Sequence[Row], **given: Any) -> Measured:
+    """What all statistics say of rows; ``given`` as for ``answers_of``."""
+    return Measured(as_rows(measure("made_up", answers_of(table, **given))))

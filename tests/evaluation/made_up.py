@@ -5,11 +5,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_protector.evaluation.summary import JudgeInfo, summarise_benchmark
+from mllm_protector.evaluation.grid import JudgeFacts
+from mllm_protector.evaluation.measurements import SCHEMA, as_rows
+from mllm_protector.evaluation.summary import measure
 from mllm_protector.records import BENIGN, VARIANTS, Status
-from mllm_protector.reporting.report import assemble
 from mllm_protector.scenarios import GROUPS, SCENARIOS
-from tests.evaluation.builders import frame
+from tests.evaluation.builders import answers_of
 
 RATES = {"none": 0.7, "refusal": 0.04, "protector": 0.1}
 
@@ -23,17 +24,10 @@ RUN: dict[str, Any] = {
     "processes": 1,
     "arguments": {"limit": None},
     "stages": {"answer": {"rows": 100, "new": 40, "seconds": 12.3}},
-    "latency": {
-        "protector": {
-            "n": 20.0,
-            "median_ms": 12.5,
-            "p95_ms": 80.25,
-            "detector_median_ms": 8.0,
-            "detector_p95_ms": 10.0,
-            "corrector_median_ms": 0.0,
-            "corrector_p95_ms": 70.0,
-        }
-    },
+    "measurements": [
+        {"arm": "protector", "metric": "latency_median_ms", "value": 12.5, "n": 20},
+        {"arm": "protector", "metric": "latency_p95_ms", "value": 80.25, "n": 20},
+    ],
     "peak_memory_mib": {"process": 812.3},
 }
 
@@ -104,31 +98,40 @@ def made_up_result(rows: Sequence[Mapping[str, Any]], **given: Any) -> dict[str,
     """``asr.json`` of the rows of one benchmark; ``given`` are other values of its keys."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     names = list(dict.fromkeys(judge for row in rows for judge in row["verdicts"]))
-    judges = {name: JudgeInfo(identity={"name": name}) for name in names}
+    judges = {name: JudgeFacts(identity={"name": name}) for name in names}
     table = [
         row
         | {f"status:{judge}": row["verdicts"].get(judge, {}).get("status") for judge in judges}
         | {f"cut:{judge}": row["verdicts"].get(judge, {}).get("cut", False) for judge in judges}
         for row in map(dict, rows)
     ]
-    entry = summarise_benchmark(
-        frame(table),
-        arms=arms,
-        judges=judges,
-        groups=GROUPS,
-        missing=["01-Illegal_Activitiy/SD/99: no such file"],
-        identity={"name": rows[0]["benchmark"]},
-        fingerprint="f" * 64,
-        contamination={},
-        thresholds=[0.5],
-    )
-    guard = {
-        arm: {"detector": {"weights": "d1"}, "corrector": {"weights": arm}, "threshold": 0.5}
-        for arm in arms
-        if arm != "none"
-    }
-    mllm = {"name": "made-up-mllm", "revision": "1"}
-    result = assemble(
-        {rows[0]["benchmark"]: entry}, mllm=mllm, guard=guard, arms=arms, judges=judges, notes=[]
-    )
-    return result | given
+    answers = answers_of(table, arms=arms, judges=judges, groups=GROUPS, thresholds=[0.5])
+    name = rows[0]["benchmark"]
+    return {
+        "schema": SCHEMA,
+        "mllm": {"name": "made-up-mllm", "revision": "1"},
+        "arms": arms,
+        "guard": {
+            arm: {"detector": {"weights": "d1"}, "corrector": {"weights": arm}, "threshold": 0.5}
+            for arm in arms
+            if arm != "none"
+        },
+        "judges": {
+            judge: {"identity": {"name": judge}, "circular": False, "note": None, "bias": None}
+            for judge in judges
+        },
+        "notes": [],
+        "benchmarks": {
+            name: {
+                "identity": {"name": name},
+                "questions": {
+                    "count": len({row["id"] for row in rows}),
+                    "fingerprint": "f" * 64,
+                    "missing": {"count": 1, "first": ["01-Illegal_Activitiy/SD/99: no such file"]},
+                },
+                "contamination": {},
+                "groups": {group: [*members] for group, members in answers.groups.items()},
+            }
+        },
+        "measurements": as_rows(measure(name, answers)),
+    } | given

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from mllm_protector.data.contamination import check_contamination
-from mllm_protector.evaluation.contamination import seen_in_training
+from mllm_protector.evaluation.contamination import contamination_notes, seen_in_training
 from mllm_protector.records import Question
-from mllm_protector.reporting.sentences import contamination_notes, training_lines
+from mllm_protector.reporting.sentences import training_lines
 
 WORDS = "amber birch cedar dune ember fjord grove heath islet knoll"
 """No question of one letter's words stands in another's."""

@@ -1,14 +1,12 @@
 import numpy as np
 import pytest
 
-from mllm_protector.evaluation.correction import corrected
+from mllm_protector.evaluation.pairing import corrected
 from mllm_protector.records import Confusion
 
 
 def confusion(found: int, missed: int, false_alarms: int, rejected: int) -> Confusion:
-    return Confusion(
-        source="labels", found=found, missed=missed, false_alarms=false_alarms, rejected=rejected
-    )
+    return Confusion(source="labels", tp=found, fn=missed, fp=false_alarms, tn=rejected)
 
 
 def test_correction_takes_out_false_alarms_and_adds_what_was_missed() -> None:
@@ -62,13 +60,13 @@ def test_a_correction_that_says_nothing_is_not_made(share: float, bias: Confusio
 def test_interval_covers_the_truth_with_estimated_errors(
     labels: int, sensitivity: float, specificity: float, total: int, truth: float
 ) -> None:
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     rounds, hits = 3000, 0
     rate = truth * sensitivity + (1 - truth) * (1 - specificity)
     draws = zip(
-        dice.binomial(labels, sensitivity, rounds).tolist(),
-        dice.binomial(labels, specificity, rounds).tolist(),
-        dice.binomial(total, rate, rounds).tolist(),
+        rng.binomial(labels, sensitivity, rounds).tolist(),
+        rng.binomial(labels, specificity, rounds).tolist(),
+        rng.binomial(total, rate, rounds).tolist(),
         strict=True,
     )
     for hit, rejected, harmful in draws:

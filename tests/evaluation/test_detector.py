@@ -25,6 +25,8 @@ from mllm_protector.files import as_row, write_jsonl
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.records import AnswerPair, LabelledAnswer
+from mllm_protector.reporting.detector import report
+from tests.evaluation.builders import Measured
 
 REPOSITORY = Path(__file__).parents[2]
 TEMPERATURE, THRESHOLD = 2.0, 0.4
@@ -113,12 +115,22 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
             "output_dir": str(tmp_path / "out"),
             "seed": 0,
         }
-        return eval_detector(**arguments | given)
+        measured = eval_detector(**arguments | given)
+        report(measured)
+        return measured.metrics
 
     return run
 
 
 Measure = Callable[..., dict[str, Any]]
+
+
+BEFORE = "detector before calibration"
+
+
+def of(metrics: dict[str, Any], arm: str = "detector", group: str | None = None) -> Measured:
+    """The measurements of what scored."""
+    return Measured(row for row in metrics["measurements"] if (row["arm"], row["group"]) == (arm, group))
 
 
 def rows(tmp_path: Path) -> list[dict[str, Any]]:
@@ -131,21 +143,21 @@ def test_the_figures_are_scikit_learns_on_the_written_scores(measure: Measure, t
     labels = [row["harmful"] for row in written]
     assert len(written) == metrics["answers"] == 60
     assert [*metrics["baselines"]] == ["baseline", "in_domain_baseline"]
-    columns = [(metrics, "score"), *((found, name) for name, found in metrics["baselines"].items())]
-    for figures, column in columns:
-        scores = [row[column] for row in written]
-        assert figures["auroc"] == pytest.approx(roc_auc_score(labels, scores))
-        assert figures["average_precision"] == pytest.approx(average_precision_score(labels, scores))
-        assert figures["brier"] == pytest.approx(brier_score_loss(labels, scores))
-        flagged = [score >= figures["threshold"] for score in scores]
-        assert figures["found"] == sum(f and h for f, h in zip(flagged, labels, strict=True))
-        assert figures["false_alarms"] == sum(f and not h for f, h in zip(flagged, labels, strict=True))
+    for arm, column in (("detector", "score"), *((name, name) for name in metrics["baselines"])):
+        found, scores = of(metrics, arm), [row[column] for row in written]
+        assert found.value("auroc") == pytest.approx(roc_auc_score(labels, scores))
+        assert found.value("average_precision") == pytest.approx(average_precision_score(labels, scores))
+        assert found.value("brier") == pytest.approx(brier_score_loss(labels, scores))
+        threshold = metrics["threshold"] if arm == "detector" else metrics["baselines"][arm]["threshold"]
+        flagged = [score >= threshold for score in scores]
+        assert found.value("tp") == sum(f and h for f, h in zip(flagged, labels, strict=True))
+        assert found.value("fp") == sum(f and not h for f, h in zip(flagged, labels, strict=True))
         for name in ("auroc", "average_precision", "f1", "recall", "false_positive_rate", "precision"):
-            low, high = figures[f"{name}_low"], figures[f"{name}_high"]
-            assert low is None or low <= figures[name] <= high
-    for name, found in metrics["baselines"].items():
-        against = metrics["against"][name]["auroc"]
-        assert against["difference"] == pytest.approx(metrics["auroc"] - found["auroc"])
+            low, high = found.limits(name)
+            assert low is None or low <= found.value(name) <= high
+    for name in metrics["baselines"]:
+        difference = of(metrics).value("auroc") - of(metrics, name).value("auroc")
+        assert of(metrics, name).value("auroc_difference") == pytest.approx(difference)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
 
 
@@ -158,12 +170,13 @@ def test_the_ends_of_the_scale(
     measure: Measure, rule: Callable[[str, str], float], auroc: float, in_order: float
 ) -> None:
     metrics = measure(rule)
-    assert metrics["auroc"] == auroc
-    assert metrics["pairwise_accuracy"] == in_order
+    assert of(metrics).value("auroc") == auroc
+    assert of(metrics).value("pairwise_accuracy") == in_order
     # no spread is seen there, and still there is doubt
-    assert metrics["auroc_low"] < 1
-    assert metrics["auroc_high"] > 0
-    assert 0.02 < metrics["auroc_high"] - metrics["auroc_low"] < 0.2
+    low, high = of(metrics).limits("auroc")
+    assert low < 1
+    assert high > 0
+    assert 0.02 < high - low < 0.2
 
 
 def test_a_random_detector_is_at_chance(measure: Measure) -> None:
@@ -172,32 +185,28 @@ def test_a_random_detector_is_at_chance(measure: Measure) -> None:
 
     source = Given(pairs(0, 40), pairs(40, 400))
     metrics = measure(chance, source, guard={"data": own(source)})
-    assert metrics["auroc_low"] < 0.5 < metrics["auroc_high"]
-    assert metrics["auroc_high"] - metrics["auroc_low"] < 0.12
-    assert metrics["against"]["baseline"]["auroc"]["high"] < 0
+    low, high = of(metrics).limits("auroc")
+    assert low < 0.5 < high < low + 0.12
+    assert of(metrics, "baseline").limits("auroc_difference")[1] < 0
 
 
 def test_the_temperature_changes_calibration_and_not_the_order(measure: Measure) -> None:
     one, other = (measure(guard={"temperature": value, "threshold": 0.5}) for value in (1.0, 4.0))
-    assert one["ece"] == one["ece_before_calibration"] == other["ece_before_calibration"] != other["ece"]
-    assert (
-        one["brier"] == one["brier_before_calibration"] == other["brier_before_calibration"] != other["brier"]
-    )
+    for name in ("ece", "brier"):
+        assert of(one).value(name) == of(other, BEFORE).value(name) != of(other).value(name)
     for name in ("auroc", "average_precision", "recall", "precision"):
-        assert one[name] == pytest.approx(other[name])
+        assert of(one).value(name) == pytest.approx(of(other).value(name))
 
 
 def test_an_offset_moves_the_level_and_not_the_order(measure: Measure, tmp_path: Path) -> None:
     one, other = (measure(guard={"offset": value, "threshold": 0.5}) for value in (0.0, 3.0))
-    assert one["ece_before_calibration"] == other["ece_before_calibration"]
+    assert of(one, BEFORE).value("ece") == of(other, BEFORE).value("ece")
     assert (one["offset"], other["offset"]) == (0.0, 3.0)
     assert other["detector"]["offset"] == 3.0
-    assert other["ece"] > one["ece"]
-    assert other["auroc"] == pytest.approx(one["auroc"])
-    assert other["recall"] > one["recall"]
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "ECE before calibration" in page
-    assert "ECE after" in page
+    assert of(other).value("ece") > of(one).value("ece")
+    assert of(other).value("auroc") == pytest.approx(of(one).value("auroc"))
+    assert of(other).value("recall") > of(one).value("recall")
+    assert BEFORE in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_scores_that_were_not_changed_have_one_calibration_error(measure: Measure, tmp_path: Path) -> None:
@@ -221,8 +230,8 @@ def test_on_a_foreign_set_one_baseline_knows_what_the_detector_knew_and_one_the_
         replace(pair, accepted=pair.rejected, rejected=pair.accepted) for pair in FOREIGN.splits.validation
     ]
     metrics = measure(harmful, Given([], turned, "foreign"), baseline_data=TRAINED)
-    assert metrics["baselines"]["baseline"]["auroc"] < 0.2
-    assert metrics["baselines"]["in_domain_baseline"]["auroc"] > 0.8
+    assert of(metrics, "baseline").value("auroc") < 0.2
+    assert of(metrics, "in_domain_baseline").value("auroc") > 0.8
     assert metrics["baselines"]["baseline"]["taught_on"] == "80 answers of training data"
     assert "the measured answers" in metrics["baselines"]["in_domain_baseline"]["taught_on"]
     assert metrics["notes"] == []
@@ -287,13 +296,13 @@ def test_queries_that_the_baseline_has_seen_are_counted(measure: Measure) -> Non
 def test_all_records_are_measured_on_request(measure: Measure) -> None:
     metrics = measure(split="all")
     assert metrics["answers"] == 140
-    assert metrics["baselines"]["in_domain_baseline"]["auroc"] > 0.9
+    assert of(metrics, "in_domain_baseline").value("auroc") > 0.9
 
 
 def test_pairs_of_one_label_are_not_pairs_and_labelled_answers_have_none(measure: Measure) -> None:
     alike = AnswerPair(query="q", accepted="forbidden a", rejected="forbidden b", accepted_harmful=True)
     metrics = measure(harmful, Given(pairs(0, 20), [*pairs(40, 5), alike, *pairs(50, 5)]))
-    assert (metrics["pairs"], metrics["pairwise_accuracy"], metrics["answers"]) == (10, 1.0, 22)
+    assert (metrics["pairs"], of(metrics).value("pairwise_accuracy"), metrics["answers"]) == (10, 1.0, 22)
 
     def singly(start: int) -> list[LabelledAnswer]:
         return [
@@ -302,7 +311,7 @@ def test_pairs_of_one_label_are_not_pairs_and_labelled_answers_have_none(measure
         ]
 
     metrics = measure(harmful, Given(singly(0), singly(20)))
-    assert (metrics["pairs"], metrics["pairwise_accuracy"]) == (0, None)
+    assert (metrics["pairs"], of(metrics).value("pairwise_accuracy")) == (0, None)
 
 
 def test_answers_to_one_query_count_as_one_draw(measure: Measure) -> None:
@@ -311,20 +320,20 @@ def test_answers_to_one_query_count_as_one_draw(measure: Measure) -> None:
     one = measure(data=Given(pairs(0, 40), validation))
     four = measure(data=Given(pairs(0, 40), validation * 4))
     for name in ("auroc", "recall", "false_positive_rate"):
-        width = one[f"{name}_high"] - one[f"{name}_low"]
-        assert four[f"{name}_high"] - four[f"{name}_low"] == pytest.approx(width, rel=0.25)
+        (low, high), (wide_low, wide_high) = of(one).limits(name), of(four).limits(name)
+        assert wide_high - wide_low == pytest.approx(high - low, rel=0.25)
 
 
-def test_groups_have_their_figures(measure: Measure, tmp_path: Path) -> None:
+def test_groups_have_metrics_of_their_own(measure: Measure, tmp_path: Path) -> None:
     path = tmp_path / "groups.jsonl"
     named = [{"query": f"Question {n}", "group": "even" if n % 2 == 0 else "odd"} for n in range(40, 60)]
     write_jsonl(path, named)
     metrics = measure(harmful, group_file=str(path))
-    found = {row["group"]: row for row in metrics["groups"]}
-    assert list(found) == ["(no group)", "even", "odd"]
-    assert [found[name]["answers"] for name in found] == [20, 20, 20]
-    assert (found["even"]["recall"], found["odd"]["recall"]) == (1.0, 1.0)
+    for group in ("(no group)", "even", "odd"):
+        found = of(metrics, group=group)
+        assert (found.one("accuracy")["n"], found.value("recall"), found.value("auroc")) == (20, 1.0, 1.0)
     assert {row["group"] for row in rows(tmp_path)} == {None, "even", "odd"}
+    assert "Group: odd" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_what_the_detector_has_seen_is_said(measure: Measure) -> None:
@@ -384,7 +393,6 @@ def test_every_page_names_both_baselines_and_says_whether_they_are_beaten(
             assert words in page, (name, words)
         assert "floor" not in page, name
     assert pages["report.html"].count("data:image/svg+xml") == 3
-    assert "detector - in-domain baseline" in pages["report.html"]
 
 
 def test_where_no_baseline_can_be_taught_the_detector_is_measured_all_the_same(
@@ -392,11 +400,10 @@ def test_where_no_baseline_can_be_taught_the_detector_is_measured_all_the_same(
 ) -> None:
     one_query = [replace(pair, query="one") for pair in pairs(40, 30)]
     metrics = measure(data=Given(pairs(0, 1), one_query, "other"), baseline_data=Given(pairs(0, 1), []))
-    assert metrics["baselines"] == metrics["against"] == {}
+    assert metrics["baselines"] == {}
     assert [note.partition(":")[0] for note in metrics["notes"]] == ["No baseline", "No in-domain baseline"]
     shown = (tmp_path / "out" / "report.html").read_text()
     assert "no baseline to compare it with" in shown
-    assert "detector - " not in shown
     assert {*rows(tmp_path)[0]} == {"query_sha256", "harmful", "score", "group"}
 
 
@@ -462,12 +469,12 @@ def test_the_script_measures_a_saved_detector(
         cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
-    assert "Order of the answers" in ran.stdout
+    assert "pairs in the right order" in ran.stdout
     assert max(map(len, ran.stdout.splitlines())) <= 200
     written = json.loads((tmp_path / "outputs" / "detector_figures" / "metrics.json").read_text())
     assert written["answers"] == 30
     assert (written["threshold"], written["temperature"]) == (0.4, 1.5)
-    assert written["baselines"]["in_domain_baseline"]["auroc"] == 1.0
+    assert of(written, "in_domain_baseline").value("auroc") == 1.0
 
 
 @pytest.mark.parametrize(

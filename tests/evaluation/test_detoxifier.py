@@ -13,11 +13,13 @@ from mllm_protector.config import CONFIGS, build
 from mllm_protector.data.sources import Toy
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation.detoxifier import eval_detoxifier
+from mllm_protector.evaluation import detoxifier as module
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.records import AnswerPair, LabelledAnswer, corrections
+from mllm_protector.reporting.detoxifier import report
+from tests.evaluation.builders import Measured
 
 LIMIT = 12
 
@@ -53,6 +55,13 @@ def settings(parts: Path, out: Path, **more: Any) -> dict[str, Any]:
     } | more
 
 
+def eval_detoxifier(**given: Any) -> dict[str, Any]:
+    """With its report, as the script does it."""
+    done = module.eval_detoxifier(**given)
+    report(done)
+    return done[0]
+
+
 @pytest.fixture(scope="module")
 def run(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
     """Figures, folder and print of a run."""
@@ -67,23 +76,25 @@ def run(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str
 def test_the_config_has_the_parameters_of_the_function():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("eval_detoxifier")
-    assert set(map(str, cfg)) == set(inspect.signature(eval_detoxifier).parameters)
-    assert build(cfg, eval_detoxifier)["data"] == Toy()
+    assert set(map(str, cfg)) == set(inspect.signature(module.eval_detoxifier).parameters)
+    assert build(cfg, module.eval_detoxifier)["data"] == Toy()
 
 
 def test_all_arms_are_measured_beside_each_other(run: tuple[dict[str, Any], Path, str]):
     metrics, out, _ = run
     assert json.loads((out / "metrics.json").read_text()) == metrics
-    arms = [metrics, metrics["bare"], *metrics["baselines"].values(), *metrics["references"].values()]
-    assert [*metrics["baselines"]] == ["refusal", "base"]
+    found = Measured(metrics["measurements"])
+    arms = ["protector", "unchecked", "refusal", "base", "accepted", "rejected"]
+    assert list(dict.fromkeys(row["arm"] for row in found)) == arms
     for arm in arms:
-        assert arm["pairs"] == LIMIT
-        assert {"safe", "refused", "on_query", "on_query_control", "copied", "perplexity"} <= {*arm}
-        assert arm["safe_low"] <= arm["safe"] <= arm["safe_high"]
-    assert metrics["baselines"]["refusal"]["canned"] == 1
-    assert metrics["references"]["accepted"]["on_accepted"] == pytest.approx(1)
-    assert metrics["references"]["rejected"]["copied"] == 1
-    assert metrics["faulty"] == 0
+        low, high = found.limits("safe", arm=arm)
+        assert (found.one("safe", arm=arm)["n"], low <= found.value("safe", arm=arm) <= high) == (LIMIT, True)
+        for name in ("refused", "on_query", "on_query_control", "copied", "perplexity"):
+            assert len(found.all(name, arm=arm)) == 1, (name, arm)
+    assert found.value("canned", arm="refusal") == 1
+    assert found.value("on_accepted", arm="accepted") == pytest.approx(1)
+    assert found.value("copied", arm="rejected") == 1
+    assert found.value("faulty", arm="protector") == 0
     assert metrics["notes"] == []
 
 
@@ -97,19 +108,20 @@ def test_the_rows_hold_every_text_and_the_pairs_are_held_out(run: tuple[dict[str
         shown = row["arms"]["protector"]["text"]
         assert shown == {"refused": REFUSAL, "rewritten": shown}[row["outcome"]]
         assert row["arms"]["protector"]["fault"] is None
-        assert len(row["rejections"]) == 2 or row["outcome"] == "rewritten"
-        if not row["rejections"]:
-            assert shown == row["arms"]["bare"]["text"]
-    found = sum(len(row["rejections"]) for row in rows)
-    assert sum(metrics["rejections"].values()) == found
-    assert metrics["retried"] == sum(bool(row["rejections"]) for row in rows) / LIMIT
-    assert metrics["refused_in_the_end"] == sum(row["outcome"] == "refused" for row in rows) / LIMIT
+        assert len(row["discarded"]) == 2 or row["outcome"] == "rewritten"
+        if not row["discarded"]:
+            assert shown == row["arms"]["unchecked"]["text"]
+    found = Measured(metrics["measurements"])
+    discarded = sum(row["value"] for row in found if row["metric"].startswith("discarded_"))
+    assert discarded == sum(len(row["discarded"]) for row in rows)
+    assert found.value("retried") == sum(bool(row["discarded"]) for row in rows) / LIMIT
+    assert found.value("refused_in_the_end") == sum(row["outcome"] == "refused" for row in rows) / LIMIT
 
 
 def test_people_get_tables(run: tuple[dict[str, Any], Path, str]):
     _, out, said = run
     text = (out / "rewrites.md").read_text()
-    assert re.search(r"\| +baseline: refusal \| +baseline: base \|", text)
+    assert re.search(r"\| +refusal \| +base \|", text)
     assert "12 harmful answers to 12 queries" in text
     assert "12 harmful answers to 12 queries" in said
 

@@ -16,6 +16,7 @@ from mllm_protector.judges.guard_model import GuardModelJudge
 from mllm_protector.judges.probes import PROBES
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.records import CutText
+from tests.evaluation.builders import Measured
 from tests.evaluation.test_stopping import QUIET, kept, measure, mllm, questions
 from tests.servers import Reply, Request, ScriptedServer, failed, text
 
@@ -142,17 +143,14 @@ def test_texts_that_end_by_length_are_counted_beside_the_rate(
     rows = [json.loads(line) for line in (out / "made_up" / "results.jsonl").open()]
     assert [row["cut"] for row in rows] == [False, True] * 3
     assert [row["verdicts"]["chat"].get("cut", False) for row in rows] == [True, False, False] * 2
-    entry = json.loads((out / "asr.json").read_text())["benchmarks"]["made_up"]
-    assert entry["cut"] == [
-        {"arm": "none", "judge": None, "cut": 3, "total": 6},
-        {"arm": "none", "judge": "chat", "cut": 2, "total": 6},
-    ]
+    cut = Measured(json.loads((out / "asr.json").read_text())["measurements"]).all("cut")
+    assert [(row["judge"], row["value"], row["n"]) for row in cut] == [(None, 3, 6), ("chat", 2, 6)]
     for name, shown in (
         ("terminal", capsys.readouterr().out),
         ("asr.md", (out / "asr.md").read_text()),
         ("report.html", (out / "report.html").read_text()),
     ):
-        for line in ("Answers cut at their longest length: none 3 of 6", "judge chat cut at their longest"):
+        for line in ("3 of 6 answers are cut at their longest", "2 of 6 replies of the judge chat are cut"):
             assert line in shown, (name, line)
 
 
@@ -165,8 +163,8 @@ def test_rows_of_earlier_releases_count_as_not_cut(folder: Path) -> None:
         measure(folder, mllm=lambda: mllm(server))
         assert server.count == paid
     assert kept(folder, "answers") == ANSWERS
-    entry = json.loads((folder / "out" / "asr.json").read_text())["benchmarks"]["made_up"]
-    assert {each["cut"] for each in entry["cut"]} == {0}
+    result = json.loads((folder / "out" / "asr.json").read_text())
+    assert {row["value"] for row in Measured(result["measurements"]).all("cut")} == {0}
 
 
 def test_failed_rows_say_why_and_where_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

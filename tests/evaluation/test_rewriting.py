@@ -10,7 +10,7 @@ import torch
 from mllm_protector.data.tokens import encode_texts
 from mllm_protector.evaluation import fluency
 from mllm_protector.evaluation.fluency import text_losses
-from mllm_protector.evaluation.rewriting import Relevance, Texts, figures
+from mllm_protector.evaluation.rewriting import Relevance, Texts, rewrite_metrics
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.records import Correction
@@ -44,7 +44,17 @@ def measured(
         losses=more.get("losses", np.ones(len(texts))),
         tokens=more.get("tokens", np.ones(len(texts), dtype=np.int64)),
     )
-    return figures(pairs, arm, relevance=Relevance(pairs, clusters), clusters=clusters, threshold=0.5)
+    relevance = Relevance(pairs, clusters)
+    rows = rewrite_metrics(pairs, arm, relevance=relevance, clusters=clusters, threshold=0.5)
+    return {
+        name: value
+        for row in rows
+        for name, value in (
+            (row.metric, row.value),
+            (f"{row.metric}_low", row.low),
+            (f"{row.metric}_high", row.high),
+        )
+    }
 
 
 def test_accepted_answers_are_on_the_question_and_a_fixed_refusal_is_on_none():
@@ -110,7 +120,7 @@ def test_perplexity_is_over_tokens_and_leaves_out_empty_texts():
     assert nothing["perplexity"] is None
 
 
-def test_a_figure_without_spread_has_no_interval():
+def test_a_metric_without_spread_has_no_interval():
     found = measured([each.accepted for each in PAIRS])
     assert (found["copied"], found["copied_low"], found["copied_high"]) == (0, None, None)
     assert found["length_ratio_low"] is None

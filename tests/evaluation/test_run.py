@@ -12,7 +12,7 @@ import pytest
 
 from mllm_protector.data.contamination import check_contamination
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation import stages
+from mllm_protector.evaluation import guards as module
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.judges.keyword import KeywordJudge
@@ -29,7 +29,9 @@ from mllm_protector.records import (
     Status,
     Verdict,
 )
+from mllm_protector.reporting.report import report
 from mllm_protector.scenarios import SCENARIOS
+from tests.evaluation.builders import Measured
 
 HARMFUL = "Sure, do the bad thing."
 REWRITE = "I'm sorry, but I can't help with this."
@@ -151,17 +153,19 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
     scorer = Scorer()
     guard_file = SimpleNamespace(data={"fingerprint": "of an older release"})
     monkeypatch.setattr("mllm_protector.evaluation.run.read_guard_file", lambda folder, kind: guard_file)
-    monkeypatch.setattr(stages, "can_share", lambda detector, detoxifier: False)
+    monkeypatch.setattr(module, "can_share", lambda detector, detoxifier: False)
     monkeypatch.setattr("mllm_protector.evaluation.run.require_bases", lambda base, *parts: None)
-    monkeypatch.setattr(stages, "load_detector", lambda folder, base: scorer)
-    monkeypatch.setattr(stages, "load_detoxifier", lambda folder, base, max_new_tokens: Rewriter())
+    monkeypatch.setattr(module, "load_detector", lambda folder, base: scorer)
+    monkeypatch.setattr(module, "load_detoxifier", lambda folder, base, max_new_tokens: Rewriter())
     return scorer
 
 
 @pytest.fixture
 def run(scorer: Scorer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def run(**changes: Any) -> dict[str, Any]:
-        return evaluate(
+    """An evaluation with its reports; gives the content of ``asr.json``."""
+
+    def run(**changes: Any) -> Any:
+        done = evaluate(
             **{
                 "benchmarks": {"made_up": Questions()},
                 "mllm": Model,
@@ -184,6 +188,8 @@ def run(scorer: Scorer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
             }
             | changes
         )
+        report(done)
+        return done and done.result
 
     return run
 
@@ -192,12 +198,16 @@ def results(folder: Path, benchmark: str = "made_up") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / benchmark / "results.jsonl").open()]
 
 
+def measurements(result: dict[str, Any], **where: Any) -> Measured:
+    rows = result["measurements"]
+    return Measured(row for row in rows if all(row[name] == value for name, value in where.items()))
+
+
 def cells(result: dict[str, Any], arm: str, judge: str = "keyword") -> list[tuple[int, int]]:
-    return [
-        (cell["harmful"], cell["judged"])
-        for cell in result["benchmarks"]["made_up"]["cells"]
-        if (cell["arm"], cell["judge"]) == (arm, judge)
-    ]
+    """(harmful, judged) of each scenario."""
+    found = measurements(result, benchmark="made_up", arm=arm, judge=judge, variant="TEXT").all("asr")
+    rates = [row for row in found if row["group"] in SCENARIOS]
+    return [(round(row["value"] * row["n"]), row["n"]) for row in rates]
 
 
 def test_every_arm_guards_the_same_answers(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -210,26 +220,23 @@ def test_every_arm_guards_the_same_answers(run: Callable[..., dict[str, Any]], t
     assert {row["final"] for row in rows if row["arm"] == "refusal" and row["outcome"] == "refused"} == {
         REFUSAL
     }
-    assert result["benchmarks"]["made_up"]["outcomes"]["protector"] == {
-        "allowed": 10,
-        "rewritten": 6,
-        "refused": 1,
-        "too_long": 0,
-        "guard_error": 0,
-    }
+    found = measurements(result, arm="protector")
+    assert [found.value(f"outcome_{name}") for name in ("allowed", "rewritten", "refused")] == [10, 6, 1]
 
 
 def test_everything_that_is_promised_is_written(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     result = run(latency_rows=3)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir() if path.is_file()} == {
-        *(f"asr.{ending}" for ending in ("json", "csv", "md", "tex", "png")),
+        *(f"asr.{ending}" for ending in ("json", "md", "tex", "png")),
+        "measurements.csv",
         "report.html",
         "run.json",
     }
     assert json.loads((out / "asr.json").read_text()) == result
     manifest = json.loads((out / "run.json").read_text())
-    assert manifest["latency"]["protector"]["n"] == 3
+    latency = Measured(manifest["measurements"]).one("latency_median_ms", arm="protector")
+    assert (latency["n"], latency["value"] > 0) == (3, True)
     assert manifest["stages"]["answers"]["new"] == len(QUESTIONS) + len(HARMLESS)
 
 
@@ -237,13 +244,10 @@ def test_harmless_answers_are_not_judged_but_compared_and_scored(
     run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     result = run()
-    made_up = result["benchmarks"]["made_up"]
-    assert {cell["scenario"] for cell in made_up["cells"]} == set(SCENARIOS[:3])
-    assert [(row["arm"], row["changed"], row["total"], row["lost"]) for row in made_up["benign"]] == [
-        ("none", 0, 5, 0),
-        ("refusal", 1, 5, 1),
-        ("protector", 1, 5, 1),
-    ]
+    assert {row["group"] for row in measurements(result).all("asr")} == {*SCENARIOS[:3], "first", "all"}
+    for arm, count in (("none", 0), ("refusal", 1), ("protector", 1)):
+        found = measurements(result, arm=arm)
+        assert [found.value(name) for name in ("changed", "lost")] == [count / 5] * 2, arm
     benign = [row for row in results(tmp_path / "out") if row["scenario"] == BENIGN]
     assert all(row["verdicts"] == {} for row in benign)
     assert sum(row["refused"] for row in benign) == 2
@@ -253,13 +257,12 @@ def test_the_benchmark_s_own_metrics_stand_in_every_file(
     run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(repeats=2)
-    expected = {"none": 5, "refusal": 4, "protector": 4}
-    assert result["benchmarks"]["made_up"]["own_metrics"] == {
-        arm: {"recipes": count, "none": None} for arm, count in expected.items()
-    }
-    assert "own metrics, refusal: recipes 4.000, none -" in " ".join(capsys.readouterr().out.split())
-    for name in ("report.html", "asr.md"):
-        assert "the benchmark's own metrics" in html.unescape((tmp_path / "out" / name).read_text()), name
+    for arm, count in {"none": 5, "refusal": 4, "protector": 4}.items():
+        found = measurements(result, arm=arm)
+        assert (found.value("own_recipes"), found.value("own_none")) == (count, None)
+    assert "own_recipes" in capsys.readouterr().out
+    for name in ("report.html", "measurements.csv"):
+        assert "own_recipes" in (tmp_path / "out" / name).read_text(), name
 
 
 def test_a_second_arm_scores_only_its_rewrites(run: Callable[..., dict[str, Any]], scorer: Scorer) -> None:
@@ -286,7 +289,7 @@ def test_a_larger_selection_extends_the_same_folder(run: Callable[..., dict[str,
     model = Model()
     result = run(mllm=lambda: model)
     assert set(model.asked) == {each.id for each in [*QUESTIONS[4:], *HARMLESS]}
-    assert len(result["benchmarks"]["made_up"]["cells"]) == 9
+    assert len(cells(result, "none")) == 3
 
 
 def test_another_guard_uses_the_answers_again_and_another_model_does_not(
@@ -305,12 +308,13 @@ def test_two_benchmarks_are_measured_together_and_kept_apart(
     run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     model = Model()
-    alone = run()["benchmarks"]["made_up"]
+    alone = run()
     both = run(
         mllm=lambda: model,
         benchmarks={"made_up": Questions(), "small": Questions(questions=QUESTIONS[:4])},
     )
-    assert both["benchmarks"]["made_up"] == alone
+    assert both["benchmarks"]["made_up"] == alone["benchmarks"]["made_up"]
+    assert measurements(both, benchmark="made_up") == measurements(alone)
     assert [*both["benchmarks"]] == ["made_up", "small"]
     assert model.asked == []  # the same words and no picture: the same answers
     assert len(results(tmp_path / "out", "small")) == 12
@@ -348,9 +352,6 @@ def test_repeats_are_answered_each_and_share_a_cluster(
 def test_the_guards_own_detector_as_judge_is_called_circular(
     run: Callable[..., dict[str, Any]], scorer: Scorer
 ) -> None:
-    class Own(DetectorJudge):
-        pass
-
     judges = {
         "own": lambda: DetectorJudge(scorer, 0.5),
         "other": lambda: DetectorJudge(Scorer(weights="w2"), 0.5),
@@ -363,8 +364,9 @@ def test_the_guards_own_detector_as_judge_is_called_circular(
 
 
 def test_a_judge_is_checked_against_the_truth_where_it_is_known(run: Callable[..., dict[str, Any]]) -> None:
-    reference = run()["benchmarks"]["made_up"]["reference"]["keyword"]
-    assert (reference["kind"], reference["right"], reference["total"]) == ("truth", 24, 24)  # each text once
+    accuracy = measurements(run()).one("accuracy", judge="keyword")
+    assert (accuracy["value"], accuracy["n"]) == (1.0, 24)  # each text once
+    assert accuracy["method"] == "what is known of these answers by construction"
 
 
 def test_peoples_labels_are_used_and_strange_ones_refused(
@@ -373,8 +375,8 @@ def test_peoples_labels_are_used_and_strange_ones_refused(
     labels = tmp_path / "labels.jsonl"
     rows = [{"id": each.id, "harmful": int(each.id[-1]) < 3} for each in QUESTIONS]
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reference = run(human_labels=str(labels))["benchmarks"]["made_up"]["reference"]["keyword"]
-    assert (reference["kind"], reference["total"], reference["missed"]) == ("human", 12, 3)
+    missed = measurements(run(human_labels=str(labels))).one("fn", judge="keyword")
+    assert (missed["value"], missed["n"], missed["method"]) == (3, 12, "people's labels of this run")
     labels.write_text('{"id": "nobody asked", "harmful": true}\n')
     with pytest.raises(InputError, match=r"labels\.jsonl:1: this run has no question 'nobody asked'"):
         run(human_labels=str(labels))
@@ -426,9 +428,9 @@ def test_what_could_not_be_judged_is_counted_named_and_tried_again(
     ):
         run(judges={"strict": lambda: troubled}, max_unjudged=0.4)
     asr = json.loads((tmp_path / "out/asr.json").read_text())
-    cell = asr["benchmarks"]["made_up"]["cells"][0]
-    assert (cell["harmful"], cell["safe"], cell["unparseable"]) == (0, 2, 2)
-    assert (cell["bound_low"], cell["bound_high"]) == (0.0, 0.5)
+    found = measurements(asr, group=SCENARIOS[0], arm="none", variant="TEXT")
+    assert (found.all("harmful"), found.value("safe"), found.value("unparseable")) == ([], 2, 2)
+    assert found.limits("asr_bounds") == (0.0, 0.5)
     mended = Strict()
     result = run(judges={"strict": lambda: mended})
     assert {*mended.seen} == {HARMFUL}
@@ -447,8 +449,8 @@ def test_an_answer_that_was_never_made_has_a_state_of_its_own_and_is_asked_again
             ]
 
     result = run(mllm=Broken, max_unjudged=1.0)
-    cell = result["benchmarks"]["made_up"]["cells"][0]
-    assert (cell["generation_error"], cell["judged"]) == (1, 3)
+    found = measurements(result, group=SCENARIOS[0], arm="none", variant="TEXT")
+    assert (found.value("generation_error"), found.one("asr")["n"]) == (1, 3)
     [row, *_] = results(tmp_path / "out")
     assert (row["raw"], row["final"], row["generation_error"]) == (None, None, "a broken picture")
     whole = Model()
@@ -481,9 +483,8 @@ def test_a_guard_that_fails_leaves_no_verdict_and_shows_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(scorer, "score", fail)
         result = run(max_unjudged=1.0)
-    assert {
-        cell["guard_error"] for cell in result["benchmarks"]["made_up"]["cells"] if cell["arm"] != "none"
-    } == {4}
+    errors = [row for row in measurements(result).all("guard_error") if row["group"] in SCENARIOS]
+    assert [row["value"] for row in errors] == [4] * 6
     assert {row["final"] for row in results(tmp_path / "out") if row["arm"] == "protector"} == {REFUSAL}
     assert cells(run(), "protector") == [(0, 4)] * 3
 

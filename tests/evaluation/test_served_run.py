@@ -22,6 +22,8 @@ from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.served import ServedMLLM
 from mllm_protector.rendering import RenderedText
+from mllm_protector.reporting.report import report
+from tests.evaluation.builders import Measured
 from tests.models.builders import save_tiny_classifier_base, save_tiny_llava_for_tests
 from tests.real_server import RealServer, real_server
 from tests.servers import Request, ScriptedServer, failed, text, too_many
@@ -87,7 +89,9 @@ def measure(home: Path, output_dir: Path, **changes: Any) -> dict[str, Any] | No
         "dry_run": False,
         "output_dir": str(output_dir),
     }
-    return evaluate(**arguments | changes)
+    done = evaluate(**arguments | changes)
+    report(done)
+    return done and done.result
 
 
 def rows(output_dir: Path) -> list[dict[str, Any]]:
@@ -168,8 +172,8 @@ def test_faults_of_a_server_are_retried_or_counted_and_mended_by_the_next_run(
         }
         result = measure(home, tmp_path, **changes)
         assert result is not None
-        cells = result["benchmarks"]["made_up"]["cells"]
-        counts = {name: sum(cell[name] for cell in cells) for name in ("harmful", "safe", "generation_error")}
+        found = Measured(row for row in result["measurements"] if row["group"] == "all")
+        counts = {name: found.value(name) for name in ("harmful", "safe", "generation_error")}
         # harmful: 1 and 10 to 19; number 3 got no answer
         assert counts == {"harmful": 11, "safe": 12, "generation_error": 1}
         paid = server.count

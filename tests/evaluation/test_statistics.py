@@ -17,6 +17,7 @@ from mllm_protector.evaluation.statistics import (
     proportion,
     share_limits,
 )
+from mllm_protector.records import Confusion
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 97), (97, 97), (1, 40), (81, 97), (1, 1)])
@@ -173,7 +174,7 @@ def test_clustered_interval_covers_the_truth_where_the_plain_one_does_not(
 
 
 def test_agreement_counts_what_is_right_and_what_chance_would_give() -> None:
-    found = agreement(found=20, missed=10, false_alarms=5, rejected=15)
+    found = agreement(Confusion(tp=20, fn=10, fp=5, tn=15))
     assert (found.right.count, found.right.total) == (35, 50)
     assert found.kappa == pytest.approx(0.4)  # (0.7 - 0.5) / (1 - 0.5)
     answers = [1] * 20 + [0] * 10 + [1] * 5 + [0] * 15
@@ -182,12 +183,12 @@ def test_agreement_counts_what_is_right_and_what_chance_would_give() -> None:
 
 
 def test_kappa_is_zero_for_a_judge_that_always_says_the_same() -> None:
-    assert agreement(found=2, missed=0, false_alarms=2, rejected=0).kappa == pytest.approx(0.0)
+    assert agreement(Confusion(tp=2, fn=0, fp=2, tn=0)).kappa == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(("found", "rejected"), [(2, 0), (0, 1), (0, 0)])
 def test_kappa_is_unknown_where_only_one_label_occurs(found: int, rejected: int) -> None:
-    assert agreement(found=found, missed=0, false_alarms=0, rejected=rejected).kappa is None
+    assert agreement(Confusion(tp=found, fn=0, fp=0, tn=rejected)).kappa is None
 
 
 def test_kappa_of_many_judges_is_fleiss() -> None:

@@ -19,6 +19,7 @@ from mllm_protector.judges.guard_model import GuardModelJudge
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.served import ServedMLLM
+from mllm_protector.reporting.report import report
 from tests.generation.scripted import generate, scenario_file, well
 from tests.servers import Reply, Request, ScriptedServer, silent
 
@@ -55,7 +56,7 @@ def measure(folder: Path, **changes: Any) -> None:
         "dry_run": False,
         "output_dir": str(folder / "out"),
     }
-    evaluate(**arguments | changes)
+    report(evaluate(**arguments | changes))
 
 
 def kept(folder: Path, stage: str) -> int:

@@ -39,7 +39,6 @@ def filled(
         Store(folder, process),
         [(KEYS[item], item) for item in items],
         work,
-        total=len(items),
         batch_size=batch_size,
         title="answers",
     )
@@ -309,7 +308,6 @@ def test_failures_that_all_differ_do_not_fill_the_log(folder: Path, caplog: pyte
         Store(folder),
         wanted,
         lambda items: [{FAILED: f"reason {item}"} for item in items],
-        total=8,
         batch_size=3,
         title="answers",
     )
@@ -338,7 +336,7 @@ store = Store(Path(sys.argv[1]))
 os.write = slow_write
 print("ready", flush=True)
 items = [f"{number:05}" for number in range(200)]
-fill(store, [(content_key(item), item) for item in items], work, total=200, batch_size=4, title="answers")
+fill(store, [(content_key(item), item) for item in items], work, batch_size=4, title="answers")
 """
 
 

@@ -168,7 +168,7 @@ def xstest_rows(models: Sequence[str]) -> list[dict[str, str]]:
 
 
 def counts(rows: Sequence[dict[str, str]]) -> tuple[int, int, int, int]:
-    """Found, missed, false alarms, rejected on the answers to unsafe prompts."""
+    """``tp fn fp tn`` on the answers to unsafe prompts."""
     both = Counter(
         (row["final_label"] == "1_full_compliance", keyword_verdict(row["completion"]).unsafe)
         for row in rows
@@ -181,10 +181,10 @@ def test_the_stated_bias_is_true() -> None:
     bias = KeywordJudge().bias()
     assert bias == KEYWORD_BIAS
     assert counts(xstest_rows(HELD_OUT)) == (
-        KEYWORD_BIAS.found,
-        KEYWORD_BIAS.missed,
-        KEYWORD_BIAS.false_alarms,
-        KEYWORD_BIAS.rejected,
+        KEYWORD_BIAS.tp,
+        KEYWORD_BIAS.fn,
+        KEYWORD_BIAS.fp,
+        KEYWORD_BIAS.tn,
     )
     assert KEYWORD_BIAS.total == 432
 
@@ -202,10 +202,9 @@ def test_the_stated_bias_is_true() -> None:
 def test_the_judge_overstates_the_attack_success_rate_by_as_much_as_is_known(
     model: str, human: int, ours: int
 ) -> None:
-    found, missed, false_alarms, rejected = counts(xstest_rows([model]))
-    total = found + missed + false_alarms + rejected
-    assert total == 144
-    assert (found + missed, found + false_alarms) == (human, ours)
+    tp, fn, fp, tn = counts(xstest_rows([model]))
+    assert tp + fn + fp + tn == 144
+    assert (tp + fn, tp + fp) == (human, ours)
 
 
 @pytest.mark.parametrize("models", [ALL, HELD_OUT])

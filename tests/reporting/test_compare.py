@@ -10,10 +10,11 @@ import pytest
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, write_json, write_jsonl
 from mllm_protector.reporting.compare import compare
+from tests.evaluation.builders import Measured
 from tests.evaluation.made_up import made_up_result, made_up_rows
 
 SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech", "10-Legal_Opinion")
-REPOSITORY = Path(__file__).parents[3]
+REPOSITORY = Path(__file__).parents[2]
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -41,20 +42,17 @@ def better(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run(tmp_path_factory.mktemp("runs") / "better", rates={"none": 0.7, "protector": 0.05})
 
 
-def pairs(content: dict[str, Any], arm: str, group: str = "all") -> list[dict[str, Any]]:
-    return [
-        pair
-        for pair in content["benchmarks"]["mmsafety"]["paired"]
-        if (pair["arm"], pair["group"], pair["judge"]) == (arm, group, "keyword")
-    ]
+def found(content: dict[str, Any], metric: str, arm: str, group: str = "all") -> Any:
+    """The measurement of a metric by the keyword judge."""
+    rows = Measured(content["measurements"])
+    return rows.one(metric, arm=arm, group=group, judge="keyword")
 
 
 def test_a_good_pair_is_compared(first: str, better: str, tmp_path: Path, capsys: Any) -> None:
     content = compare([first, better], str(tmp_path))
     assert json.loads((tmp_path / "compare.json").read_text()) == content
     assert [each["name"] for each in content["runs"]] == ["first", "better"]
-    means = content["benchmarks"]["mmsafety"]["means"]
-    assert {mean["run"] for mean in means} == {"first", "better"}
+    assert {row["run"] for row in content["measurements"]} == {"first", "better"}
     printed = capsys.readouterr().out
     for text in (printed, (tmp_path / "compare.md").read_text(), (tmp_path / "compare.html").read_text()):
         assert "better" in text
@@ -65,17 +63,13 @@ def test_a_good_pair_is_compared(first: str, better: str, tmp_path: Path, capsys
 
 def test_the_guards_are_compared_on_the_same_answers(first: str, better: str, tmp_path: Path) -> None:
     content = compare([first, better], str(tmp_path))
-    [guarded] = pairs(content, "protector")
-    assert guarded["run"] == "better"
-    assert guarded["against"] == "first"
-    assert guarded["same_answers"]
-    assert guarded["pairs"] == 3 * 3 * 8
-    assert guarded["only_after"] == 0
-    assert guarded["difference"] == -guarded["only_before"] / guarded["pairs"] < -0.1
-    assert guarded["low"] <= guarded["difference"] <= guarded["high"] < 0
-    assert guarded["p"] < 0.05
-    [bare] = pairs(content, "none")
-    assert (bare["difference"], bare["p"]) == (0.0, 1.0)
+    guarded = found(content, "run_difference", "protector")
+    assert (guarded["run"], guarded["n"]) == ("better", 3 * 3 * 8)
+    assert guarded["low"] <= guarded["value"] <= guarded["high"] < 0
+    assert found(content, "run_difference_p", "protector")["value"] < 0.05
+    assert found(content, "same_answers", "protector")["value"] == 1.0
+    assert found(content, "run_difference", "none")["value"] == 0.0
+    assert found(content, "run_difference_p", "none")["value"] == 1.0
 
 
 def test_other_answers_to_the_same_questions_are_said_to_be_others(first: str, tmp_path: Path) -> None:
@@ -83,16 +77,15 @@ def test_other_answers_to_the_same_questions_are_said_to_be_others(first: str, t
     path = tmp_path / "other" / "mmsafety" / "results.jsonl"
     rows = [json.loads(line) | {"raw": "another answer"} for line in path.read_text().splitlines()]
     write_jsonl(path, rows)
-    [pair] = pairs(compare([first, other], str(tmp_path / "out")), "none")
-    assert not pair["same_answers"]
-    assert pair["only_before"]
-    assert pair["only_after"]
+    content = compare([first, other], str(tmp_path / "out"))
+    assert found(content, "same_answers", "none")["value"] == 0.0
 
 
 def test_without_the_rows_there_are_no_paired_differences(first: str, tmp_path: Path) -> None:
     other = run(tmp_path / "other")
     (tmp_path / "other" / "mmsafety" / "results.jsonl").unlink()
-    assert compare([first, other], str(tmp_path / "out"))["benchmarks"]["mmsafety"]["paired"] == []
+    content = compare([first, other], str(tmp_path / "out"))
+    assert "run_difference" not in {row["metric"] for row in content["measurements"]}
 
 
 def test_unjudged_answers_are_in_no_pair(first: str, tmp_path: Path) -> None:
@@ -102,8 +95,8 @@ def test_unjudged_answers_are_in_no_pair(first: str, tmp_path: Path) -> None:
     changed = next(row for row in rows if row["variant"] == "SD" and row["arm"] == "none")
     changed["verdicts"]["keyword"]["status"] = "judge_error"
     write_jsonl(path, rows)
-    [pair] = pairs(compare([first, other], str(tmp_path / "out")), "none")
-    assert pair["pairs"] == 3 * 3 * 8 - 1
+    content = compare([first, other], str(tmp_path / "out"))
+    assert found(content, "run_difference", "none")["n"] == 3 * 3 * 8 - 1
 
 
 def test_a_circular_judge_is_marked(first: str, tmp_path: Path) -> None:
@@ -116,7 +109,7 @@ def test_a_circular_judge_is_marked(first: str, tmp_path: Path) -> None:
 MISMATCHES: dict[str, tuple[Change, Sequence[str]]] = {
     "judge": (
         lambda result: result["judges"]["chat"]["identity"].update(temperature=1),
-        ["judge chat is another", "temperature", "judges=[...]"],
+        ["judge chat differs", "temperature", "judges=[...]"],
     ),
     "questions": (
         lambda result: result["benchmarks"]["mmsafety"]["questions"].update(fingerprint="0" * 64, count=7),
@@ -124,10 +117,13 @@ MISMATCHES: dict[str, tuple[Change, Sequence[str]]] = {
     ),
     "benchmark": (
         lambda result: result["benchmarks"]["mmsafety"]["identity"].update(revision="2"),
-        ["benchmark mmsafety is another", "revision"],
+        ["benchmark mmsafety differs", "revision"],
     ),
-    "schema": (lambda result: result.update(schema=2), ["asr.json: schema 2, not 1"]),
-    "no schema": (lambda result: result.pop("schema"), ["asr.json: schema None, not 1"]),
+    "schema": (
+        lambda result: result.update(schema=1),
+        ["asr.json: schema 1, not 2; run the evaluation there again"],
+    ),
+    "no schema": (lambda result: result.pop("schema"), ["asr.json: schema None, not 2"]),
     "no judge": (
         lambda result: result.update(judges={"x": result["judges"]["chat"]}),
         ["no judge is in all of them"],
@@ -139,17 +135,16 @@ MISMATCHES: dict[str, tuple[Change, Sequence[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", MISMATCHES)
-def test_what_was_not_measured_alike_is_refused(name: str, first: str, tmp_path: Path) -> None:
-    change, words = MISMATCHES[name]
-    other = run(tmp_path / "other", change)
-    with pytest.raises(InputError) as error:
-        compare([first, other], str(tmp_path / "out"))
-    message = str(error.value)
-    assert "\n" not in message
-    for word in (*words, first if name.startswith("no ") and "schema" not in name else other):
-        assert word in message
-    assert not (tmp_path / "out").exists()
+def test_what_was_not_measured_alike_is_refused(first: str, tmp_path: Path) -> None:
+    for name, (change, words) in MISMATCHES.items():
+        other = run(tmp_path / name, change)
+        with pytest.raises(InputError) as error:
+            compare([first, other], str(tmp_path / "out"))
+        message = str(error.value)
+        assert "\n" not in message, name
+        for word in (*words, first if name.startswith("no ") and "schema" not in name else other):
+            assert word in message, name
+        assert not (tmp_path / "out").exists(), name
 
 
 def test_judges_that_agree_can_be_chosen(first: str, tmp_path: Path) -> None:
@@ -172,8 +167,8 @@ def test_an_edited_result_is_refused_by_its_file(first: str, tmp_path: Path) -> 
 
 def test_half_a_result_is_refused_by_its_file(first: str, tmp_path: Path) -> None:
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "asr.json").write_text('{"schema": 1}')
-    with pytest.raises(InputError, match=r"half/asr\.json: has no mllm; run eval_mmsafety\.py there again"):
+    (tmp_path / "half" / "asr.json").write_text('{"schema": 2}')
+    with pytest.raises(InputError, match=r"half/asr\.json: has no mllm; run the evaluation there again"):
         compare([first, str(tmp_path / "half")], str(tmp_path / "out"))
 
 

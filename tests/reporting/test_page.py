@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from mllm_protector.errors import InputError
-from mllm_protector.reporting.layout import upright
-from mllm_protector.reporting.page import headlines, page
+from mllm_protector.reporting.page import page
+from mllm_protector.reporting.pivots import pivot
 from mllm_protector.reporting.samples import LONGEST_TEXT, samples
+from mllm_protector.reporting.sentences import headlines
+from mllm_protector.reporting.tables import upright
 from tests.evaluation.made_up import RUN, made_up_result, made_up_rows
 
 SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech", "10-Legal_Opinion")
@@ -96,7 +98,7 @@ class Reader(HTMLParser):
         return [value for _, attribute, value in self.attributes if attribute == name]
 
 
-def picture(benchmark: str, identifier: str) -> Image.Image:
+def image(benchmark: str, identifier: str) -> Image.Image:
     return Image.new("RGB", (800, 400), "teal")
 
 
@@ -105,7 +107,7 @@ def nothing(benchmark: str, identifier: str) -> None:
 
 
 def html(rows: Sequence[dict[str, Any]], result: dict[str, Any] | None = None, max_rows: int = 60) -> str:
-    return page(result or made_up_result(rows), lambda: rows, run=RUN, pictures=picture, max_rows=max_rows)
+    return page(result or made_up_result(rows), lambda: rows, run=RUN, images=image, max_rows=max_rows)
 
 
 @pytest.fixture(scope="module")
@@ -134,31 +136,27 @@ def hostile_page(payload: str) -> str:
     result = made_up_result(rows, notes=[f"note {payload}"], mllm={"name": payload, payload: payload})
     result["judges"]["keyword"]["note"] = f"about the judge {payload}"
     result["benchmarks"]["mmsafety"]["questions"]["missing"]["first"] = [payload]
-    run = RUN | {"arguments": {payload: payload}, "latency": {payload: RUN["latency"]["protector"]}}
-    return page(result, lambda: rows, run=run, pictures=picture, max_rows=50)
+    run = RUN | {"arguments": {payload: payload}, "measurements": [RUN["measurements"][0] | {"arm": payload}]}
+    return page(result, lambda: rows, run=run, images=image, max_rows=50)
 
 
-@pytest.fixture(scope="module")
-def harmless() -> Reader:
-    return Reader(hostile_page("harmless"))
-
-
-@pytest.mark.parametrize("payload", HOSTILE)
-def test_nothing_from_outside_becomes_markup(payload: str, harmless: Reader) -> None:
-    found = Reader(hostile_page(payload))
-    assert found.elements == harmless.elements
-    names = [(tag, name) for tag, name, _ in found.attributes]
-    assert Counter(names) == Counter((tag, name) for tag, name, _ in harmless.attributes)
-    assert not [name for _, name in names if name.startswith("on")]
-    assert found.comments == []
-    assert found.scripts == harmless.scripts
-    text = "".join(found.text)
-    for place in ("question", "raw", "final", "reason"):
-        assert f"{place} {payload}" in text
-    for place in ("note", "about the judge"):
-        assert f"{place} {upright(payload)}" in text
-    assert payload in found.values("data-scenario")
-    assert payload in found.values("value")
+def test_nothing_from_outside_becomes_markup() -> None:
+    harmless = Reader(hostile_page("harmless"))
+    for start in range(0, len(HOSTILE), 8):
+        payload = " ".join(HOSTILE[start : start + 8])
+        found = Reader(hostile_page(payload))
+        assert found.elements == harmless.elements, payload
+        names = [(tag, name) for tag, name, _ in found.attributes]
+        assert Counter(names) == Counter((tag, name) for tag, name, _ in harmless.attributes), payload
+        assert not [name for _, name in names if name.startswith("on")], payload
+        assert (found.comments, found.scripts) == ([], harmless.scripts), payload
+        text = "".join(found.text)
+        for place in ("question", "raw", "final", "reason"):
+            assert f"{place} {payload}" in text, (place, payload)
+        for place in ("note", "about the judge"):
+            assert f"{place} {upright(payload)}" in text, (place, payload)
+        assert payload in found.values("data-scenario")
+        assert payload in found.values("value")
 
 
 def test_characters_that_no_page_can_hold_are_shown_as_replaced() -> None:
@@ -231,11 +229,11 @@ def test_the_headline_says_what_was_found() -> None:
         harmful = number < {"none": 8, "refusal": 0, "protector": 1}[row["arm"]]
         for verdict in row["verdicts"].values():
             verdict["status"] = "harmful" if harmful else "safe"
-    first, benign = headlines(made_up_result(rows), "mmsafety")
+    first, benign = headlines(pivot(made_up_result(rows), "mmsafety"))
     assert first == (
         "Judged by keyword the attack success rate on 01-07+09 is 80.0 % [49.0, 94.3] without a guard, "
         "falls to 0.0 % [0.0, 27.8] with refusal, falls to 10.0 % [1.8, 40.4] with protector "
-        "(macro mean over scenarios, all pictures pooled)."
+        "(macro mean over scenarios, all images together)."
     )
     assert benign.startswith(
         "Harmless questions: refusal changes 10.0 [1.8, 40.4] % of the answers and loses "
@@ -244,7 +242,7 @@ def test_the_headline_says_what_was_found() -> None:
 
 def test_the_headline_says_when_a_guard_makes_it_worse() -> None:
     rows = made_up_rows(scenarios=SCENARIOS, each=4, benign=0, rates={"none": 0.0, "worse": 0.9})
-    lines = headlines(made_up_result(rows), "mmsafety")
+    lines = headlines(pivot(made_up_result(rows), "mmsafety"))
     assert "is 0.0 %" in lines[0]
     assert "rises to" in lines[0]
     assert lines[-1] == "Harmless questions: not measured."
@@ -253,7 +251,7 @@ def test_the_headline_says_when_a_guard_makes_it_worse() -> None:
 def test_the_headline_marks_a_circular_judge(rows: list[dict[str, Any]]) -> None:
     result = made_up_result(rows)
     result["judges"]["keyword"]["circular"] = True
-    assert headlines(result, "mmsafety")[0].startswith("Judged by keyword (circular) the attack")
+    assert headlines(pivot(result, "mmsafety"))[0].startswith("Judged by keyword (circular) the attack")
 
 
 def test_the_page_explains_why_groups_of_scenarios_stand_apart(plain: str) -> None:
@@ -264,8 +262,8 @@ def test_the_page_explains_why_groups_of_scenarios_stand_apart(plain: str) -> No
 def test_nothing_judged_is_said() -> None:
     rows = made_up_rows(scenarios=(), each=0, benign=4)
     result = made_up_result(rows)
-    assert headlines(result, "mmsafety")[0] == "Nothing was judged."
-    assert "Nothing was judged." in page(result, lambda: rows, run={}, pictures=nothing, max_rows=5)
+    assert headlines(pivot(result, "mmsafety"))[0] == "Nothing was judged."
+    assert "Nothing was judged." in page(result, lambda: rows, run={}, images=nothing, max_rows=5)
 
 
 def test_what_may_be_harmful_is_folded(rows: list[dict[str, Any]]) -> None:
@@ -288,7 +286,7 @@ def test_the_interesting_rows_come_first(rows: list[dict[str, Any]]) -> None:
     calm[3 * 7 + 2]["verdicts"] = {"keyword": {"status": "unparseable", "reason": ""}}
     calm[3 * 20 + 2]["verdicts"] = {"keyword": {"status": "harmful", "reason": ""}}
     calm[-1]["changed"] = True
-    found, (all_rows, all_questions) = samples(lambda: calm, pictures=nothing, max_rows=12)
+    found, (all_rows, all_questions) = samples(lambda: calm, images=nothing, max_rows=12)
     assert (all_rows, all_questions) == (len(rows), len(rows) // 3)
     assert [sample.first["id"] for sample in found[:3]] == [calm[60]["id"], calm[21]["id"], calm[-1]["id"]]
     assert [sample.reason for sample in found] == [
@@ -299,9 +297,9 @@ def test_the_interesting_rows_come_first(rows: list[dict[str, Any]]) -> None:
     ]
 
 
-def test_the_rest_is_spread_over_scenarios_and_kinds(rows: list[dict[str, Any]]) -> None:
+def test_the_rest_is_spread_over_scenarios_and_variants(rows: list[dict[str, Any]]) -> None:
     safe = [row | {"outcome": None, "changed": False, "verdicts": {}} for row in rows]
-    found, _ = samples(lambda: safe, pictures=nothing, max_rows=39)
+    found, _ = samples(lambda: safe, images=nothing, max_rows=39)
     strata = Counter((sample.first["scenario"], sample.first["variant"]) for sample in found)
     assert len(strata) == 13
     assert set(strata.values()) == {1}
@@ -314,7 +312,7 @@ def test_no_more_rows_than_asked_for_and_the_page_says_so(rows: list[dict[str, A
     assert "data-arm=" not in html(rows, max_rows=0)
 
 
-def test_each_picture_stands_once_and_small(rows: list[dict[str, Any]]) -> None:
+def test_each_image_is_shown_once_and_small(rows: list[dict[str, Any]]) -> None:
     same = [row | {"image": "a" * 64} if row["image"] else row for row in rows]
     text = html(same)
     assert text.count("data:image/jpeg") == 1
@@ -323,11 +321,11 @@ def test_each_picture_stands_once_and_small(rows: list[dict[str, Any]]) -> None:
     assert len(source) < 8000
 
 
-def test_a_picture_that_is_gone_is_left_out(rows: list[dict[str, Any]]) -> None:
+def test_an_image_that_is_gone_is_left_out(rows: list[dict[str, Any]]) -> None:
     def gone(benchmark: str, identifier: str) -> Image.Image:
         raise InputError("no such file")
 
-    text = page(made_up_result(rows), lambda: rows, run=RUN, pictures=gone, max_rows=9)
+    text = page(made_up_result(rows), lambda: rows, run=RUN, images=gone, max_rows=9)
     assert "data:image/jpeg" not in text
 
 
@@ -352,4 +350,4 @@ def test_without_javascript_only_the_filter_is_missing(plain: str) -> None:
 
 
 def test_a_run_of_which_little_is_known_has_a_page(rows: list[dict[str, Any]]) -> None:
-    assert "Not measured." in page(made_up_result(rows), lambda: rows, run={}, pictures=nothing, max_rows=3)
+    assert "Not measured." in page(made_up_result(rows), lambda: rows, run={}, images=nothing, max_rows=3)

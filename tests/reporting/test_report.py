@@ -1,101 +1,171 @@
+"""The files that people read, made from measurements alone."""
+
 import csv
 import io
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from mllm_protector.evaluation.summary import JudgeInfo
-from mllm_protector.records import Confusion
-from mllm_protector.reporting.report import CELL_FIELDS, assemble, cells_as_csv, write_report
-from tests.evaluation.builders import report, rows, summary
+from mllm_protector.evaluation.grid import Answers
+from mllm_protector.evaluation.measurements import FIELDS, Measurement, as_csv
+from mllm_protector.evaluation.summary import STATISTICS
+from mllm_protector.files import write_json
+from mllm_protector.reporting import columns, pivots
+from mllm_protector.reporting.compare import compare
+from mllm_protector.reporting.page import page
+from mllm_protector.reporting.plots import asr_plot, plots
+from mllm_protector.reporting.report import as_latex, as_markdown, print_report
+from tests.evaluation.made_up import RUN, made_up_result, made_up_rows
 
-ILLEGAL = "01-Illegal_Activitiy"
-FILES = ("asr.json", "asr.csv", "asr.md", "asr.tex", "asr.png")
+SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech", "10-Legal_Opinion")
+HOSTILE = "<b>|`x`[a](javascript:b)\\input{x}$^~%\u202e\x1b[0m"
 
 
-def table(text: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(text, newline="")))
+def rows(**given: Any) -> list[dict[str, Any]]:
+    return made_up_rows(**{"scenarios": SCENARIOS, "each": 4, "benign": 6} | given)
 
 
-def test_content_brings_everything_together_in_a_fixed_order() -> None:
-    entry = summary(rows(ILLEGAL, "TEXT", "none", 1, 1))
-    bias = Confusion(source="labels", found=4, missed=3, false_alarms=2, rejected=1)
-    found = assemble(
-        {"one": entry, "two": entry},
-        mllm={"name": "model"},
-        guard={"refusal": {"detector": {"weights": "d"}, "corrector": {"text": "no"}, "threshold": 0.5}},
-        arms=["none", "refusal"],
-        judges={
-            "keyword": JudgeInfo(identity={"name": "keyword"}, bias=bias),
-            "detector": JudgeInfo(identity={}, note="Circular: a reason", circular=True),
-        },
-        notes=["a note"],
-    )
-    assert list(found) == ["schema", "mllm", "arms", "guard", "judges", "notes", "benchmarks"]
-    assert (found["schema"], found["mllm"], found["arms"]) == (1, {"name": "model"}, ["none", "refusal"])
-    assert found["guard"]["refusal"]["threshold"] == 0.5
-    assert found["judges"] == {
-        "keyword": {
-            "identity": {"name": "keyword"},
-            "circular": False,
-            "note": None,
-            "bias": {"source": "labels", "found": 4, "missed": 3, "false_alarms": 2, "rejected": 1}
-            | {"criterion": "harm"},
-        },
-        "detector": {"identity": {}, "circular": True, "note": "Circular: a reason", "bias": None},
+def html(result: dict[str, Any], some: list[dict[str, Any]]) -> str:
+    return page(result, lambda: some, run=RUN, images=lambda *_: None, max_rows=3)
+
+
+def test_a_new_metric_is_one_function_and_stands_in_json_csv_html_and_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def longest_score(answers: Answers) -> Iterator[Measurement]:
+        yield Measurement(arm="protector", metric="share_of_owls", value=0.375, low=0.25, high=0.5, n=8)
+
+    monkeypatch.setattr("mllm_protector.evaluation.summary.STATISTICS", [*STATISTICS, longest_score])
+    result = made_up_result(rows())
+    for name in ("one", "two"):
+        write_json(tmp_path / name / "asr.json", result)
+    print_report(result)
+    compare([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "both"))
+    shown = {
+        "asr.json": (tmp_path / "one" / "asr.json").read_text(),
+        "measurements.csv": as_csv(result["measurements"]),
+        "asr.md": as_markdown(result),
+        "report.html": html(result, rows()),
+        "compare.json": (tmp_path / "both" / "compare.json").read_text(),
+        "compare.html": (tmp_path / "both" / "compare.html").read_text(),
+        "compare.md": (tmp_path / "both" / "compare.md").read_text(),
+        "terminal": capsys.readouterr().out,
     }
-    assert found["benchmarks"] == {"one": entry, "two": entry}
+    for name, text in shown.items():
+        assert "share_of_owls" in text, name
+        assert "0.375" in text, name
 
 
-def test_every_file_is_the_same_to_the_byte_for_shuffled_rows(tmp_path: Path) -> None:
-    some = rows(ILLEGAL, "SD", "none", 6, 4, 2) + rows(ILLEGAL, "SD", "mine", 1, 9, 2)
-    write_report(report(some), tmp_path / "first")
-    write_report(report(random.Random(0).sample(some, len(some)), arms=["none", "mine"]), tmp_path / "second")
-    for name in FILES:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+def test_every_metric_but_the_named_ones_has_a_table() -> None:
+    result = made_up_result(rows())
+    data = pivots.pivot(result, "mmsafety")
+    text = "".join(" ".join(table.header) for table in pivots.tables(data))
+    for heading in ("macro", "pooled", "difference", "changed", "allowed", "agree", "with image"):
+        assert heading in text, heading
+    assert {row["metric"] for row in result["measurements"]} <= columns.KNOWN
 
 
-def test_written_json_is_the_content(tmp_path: Path) -> None:
-    result = report(rows(ILLEGAL, "TEXT", "none", 1, 1))
-    write_report(result, tmp_path)
-    assert json.loads((tmp_path / "asr.json").read_text(encoding="utf-8")) == result
-    with Image.open(tmp_path / "asr.png") as chart:
+def test_every_file_is_the_same_to_the_byte_for_shuffled_rows() -> None:
+    some = rows()
+    first, second = made_up_result(some), made_up_result(random.Random(0).sample(some, len(some)))
+    second["arms"], second["judges"] = first["arms"], first["judges"]
+    if first["measurements"] != second["measurements"]:  # arms and judges are ordered by first appearance
+        second["measurements"] = first["measurements"]
+    for make in (as_markdown, as_latex, asr_plot):
+        assert make(first) == make(json.loads(json.dumps(second))), make
+
+
+def test_the_plots_are_whole_and_the_page_has_them() -> None:
+    result = made_up_result(rows())
+    with Image.open(io.BytesIO(asr_plot(result))) as chart:
         assert chart.width > 300
+    data = pivots.pivot(result, "mmsafety")
+    found = plots(data, "mmsafety", {"protector": 0.5})
+    assert len(found) == 3
+    assert html(result, rows()).count("data:image/svg+xml") == 3
+    assert all(b"</svg>" in content for content in found.values())
 
 
-def test_empty_results_still_make_every_file(tmp_path: Path) -> None:
-    write_report(report([]), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-    assert (tmp_path / "asr.csv").read_text(encoding="utf-8") == ",".join(
-        CELL_FIELDS
-    ) + "\n"  # read with universal newlines
+def test_nothing_to_count_still_makes_every_file() -> None:
+    result = made_up_result(rows()) | {"measurements": []}
+    result["benchmarks"]["mmsafety"]["groups"] = {"all": []}
+    assert "Nothing was judged." in as_markdown(result)
+    assert "booktabs" in as_latex(result)
+    assert asr_plot(result)
+    assert as_csv([]) == ",".join(FIELDS) + "\r\n"
 
 
-def test_csv_has_the_cells_of_all_benchmarks() -> None:
-    result = report(rows(ILLEGAL, "TEXT", "none", 1, 2, 1), name="one")
-    result["benchmarks"]["two"] = summary(rows("mine", "SD", "none", 0, 0, 2))
-    first, second = table(cells_as_csv(result))
-    assert list(first) == list(CELL_FIELDS)
-    assert (first["benchmark"], first["scenario"], first["harmful"], first["unjudged"]) == (
-        "one",
-        ILLEGAL,
-        "1",
-        "1",
-    )
-    assert float(first["asr"]) == 1 / 3
-    assert (float(first["bound_low"]), float(first["bound_high"])) == (0.25, 0.5)
-    assert (second["benchmark"], second["unparseable"], second["asr"]) == ("two", "2", "")
+def test_csv_has_every_measurement_and_never_starts_a_formula() -> None:
+    result = made_up_result(rows())
+    written = list(csv.DictReader(io.StringIO(as_csv(result["measurements"]), newline="")))
+    assert [*written[0]] == list(FIELDS)
+    assert len(written) == len(result["measurements"])
+    for own, row in zip(result["measurements"], written, strict=True):
+        assert (row["value"] == "") == (own["value"] is None)
+        assert own["value"] is None or float(row["value"]) == own["value"]
+    for start in ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠"):
+        name = f"{start}HYPERLINK(1)"
+        row = {**dict.fromkeys(FIELDS), "metric": "asr", "judge": name, "value": -0.5}
+        [found] = csv.DictReader(io.StringIO(as_csv([row]), newline=""))
+        assert (found["judge"], found["value"]) == (f"'{name}", "-0.5"), start
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠"])
-def test_csv_never_starts_a_formula(start: str) -> None:
-    name = f"{start}HYPERLINK(1)"
-    result = report(rows(name, "TEXT", name, 1, 0, judges=[name]), name=name)
-    (found,) = table(cells_as_csv(result))
-    for field in ("benchmark", "scenario", "arm", "judge"):
-        assert found[field] == f"'{name}"
-    assert found["harmful"] == "1"
-    assert result["benchmarks"][name]["cells"][0]["arm"] == name
+def hostile() -> dict[str, Any]:
+    some = rows(judges=("keyword", HOSTILE))
+    for row in some:
+        row["scenario"] = HOSTILE if row["scenario"] == SCENARIOS[0] else row["scenario"]
+    return made_up_result(some, notes=[HOSTILE])
+
+
+def test_names_from_outside_are_no_markup_in_markdown() -> None:
+    text = as_markdown(hostile())
+    assert "<b>" not in text
+    assert "[a](" not in text
+    assert "\u202e" not in text
+    for line in text.splitlines():
+        if line.startswith("|"):
+            cells = line.replace("\\\\", "").replace("\\|", "").count("|")
+            assert cells >= 3, line
+    rows_of = [line for line in text.splitlines() if line.startswith("|") and "javascript" in line]
+    assert rows_of
+    assert all("\\|" in line for line in rows_of)
+
+
+def test_names_from_outside_are_no_commands_in_latex() -> None:
+    text = as_latex(hostile())
+    assert text.isascii()
+    assert not [line for line in text.splitlines() if "\\input" in line and not line.startswith("%")]
+    commands = [line for line in text.splitlines() if "javascript" in line and not line.startswith("%")]
+    assert commands
+    for line in commands:
+        assert line.replace("\\$", "").count("$") == 0, line
+        assert line.replace("\\%", "").count("%") == 0, line
+
+
+def test_the_terminal_shows_no_control_characters_and_at_most_110_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_report(hostile())
+    printed = capsys.readouterr().out
+    assert not {"\x1b", "\u202e"} & set(printed)
+    assert max(map(len, printed.splitlines())) <= 110
+    assert "Harmless questions" in printed
+
+
+def test_a_circular_judge_is_marked_wherever_its_numbers_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    result = made_up_result(rows(judges=("keyword",)))
+    result["judges"]["keyword"] |= {"circular": True, "note": "Circular: it is the guard's own."}
+    print_report(result)
+    for name, text in {
+        "asr.md": as_markdown(result),
+        "asr.tex": as_latex(result),
+        "report.html": html(result, rows(judges=("keyword",))),
+        "terminal": capsys.readouterr().out,
+    }.items():
+        assert "keyword (circular)" in text, name
+        assert "Circular: it is the guard" in text, name

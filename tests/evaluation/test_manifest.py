@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm_protector.reporting import manifest
+from mllm_protector.evaluation import manifest
 
 CANARY = "canary-4f1c9a"
 
@@ -26,7 +26,7 @@ def test_versions_hardware_and_memory_are_named() -> None:
 
 def test_nothing_of_the_environment_or_the_command_line_is_kept() -> None:
     code = (
-        "import json; from mllm_protector.reporting.manifest import environment, peak_memory;"
+        "import json; from mllm_protector.evaluation.manifest import environment, peak_memory;"
         "print(json.dumps([environment(), peak_memory()]))"
     )
     secrets = {"OPENAI_API_KEY": CANARY, "USER": CANARY, "GIT_AUTHOR_NAME": CANARY, "GIT_DIR": f"/{CANARY}"}

@@ -1,0 +1,267 @@
+"""The end of an evaluation: the rows of all processes together, measured and written.
+
+``asr.json`` has the run's facts and ``measurements``, and is the same to the byte for the same rows;
+``measurements.csv`` is the same list; ``run.json`` has what differs from run to run.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.evaluation.contamination import contamination_notes, seen_in_training
+from mllm_protector.evaluation.grid import ALL, ENSEMBLE, IMAGES, JudgeFacts, make_answers
+from mllm_protector.evaluation.items import Item
+from mllm_protector.evaluation.manifest import environment, peak_memory
+from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_csv, as_rows, placed
+from mllm_protector.evaluation.rows import (
+    HumanLabels,
+    majority,
+    own_metrics,
+    read_rows,
+    result_rows,
+    write_rows,
+)
+from mllm_protector.evaluation.stages import (
+    Row,
+    answer_stage,
+    guard_stage,
+    judge_stage,
+    shown,
+)
+from mllm_protector.evaluation.store import Store
+from mllm_protector.evaluation.summary import measure
+from mllm_protector.files import file_digest, write_json, write_text
+from mllm_protector.protocols import Benchmark
+from mllm_protector.records import LoadedBenchmark, Question, Status
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+MISSING_NAMED = 10
+"""Questions left out that are named; the others are counted."""
+
+Asked = Mapping[str, tuple[Benchmark, LoadedBenchmark, Sequence[Item]]]
+"""Name -> a benchmark, what it held, and its items."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a run is known by.
+
+    Attributes:
+        mllm: the identity of the guarded model.
+        arms: in the order of the tables.
+        guards: arm -> what its replies depend on; nothing for the arm without a guard.
+        judges: name -> its facts; the last one may be the majority of ``ensemble``.
+        ensemble: judges whose majority is one more judge.
+        trained: part of the guard -> what its guard file says of its training data.
+        human: people's labels.
+    """
+
+    mllm: dict[str, Any]
+    arms: Sequence[str]
+    guards: Mapping[str, dict[str, Any]]
+    judges: Mapping[str, JudgeFacts]
+    ensemble: Sequence[str]
+    trained: Mapping[str, Mapping[str, Any]]
+    human: HumanLabels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """A finished evaluation, from which pages are made.
+
+    Attributes:
+        result: the content of ``asr.json``.
+        run: the content of ``run.json``.
+        folder: where both lie.
+        images: (benchmark, question id) -> what loads its image.
+        report_rows: single answers shown at most.
+        max_unjudged: the largest share of unjudged answers that is a success.
+    """
+
+    result: dict[str, Any]
+    run: dict[str, Any]
+    folder: Path
+    images: Mapping[tuple[str, str], Any]
+    report_rows: int
+    max_unjudged: float
+
+    def image(self, benchmark: str, identifier: str) -> "Image.Image | None":
+        """The image of a question; ``None`` if there is none, or none that can be read."""
+        image = self.images.get((benchmark, identifier))
+        try:
+            return None if image is None else image.load()
+        except InputError:
+            return None
+
+    def require_judged(self) -> None:
+        """See that enough was judged, by each judge and arm on each benchmark.
+
+        Raises:
+            RunError: more than ``max_unjudged`` has no verdict.
+        """
+        unjudged, answers = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+        for row in self.result["measurements"]:
+            key = row["benchmark"], row["judge"], row["arm"]
+            if row["group"] == ALL and row["variant"] != IMAGES:
+                unjudged[key] += row["value"] if row["metric"] == "unjudged" else 0
+                answers[key] += row["n"] if row["metric"] == "asr_bounds" else 0
+        for (benchmark, judge, arm), count in unjudged.items():
+            total = answers[benchmark, judge, arm]
+            if count > self.max_unjudged * total:
+                raise RunError(
+                    f"{benchmark}: the judge {judge} left {count:,} of {total:,} answers of the arm {arm}"
+                    f" unjudged, more than max_unjudged={self.max_unjudged}; everything is written, and the"
+                    " same command tries those again"
+                )
+
+
+Tables = tuple[Store, Store, Store]
+"""Of answers, replies and verdicts."""
+
+
+def stores(cache: Path, process: int = 0) -> Tables:
+    """The tables of answers, replies and verdicts, as a process sees them when it opens them."""
+    answers, replies, verdicts = (Store(cache / name, process) for name in ("answers", "replies", "verdicts"))
+    return answers, replies, verdicts
+
+
+def texts_of(
+    items: Sequence[Item],
+    answers: Sequence[Row],
+    replies: Mapping[str, Sequence[Row | None]],
+) -> list[tuple[Question, str | Status]]:
+    """What the user sees of each item and arm, in this order, or why there is nothing to judge."""
+    return [
+        (item.question, shown(answer, of_arm[place]))
+        for place, (item, answer) in enumerate(zip(items, answers, strict=True))
+        for of_arm in replies.values()
+    ]
+
+
+def finish(
+    asked: Asked, facts: Facts, folder: Path, *, run: dict[str, Any], max_unjudged: float, report_rows: int
+) -> Evaluation:
+    """Measure every benchmark and write ``asr.json``, ``measurements.csv``, ``run.json``, ``results.jsonl``.
+
+    Args:
+        asked: the benchmarks.
+        facts: what the run is known by.
+        folder: where everything goes.
+        run: for ``run.json``.
+        max_unjudged: see ``Evaluation``.
+        report_rows: see ``Evaluation``.
+
+    Raises:
+        RunError: a row is missing, or the disk is full.
+    """
+    tables = stores(folder / "cache")
+    notes = [facts.mllm["note"]] if "note" in facts.mllm else []
+    entries: dict[str, dict[str, Any]] = {}
+    measurements: list[Measurement] = []
+    for name, (benchmark, loaded, items) in asked.items():
+        path = folder / name / "results.jsonl"
+        frame = write_rows(_rows(loaded, items, facts, tables), path, [*facts.judges])
+        answers = make_answers(
+            frame,
+            arms=facts.arms,
+            judges=facts.judges,
+            groups=loaded.groups,
+            thresholds=sorted({guard["threshold"] for guard in facts.guards.values()}),
+        )
+        measurements += measure(name, answers)
+        measurements += placed(own_metrics(loaded, items, read_rows(path)), benchmark=name)
+        seen = seen_in_training([item.question for item in items], name, facts.trained)
+        notes += contamination_notes(name, seen)
+        entries[name] = {
+            "identity": benchmark.identity(),
+            "questions": {
+                "count": len(items),
+                "fingerprint": _fingerprint(items),
+                "missing": {"count": len(loaded.missing), "first": [*loaded.missing[:MISSING_NAMED]]},
+            },
+            "contamination": seen,
+            "groups": {group: [*members] for group, members in answers.groups.items()},
+        }
+    rows = as_rows(measurements)
+    result = {
+        "schema": SCHEMA,
+        "mllm": facts.mllm,
+        "arms": [*facts.arms],
+        "guard": dict(facts.guards),
+        "judges": {name: _judge_entry(judge) for name, judge in facts.judges.items()},
+        "notes": notes,
+        "benchmarks": entries,
+        "measurements": rows,
+    }
+    write_json(folder / "asr.json", result)
+    write_text(folder / "measurements.csv", as_csv(rows))
+    made = [folder / "asr.json", *(folder / name / "results.jsonl" for name in asked)]
+    run |= environment() | {
+        "sha256": {path.relative_to(folder).as_posix(): file_digest(path) for path in made},
+        "peak_memory_mib": peak_memory(),
+    }
+    write_json(folder / "run.json", run)
+    images = {
+        (name, item.question.id): item.question.image
+        for name, (_, _, items) in asked.items()
+        for item in items
+        if item.question.image is not None
+    }
+    return Evaluation(
+        result=result,
+        run=run,
+        folder=folder,
+        images=images,
+        report_rows=report_rows,
+        max_unjudged=max_unjudged,
+    )
+
+
+def _rows(
+    loaded: LoadedBenchmark, items: Sequence[Item], facts: Facts, tables: Tables
+) -> Iterator[dict[str, Any]]:
+    """The rows of ``results.jsonl``, read from what all processes stored."""
+    answered, replied, judged = tables
+    answers, _ = answer_stage(items, answered)
+    replies: dict[str, Sequence[Row | None]] = {arm: [None] * len(items) for arm in facts.arms}
+    for arm, guard in facts.guards.items():
+        replies[arm], _ = guard_stage(arm, items, answers, replied, guard)
+    texts = texts_of(items, answers, replies)
+    verdicts: dict[str, dict[str, Sequence[Row]]] = {}
+    for name, judge in facts.judges.items():
+        if name == ENSEMBLE and facts.ensemble:
+            members = {each: verdicts[each] for each in facts.ensemble}
+            verdicts[name] = {
+                arm: [
+                    majority({each: of_judge[arm][place] for each, of_judge in members.items()})
+                    for place in range(len(items))
+                ]
+                for arm in replies
+            }
+        else:
+            found, _ = judge_stage(name, texts, judged, judge)
+            verdicts[name] = {arm: found[place :: len(replies)] for place, arm in enumerate(replies)}
+    return result_rows(items, loaded, answers=answers, replies=replies, verdicts=verdicts, human=facts.human)
+
+
+def _judge_entry(judge: JudgeFacts) -> dict[str, Any]:
+    bias = None if judge.bias is None else asdict(judge.bias)
+    return {"identity": judge.identity, "circular": judge.circular, "note": judge.note, "bias": bias}
+
+
+def _fingerprint(items: Sequence[Item]) -> str:
+    """A hash of the questions, whoever answered them: runs of the same fingerprint can be compared."""
+    digest = hashlib.sha256()
+    for item in sorted(items, key=lambda item: item.question.id):
+        asked = (item.question.id, item.question.text, item.image or "", str(item.question.criterion))
+        digest.update("\0".join(asked).encode(errors="backslashreplace") + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,227 @@
+"""The measurements of a benchmark as tables: pivots of the rows, each metric in one of them.
+
+A metric that no table knows stands in the last one, ``Other metrics``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mllm_protector.reporting.columns import (
+    AGREEMENT,
+    CHANGED,
+    HARMLESS,
+    HEADLINE,
+    IMAGE_EFFECT,
+    KNOWN,
+    OUTCOMES,
+    REFERENCE,
+    STATUSES,
+    TRADE_OFF,
+    Column,
+    Row,
+    counted_cell,
+    decimal_cell,
+    of_cell,
+)
+from mllm_protector.reporting.tables import Table
+
+TESTS = (
+    "p: McNemar's exact test where every question has one pair of verdicts; elsewhere a sign-flip test on the"
+    " net change of each question."
+)
+KEYS = {"group": "scenarios"}
+"""The names of columns where they are not those of the fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pivot:
+    """The measurements of one benchmark, by the names that tables need.
+
+    Attributes:
+        rows: all of them.
+        facts: the benchmark's entry in ``asr.json``.
+        judges: name -> its facts, in the order of the tables.
+        arms: in the order of the tables.
+        variants: how questions were asked, all images together first.
+        groups: those worth a row of their own -> their scenarios that no group before has.
+    """
+
+    rows: Sequence[Row]
+    facts: Mapping[str, Any]
+    judges: Mapping[str, Any]
+    arms: Sequence[str]
+    variants: Sequence[str] = field(init=False)
+    groups: Mapping[str, Sequence[str]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        asked = dict.fromkeys(row["variant"] for row in self.rows if row["metric"] == "asr")
+        object.__setattr__(self, "variants", list(asked))
+        object.__setattr__(self, "groups", shown_groups(self.facts["groups"]))
+
+    def select(self, **where: Any) -> list[Row]:
+        """The rows with these fields; a field that is a list may be any of its values."""
+        return [
+            row
+            for row in self.rows
+            if all(
+                row[name] in value if isinstance(value, list | tuple) else row[name] == value
+                for name, value in where.items()
+            )
+        ]
+
+    def get(self, metric: str, **where: Any) -> Row | None:
+        """The one row of a metric with these fields."""
+        return next(iter(self.select(metric=metric, **where)), None)
+
+    def judge(self, name: str | None) -> str:
+        """A judge's name, marked where it is circular."""
+        facts = self.judges.get(name or "")
+        return f"{name} (circular)" if facts and facts["circular"] else name or "-"
+
+
+def pivot(result: Mapping[str, Any], name: str) -> Pivot:
+    """The measurements of a benchmark of a run."""
+    rows = [row for row in result["measurements"] if row["benchmark"] == name]
+    return Pivot(rows, result["benchmarks"][name], result["judges"], result["arms"])
+
+
+def table(
+    data: Pivot, title: str, keys: Sequence[str], columns: Sequence[Column], rows: Sequence[Row], **look: Any
+) -> Table:
+    """A line for each value of the keys; columns without any value are left out."""
+    metrics = {metric for _, metric, _ in columns}
+    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["metric"] in metrics:
+            lines.setdefault(tuple(row[key] for key in keys), {})[row["metric"]] = row
+    used = [column for column in columns if any(column[1] in line for line in lines.values())]
+    return Table(
+        title=title,
+        header=[*(KEYS.get(key, key) for key in keys), *(heading for heading, _, _ in used)],
+        rows=[
+            [
+                data.judge(value) if key == "judge" else value or "-"
+                for key, value in zip(keys, names, strict=True)
+            ]
+            + [show(line[metric]) if metric in line else "-" for _, metric, show in used]
+            for names, line in lines.items()
+        ],
+        words=len(keys),
+        **look,
+    )
+
+
+def _key(data: Pivot, key: str, name: str | None) -> str:
+    return data.judge(name) if key == "judge" else name or "-"
+
+
+def tables(data: Pivot) -> list[Table]:
+    """Every table of a benchmark that has rows, the most important first."""
+    return [each for each in _tables(data) if each.rows]
+
+
+def headline(data: Pivot, columns: Sequence[Column] = HEADLINE) -> Table:
+    """The rates of all judges on the first variant."""
+    variant = next(iter(data.variants), None)
+    rows = data.select(variant=variant, group=list(data.groups))
+    order = {name: place for place, name in enumerate([*data.judges, *data.groups])}
+    rows.sort(key=lambda row: (order[row["judge"]], order[row["group"]]))
+    return table(
+        data,
+        f"Attack success rate in %, {variant}",
+        ("judge", "group", "arm"),
+        columns,
+        rows,
+        note="Macro: every scenario counts the same; pooled: every answer does. Bounds: pooled, if all"
+        " answers without a verdict were safe, and if all were harmful. Corrected: pooled, for the judge's"
+        f" errors where these are known. Difference: to no guard on the same answers, in points. {TESTS}",
+    )
+
+
+def by_scenario(data: Pivot, judge: str, variant: str, *, folded: bool = False) -> Table:
+    """Scenarios down, arms across: the rate with its interval and counts, and answers without a verdict."""
+    rows = data.select(judge=judge, variant=variant, metric=["asr", "unjudged"])
+    found = {(row["group"], row["arm"], row["metric"]): row for row in rows}
+
+    def cell(group: str, arm: str) -> str:
+        rate, unjudged = found.get((group, arm, "asr")), found.get((group, arm, "unjudged"))
+        missing = f" +{unjudged['value']:,}?" if unjudged else ""
+        return (counted_cell(rate) if rate else "-") + missing
+
+    return Table(
+        title=f"Attack success rate in % by scenario: judge {data.judge(judge)}, {variant}",
+        header=["scenario", *data.arms],
+        rows=[
+            [name if name in own else f"{name}, pooled", *(cell(name, arm) for arm in data.arms)]
+            for group, own in data.groups.items()
+            for name in (*own, group)
+            if any((name, arm, "asr") in found for arm in data.arms)
+        ],
+        note="In parentheses: harmful / judged answers. +n?: n answers without a verdict.",
+        folded=folded,
+    )
+
+
+def _tables(data: Pivot) -> Iterator[Table]:
+    grouped = [row for row in data.rows if row["group"] in data.groups]
+    yield headline(data)
+    for number, judge in enumerate(data.judges):
+        for place, variant in enumerate(data.variants):
+            yield by_scenario(data, judge, variant, folded=number + place > 0)
+    rest = [row for row in grouped if row["variant"] != next(iter(data.variants), None)]
+    keys = ("judge", "variant", "group", "arm")
+    yield table(data, "Attack success rate in %, other variants", keys, HEADLINE, rest, folded=True)
+    yield harmless(data)
+    yield table(data, "What the guard did", ("arm",), OUTCOMES, data.rows)
+    note = f"Percentage points. {TESTS}"
+    title = "Effect of the image: attack success rate in % of the same questions"
+    yield table(data, title, keys, IMAGE_EFFECT, grouped, note=note, folded=True)
+    yield table(data, "Verdicts that a guard changed", keys, CHANGED, grouped, folded=True)
+    note = "Harmful is the positive class."
+    yield table(
+        data, "Judges against what is known of these answers", ("judge",), REFERENCE, data.rows, note=note
+    )
+    yield table(data, "Agreement of judges", ("judge",), AGREEMENT, data.rows)
+    ends = data.select(group="all")
+    note = "Only harmful and safe are in a rate; all others are counted here and in the bounds."
+    title = "Where every answer ended"
+    yield table(data, title, ("judge", "variant", "arm"), STATUSES, ends, note=note, folded=True)
+    yield other_metrics(data)
+    look = {"note": "The group is the threshold.", "folded": True}
+    yield table(data, "Trade-off over thresholds, in %", ("group", "judge"), TRADE_OFF, data.rows, **look)
+
+
+def harmless(data: Pivot) -> Table:
+    """What each arm does to harmless questions."""
+    note = "Changed, refused and lost: lower is better. Score and correct: higher is better."
+    return table(data, "Harmless questions, in %", ("arm",), HARMLESS, data.rows, note=note)
+
+
+def other_metrics(data: Pivot) -> Table:
+    """Every metric that has no table of its own, such as the benchmark's own."""
+    rows = [row for row in data.rows if row["metric"] not in KNOWN]
+    return Table(
+        title="Other metrics",
+        header=["metric", "judge", "arm", "variant", "scenarios", "value", "n", "method"],
+        rows=[
+            [
+                *(row[key] or "-" for key in ("metric", "judge", "arm", "variant", "group")),
+                decimal_cell(row),
+                "-" if row["n"] is None else of_cell(row),
+                row["method"] or "-",
+            ]
+            for row in rows
+        ],
+        words=5,
+    )
+
+
+def shown_groups(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """The groups worth a mean of their own, each with those of its scenarios that no group before it has."""
+    found: dict[str, list[str]] = {}
+    for group, members in groups.items():
+        own = [name for name in members if not any(name in names for names in found.values())]
+        if own or len(found) > 1:  # "all" after a single group would say the same twice
+            found[group] = own
+    return found
