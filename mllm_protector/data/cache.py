@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
-from mllm_protector.errors import RunError
-from mllm_protector.files import content_key, file_digest, system_error
+from mllm_protector.errors import RunError, system_error
+from mllm_protector.files import content_key, file_digest
 
 VARIABLE = "MLLM_PROTECTOR_CACHE"
 
