@@ -271,5 +271,5 @@ def choose(tasks: Sequence[Task], names: Sequence[str] | None, shape: Shape) -> 
         and (not entry.needs_trl or trl_peers.available())
     ]
     if not chosen:
-        raise InputError("arms: none is left to measure; see the README's section on speed")
+        raise InputError("arms: none is left to measure; see docs/recipes.md")
     return chosen

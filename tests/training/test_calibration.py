@@ -391,7 +391,7 @@ def test_every_aim_is_an_option(aim: str) -> None:
         (("calibration=precision",), "error: calibration=precision: unknown option; choose one of f1, "),
         (("calibration=recall", "calibration.target=1.5"), "error: calibration.target=1.5: recall takes"),
         (("calibration=recall", "calibration.target=null"), "error: calibration.target=None: recall takes"),
-        (("calibration.kind=precision",), "error: calibration.kind=precision: must be one of"),
+        (("calibration.kind=precision",), "error: calibration.kind=precision: must be 'false_positive_rate'"),
         (("calibration.confidence=95",), "error: calibration.confidence=95: must be at least 0.5"),
     ],
 )
