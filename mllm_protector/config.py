@@ -1,56 +1,65 @@
-"""From composed YAML to keyword arguments, and from exceptions to one clear line.
+"""From a command line and YAML to one call, and from exceptions to one clear line.
 
-This module and ``scripts/`` are the only places that know hydra. The signatures of the functions and
-constructors that a config names are its only schema: they are checked before anything is made.
+No other module knows hydra. The signatures of the functions and constructors that a config names are its only
+schema, and they are checked before anything is built.
 """
 
-import difflib
-import inspect
-import json
 import logging
 import os
 import pydoc
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import expand, system_error
-from mllm_protector.helping import ConfigFile, flat, help_text
+from mllm_protector.calls import check, check_call, construct
+from mllm_protector.errors import InputError, RunError, Stop, stoppable, system_error
+from mllm_protector.files import expand
+from mllm_protector.helping import CONFIGS, ConfigFile, flat, help_text, suggestion
 from mllm_protector.outputs import claim_output_dir, is_first
-from mllm_protector.ranges import fits, in_words
-from mllm_protector.stopping import Stop, stoppable
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+__all__ = ["CONFIGS", "build", "clear_errors", "launch", "quiet_libraries", "recorded_data", "run"]
 
 OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
 
 
-def launch(main: Callable[[], Any], usage: str) -> None:
-    """Start a script: ``--help`` and ``--version`` are answered, errors are one line.
+def launch(usage: str, target: str, then: str | None = None) -> None:
+    """Run a script: answer ``--help`` and ``--version``, or call its function with the config's values.
 
     Args:
-        main: the function that hydra calls; its config has the script's own name.
-        usage: what ``--help`` begins with.
+        usage: the first line of ``--help``.
+        target: the full name of the script's function. Its module is imported only when it is called,
+            because torch takes seconds.
+        then: the full name of the function that gets what ``target`` returns.
     """
     script, given = Path(sys.argv[0]).stem, [_quoted(argument) for argument in sys.argv[1:]]
     sys.argv[1:] = given
     overrides = [argument for argument in given if not argument.startswith("-")]
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=script)  # type: ignore[untyped-decorator]
+    def main(cfg: DictConfig) -> None:
+        with clear_errors():
+            quiet_libraries()
+            run(cfg, pydoc.locate(target), pydoc.locate(then) if then else None)  # type: ignore[arg-type]
+            if "torch" in sys.modules:
+                from mllm_protector.processes import leave_processes
+
+                leave_processes()
+
     with clear_errors():
         if "--version" in given:
             sys.stdout.write(f"mllm-protector {version('mllm-protector')}\n")
@@ -66,23 +75,28 @@ def launch(main: Callable[[], Any], usage: str) -> None:
 
 
 def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword arguments of a script's function: every ``_target_`` constructed, the rest as it is.
+    """The keyword arguments of a script's function: every ``_target_`` constructed, other values unchanged.
 
-    A YAML file is data that people pass around, so it may name our own constructors and nothing else.
+    People share YAML files, so a file may name constructors of this package and nothing else.
 
     Raises:
-        InputError: a value is missing, unknown or of another type than the signature says, a ``_target_`` is
-            not ours, or a constructor refuses its values. The message begins with the key.
+        InputError: a key is missing or unknown, a value does not fit the signature, a ``_target_`` is not a
+            constructor of this package, or a constructor refuses its values. The message begins with the key.
     """
     if missing := sorted(OmegaConf.missing_keys(cfg), key=len):
         raise InputError(f"{missing[0]} has no value; give {missing[0]}=...")
     content = _plain(cfg)
-    _check_call("", function, content)
-    return {name: _construct(name, value) for name, value in content.items()}
+    check_call("", function, content)
+    return {name: construct(name, value) for name, value in content.items()}
 
 
 def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], object] | None = None) -> None:
-    """All that a script does: check the config, claim the folder that results go to, and call.
+    """Check a config, claim its ``output_dir``, and call the script's function.
+
+    Args:
+        cfg: the composed config.
+        function: gets the config's keys.
+        then: gets what the function returns.
 
     Args:
         cfg: the composed config.
@@ -100,13 +114,13 @@ def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], obj
 
 
 def recorded_data(folder: Path) -> Any:
-    """What a part was trained with, loaded anew by the ``config.yaml`` in its folder; no file is written.
+    """Load the data that a part was trained with, as the ``config.yaml`` in its folder says; writes no file.
 
     Returns:
         The ``Splits`` of that configuration's ``data``.
 
     Raises:
-        InputError: there is no such file, it names no data of ours, or the data cannot be read.
+        InputError: the file is missing, names no data source of this package, or the data cannot be read.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -118,10 +132,10 @@ def recorded_data(folder: Path) -> Any:
         raise InputError(f"{path}: names no data") from None
     if not known:
         raise InputError(f"{path}: data._target_={data['_target_']}: not a source of data")
-    with TemporaryDirectory() as scratch:  # whatever that training set aside is set aside there
+    with TemporaryDirectory() as scratch:  # instead of the file that the training wrote
         data = _with_quarantine(data, str(Path(scratch) / "quarantine.jsonl"))
-        _check("data", data, Any)
-        return _construct("data", data).load()
+        check("data", data, Any)
+        return construct("data", data).load()
 
 
 def _with_quarantine(value: Any, place: str) -> Any:
@@ -135,10 +149,10 @@ def _with_quarantine(value: Any, place: str) -> Any:
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn what a user can cause into one line on stderr and an exit code; show the rest in full.
+    """Turn errors that a user can cause into one line on stderr and an exit code. Others keep their trace.
 
-    The scripts need it twice: around hydra for the command line, and within it for the work, because hydra
-    adds lines of its own to an error that passes through it.
+    ``launch`` needs it twice: around hydra for the command line, and inside for the work, because hydra adds
+    lines to an error that passes through it.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra then raises instead of printing its own lines
     try:
@@ -157,9 +171,9 @@ def clear_errors() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Only the first process speaks, and of the libraries only what a user must know.
+    """Let only the first process log, and silence the libraries.
 
-    Of transformers' warnings, what matters is checked by ourselves; downloads keep their bars.
+    This package checks by itself what matters among transformers' warnings. Downloads keep their bars.
     """
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging as transformers_logging
@@ -176,78 +190,13 @@ def quiet_libraries() -> None:
         logging.disable(logging.INFO)
 
 
-def _check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
-    """Check names and types of a call's arguments, and of all calls within them."""
-    signature = inspect.signature(function, eval_str=True)
-    for name in arguments:
-        if name not in signature.parameters:
-            known = () if key else flat(arguments)
-            raise InputError(f"{_join(key, name)}: unknown config key{_suggestion(name, known)}")
-    for name, parameter in signature.parameters.items():
-        if name not in arguments and parameter.default is parameter.empty:
-            group = name.removesuffix("s")  # options of the group judge fill judges
-            given = f"{group}=[...]" if (CONFIGS / group).is_dir() else f"{_join(key, name)}=..."
-            raise InputError(f"{given.partition('=')[0]} has no value; give {given}")
-    # Plain values first: others may repeat them, and a message should name the one that the user gave.
-    for name, value in sorted(arguments.items(), key=lambda item: isinstance(item[1], dict)):
-        _check(_join(key, name), value, signature.parameters[name].annotation)
-
-
-def _check(key: str, value: Any, wanted: Any) -> None:
-    if isinstance(value, dict) and "_target_" in value:
-        arguments = {name: item for name, item in value.items() if name not in ("_target_", "_partial_")}
-        _check_call(key, _constructor(key, str(value["_target_"])), arguments)
-    elif not fits(value, wanted):
-        raise InputError(f"{key}={_shown(value)}: must be {in_words(wanted)}")
-    elif isinstance(value, dict):
-        inside = [get_args(each)[1] for each in (wanted, *get_args(wanted)) if get_origin(each) is Mapping]
-        for name, item in value.items():
-            _check(_join(key, name), item, inside[0] if inside else Any)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check(f"{key}[{index}]", item, Any)
-
-
-def _constructor(key: str, target: str) -> Callable[..., Any]:
-    """What a ``_target_`` names, if it is defined in this package (and not only imported there)."""
-    found: Any = pydoc.locate(target) if target.startswith("mllm_protector.") else None
-    if not callable(found) or not str(getattr(found, "__module__", "")).startswith("mllm_protector."):
-        raise InputError(
-            f"{key}._target_={target}: not a constructor of mllm_protector, and no other may be named"
-        )
-    return found  # type: ignore[no-any-return]
-
-
-def _construct(key: str, value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "_target_" not in value:
-        return {name: _construct(_join(key, name), item) for name, item in value.items()}
-    try:
-        return hydra.utils.instantiate(value, _convert_="all")
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, InputError):
-            raise
-        message = str(error.__cause__)
-        first = re.split("[=:. ]", message, maxsplit=1)[0]
-        if first in value:
-            message = f"{key}.{message}"
-        elif first != key:
-            message = f"{key}: {message}"
-        raise InputError(message) from error
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _stop(message: str, exit_code: int) -> None:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(exit_code)
 
 
 def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[ConfigFile]]:
-    """A script's values by their full names, and the files that they come from, its own first."""
+    """A script's values by full key, and the YAML files that they come from, the script's own first."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         content = OmegaConf.to_container(hydra.compose(script, list(overrides)), resolve=False)
         loader = GlobalHydra.instance().config_loader()
@@ -262,7 +211,7 @@ def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], li
 
 
 def _quoted(override: str) -> str:
-    """An override whose value hydra cannot read, such as a path with ``=``, ``(`` or ``~``, in quotes."""
+    """Quote a value that hydra cannot parse, such as a path with ``=``, ``(`` or ``~``."""
     key, equals, value = override.partition("=")
     if not equals or override.startswith("-") or value[:1] in ("[", "{", "'", '"'):
         return override
@@ -274,7 +223,7 @@ def _quoted(override: str) -> str:
 
 
 def _require_options(script: str, overrides: Sequence[str]) -> None:
-    """Refuse a group that is set to no option's name, on which hydra ends in a traceback."""
+    """Refuse a group whose option is null, a boolean or a number: hydra would end in a traceback."""
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         group = key.partition("@")[0]
@@ -286,7 +235,7 @@ def _require_options(script: str, overrides: Sequence[str]) -> None:
 
 
 def _config_error(error: Exception, script: str = "", overrides: Sequence[str] = ()) -> str:
-    """What hydra or omegaconf say of a command line, in one line."""
+    """An error of hydra or omegaconf in one line."""
     text = str(error)
     if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
         key = found.group(1) or found.group(2)
@@ -294,7 +243,7 @@ def _config_error(error: Exception, script: str = "", overrides: Sequence[str] =
         known: Iterable[str] = ()
         with suppress(HydraException, OmegaConfBaseException):  # of another mistake
             known = _composed(script, others)[0] if script else ()
-        return f"{key}: unknown config key{_suggestion(key, known)}"
+        return f"{key}: unknown config key{suggestion(key, known)}"
     if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         group, option = found.groups()
         options = re.findall(r"^\t([\w.]+)$", text.partition("Config search path")[0], flags=re.MULTILINE)
@@ -306,33 +255,8 @@ def _config_error(error: Exception, script: str = "", overrides: Sequence[str] =
     return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
-RENAMED = {"kinds": "variants"}
-"""The last part of keys that were renamed, and what it is now."""
-
-
-def _suggestion(key: str, known: Iterable[str] = ()) -> str:
-    place, _, name = key.rpartition(".")
-    name = RENAMED.get(name, name)
-    if (renamed := _join(place, name)) != key and renamed in known:
-        return f"; give {renamed}=..."
-    if longer := [f"{each}=..." for each in known if each.endswith(f".{name}") and each != key]:
-        return f"; give {' or '.join(longer)}"
-    words = {
-        word
-        for path in CONFIGS.rglob("*.yaml")
-        if path.parent.name != "accelerate"
-        for word in re.findall(r"^\s*(\w+):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    }
-    close = difflib.get_close_matches(name, sorted(words - {name}), n=1)
-    return f" (did you mean {close[0]}?)" if close else "; --help lists the keys"
-
-
-def _join(key: str, name: str) -> str:
-    return f"{key}.{name}" if key else name
-
-
 def _plain(cfg: Any) -> dict[str, Any]:
-    """All values, resolved; ``~/`` in front of a path is the user's home."""
+    """All values, resolved, with ``~/`` replaced by the user's home."""
     content: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
     return content
 

@@ -1,10 +1,8 @@
-"""Results written whole or not at all, JSON, paths, hashes of contents, and what the system refuses."""
+"""Atomic writes, JSON, paths and content hashes."""
 
-import errno
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.errors import InputError, RunError
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No room on the disk, or no more allowed."""
+from mllm_protector.errors import InputError, RunError, system_error
 
 
 def content_key(*parts: Any) -> str:
@@ -35,7 +30,7 @@ def file_digest(path: Path) -> str:
 
 
 def expand(given: str) -> Path:
-    """A path as users write it."""
+    """A path as a user types it, with ``~`` for the home folder."""
     return Path(given).expanduser()
 
 
@@ -43,8 +38,8 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Write a file whole or not at all: a crash leaves the old file.
 
     Args:
-        path: folders that are missing are made.
-        text: at once, or in pieces as they come.
+        path: missing folders are created.
+        text: one text, or its pieces.
     """
     with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
         out.writelines([text] if isinstance(text, str) else text)
@@ -76,7 +71,7 @@ def read_json(path: Path, *, strict: bool = False) -> Any:
     Args:
         path: of the file.
         strict: refuse NaN and infinity, which many programs write although JSON has neither, and keys that
-            stand twice in one object.
+            occur twice in one object.
 
     Raises:
         InputError: missing, no file, or not JSON.
@@ -110,31 +105,12 @@ def as_row(record: Any) -> dict[str, Any]:
     return asdict(record)
 
 
-def system_error(error: Exception) -> str | None:
-    """What the system refused, in one line that names the file if it is known; ``None`` for other errors.
-
-    Libraries in Rust (safetensors, tokenizers) have exceptions of their own for it.
-    """
-    if isinstance(error, OSError):
-        number, words = error.errno, error.strerror or str(error)
-        if error.filename:
-            words = f"{error.filename}: {words}"
-        elif number not in FULL:
-            return None
-    elif found := re.search(r"\(os error (\d+)\)", str(error)):
-        number, words = int(found.group(1)), str(error)
-    else:
-        return None
-    advice = "; make room and repeat the command, earlier files are as they were"
-    return words + advice * (number in FULL)
-
-
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Around the writing of files by libraries.
+    """Wrap a library's writing of files.
 
     Raises:
-        RunError: they cannot be written, in one line that begins with ``what``.
+        RunError: the files cannot be written. The message is one line that begins with ``what``.
     """
     try:
         yield
@@ -142,13 +118,13 @@ def writing(what: str) -> Iterator[None]:
         if not isinstance(error, OSError) and system_error(error) is None:
             raise
         raise RunError(
-            f"{what} cannot be written ({error}); make room or mend the folder, then repeat the command"
+            f"{what} cannot be written ({error}); make room or repair the folder, then repeat the command"
         ) from error
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A place beside a file that takes its place at the end, and is gone if anything fails."""
+    """A temporary file beside ``path`` that replaces it at the end, and is removed if anything fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,20 +1,23 @@
-"""The text of ``--help``: a script's groups with their options, and its keys, in the words of the YAML."""
+"""The text of ``--help``, and suggestions for unknown keys, both from the YAML files and their comments."""
 
+import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-WIDTH = 48
-"""Columns in front of an explanation; longer keys push theirs to the right."""
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+_WIDTH = 48
+"""Columns before an explanation; a longer key pushes it to the right."""
 
 _GROUP = re.compile(r"^ *- /?(\w+)(?:@([\w.]+))?: *(\[.*?\]|[\w.-]*) *(?:# *(.*))?$", re.MULTILINE)
 _KEY = re.compile(r"^( *)(\w+):(?: .*?)??(?: +# +(.*))?$")
 
 
 class ConfigFile(NamedTuple):
-    """A YAML file, its folder's path within the configs, and where its keys go: ``judges.chat``."""
+    """A YAML file, its folder below ``configs``, and the prefix of its keys, such as ``judges.chat``."""
 
     path: Path
     group: str
@@ -24,13 +27,13 @@ class ConfigFile(NamedTuple):
 def help_text(
     usage: str, values: Mapping[str, Any], files: Sequence[ConfigFile], folders: Sequence[Path]
 ) -> str:
-    """Groups first, then every key with its value and its explanation.
+    """List the groups with their options, then every key with its value and explanation.
 
     Args:
-        usage: what stands above.
-        values: of all keys by their full names, in order.
-        files: that the values come from, the script's own first.
-        folders: in which groups are looked for.
+        usage: the first line.
+        values: all values by full key, in order.
+        files: the YAML files that the values come from, the script's own first.
+        folders: the folders that hold the groups.
     """
     lines = [
         usage.replace("``", ""),
@@ -46,7 +49,7 @@ def help_text(
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a config by their full names, without what names constructors."""
+    """The values of a config by full key, without the names of constructors."""
     found: dict[str, Any] = {}
     for name, value in content.items():
         key = f"{prefix}{name}"
@@ -55,6 +58,34 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif name not in ("_target_", "_partial_"):
             found[key] = value
     return found
+
+
+RENAMED = {"kinds": "variants"}
+"""The last part of keys that were renamed, and what it is now."""
+
+
+def suggestion(key: str, known: Iterable[str] = ()) -> str:
+    """Advice for an unknown key: the full keys that end in its name, or the name most like it.
+
+    Args:
+        key: as the user typed it.
+        known: the full keys of this command.
+    """
+    place, _, name = key.rpartition(".")
+    name = RENAMED.get(name, name)
+    renamed = f"{place}.{name}" if place else name
+    if renamed != key and renamed in known:
+        return f"; give {renamed}=..."
+    if longer := [f"{each}=..." for each in known if each.endswith(f".{name}") and each != key]:
+        return f"; give {' or '.join(longer)}"
+    words = {
+        word
+        for path in CONFIGS.rglob("*.yaml")
+        if path.parent.name != "accelerate"
+        for word in re.findall(r"^\s*(\w+):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    }
+    close = difflib.get_close_matches(name, sorted(words - {name}), n=1)
+    return f" (did you mean {close[0]}?)" if close else "; --help lists the keys"
 
 
 def _groups(files: Sequence[ConfigFile], folders: Sequence[Path]) -> Iterator[str]:
@@ -88,7 +119,7 @@ def _keys(values: Mapping[str, Any], files: Sequence[ConfigFile]) -> Iterator[st
 
 
 def _comments(file: ConfigFile) -> dict[str, str]:
-    """What stands behind the keys of a file."""
+    """The comments behind the keys of a file."""
     found: dict[str, str] = {}
     parents: list[tuple[int, str]] = []
     for line in file.path.read_text(encoding="utf-8").splitlines():
@@ -102,7 +133,7 @@ def _comments(file: ConfigFile) -> dict[str, str]:
 
 
 def _first_sentence(path: Path) -> str:
-    """Of the comment at a file's top."""
+    """The first sentence of the comment at the top of a file."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -113,4 +144,4 @@ def _first_sentence(path: Path) -> str:
 
 
 def _line(left: str, comment: str) -> str:
-    return f"{left:{WIDTH}}  # {comment}" if comment else left
+    return f"{left:{_WIDTH}}  # {comment}" if comment else left

@@ -1,8 +1,8 @@
-"""One run at a time in a folder: a lock that names the host and the process that hold it.
+"""One run at a time in a folder: a lock file that names its host and process.
 
-It is a file that one of several hosts can be the first to make, and not a lock of the operating system: those
-are missing or local to one host on some network file systems, and cannot say who holds them. So of a run that
-was killed on this host it is seen that it is dead; of one on another host a person has to say so.
+Locks of the operating system are missing or local to one host on some network file systems, and do not say
+who holds them. The lock of a run that was killed on this host is recognised as stale. For a run on another
+host, a person has to decide.
 """
 
 import fcntl
@@ -23,14 +23,14 @@ LOCK = ".mllm_protector.lock"
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """Who made a lock, and when by the clock of that host."""
+    """The process that made a lock, and the time by its host's clock (seconds since the epoch)."""
 
     host: str
     pid: int
     since: float
 
     def lives(self) -> bool:
-        """Whether that process still runs on this host; its number may be another one's now."""
+        """Whether that process still runs on this host. Its number may have been reused."""
         try:
             process = psutil.Process(self.pid)
             zombie = process.status() == psutil.STATUS_ZOMBIE
@@ -44,11 +44,11 @@ def locked(folder: Path, key: str) -> Iterator[None]:
     """Keep other runs out of a folder.
 
     Args:
-        folder: is there.
-        key: of the folder, as the user typed it.
+        folder: an existing folder.
+        key: the folder's key, as the user typed it.
 
     Raises:
-        InputError: another run is at work there, or may be.
+        InputError: another run uses the folder, or may use it.
         OSError: the lock cannot be written.
     """
     path = folder / LOCK
@@ -85,16 +85,16 @@ def _read(path: Path) -> _Holder | None:
         return _Holder(host, int(pid), float(since))
     except FileNotFoundError:
         return None
-    except ValueError:  # whoever wrote it did not live to the end of the line
+    except ValueError:  # its process was killed while it wrote the line
         return _Holder(socket.gethostname(), 0, 0.0)
 
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Two processes of this host must not both take over the lock of a dead one."""
+    """Keep two processes of this host from taking over the same stale lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without such locks
+        with suppress(OSError):  # the file system has no such locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Where commands write: none writes over a file that it did not write itself, nor over one that it reads.
+"""Folders of results: no command overwrites a file that it did not write, or one that it reads.
 
-A folder of results is claimed before any work begins. Its marker says which names a command writes there, and
-what it left under them: a file of such a name that is another one is somebody else's, and the command is
-refused. While it works, a lock keeps other runs out.
+A command claims its folder before it works. A marker in the folder says which files the command left there.
+If a file of one of the command's names is there and differs from that, it belongs to somebody else and the
+command refuses to run. A lock keeps other runs out in the meantime.
 """
 
 import os
@@ -42,7 +42,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "generate_pairs": ("generation.json", "pairs.jsonl", "cache"),
     "run_benchmark": ("benchmark.json", CONFIG),
 }
-"""A command, by its function -> the names that it writes in its folder, as patterns."""
+"""Function of a command -> patterns of the names that it writes in its folder."""
 
 _EARLIER: Mapping[str, tuple[str, ...]] = {
     "train_detector": (CONFIG, "metrics.jsonl"),
@@ -58,7 +58,7 @@ _EARLIER: Mapping[str, tuple[str, ...]] = {
     "generate_pairs": ("cache/ledger",),
     "run_benchmark": (CONFIG, "benchmark.json"),
 }
-"""What together shows that a release without markers ran a command in a folder."""
+"""Files that together show that a release without markers ran this command in the folder."""
 
 SMALL = 1 << 24
 """Bytes up to which a file is known again by its hash; a larger one is by its size."""
@@ -73,16 +73,16 @@ WITHOUT_INFLUENCE = (
     "resume",
     "tracker.",
 )
-"""Beginnings of keys that change no result beyond the rounding of sums."""
+"""Prefixes of keys that change results by rounding at most."""
 
 
 @contextmanager
 def claim_output_dir(settings: Mapping[str, Any], command: str) -> Iterator[None]:
-    """Hold ``output_dir`` for a command while it works, and leave the settings there if it is one that does.
+    """Claim ``output_dir`` while a command works, and write ``config.yaml`` there for commands that keep one.
 
     Args:
         settings: all keys of the command, as plain values.
-        command: its function's name; one that is not in ``WRITES`` is let through.
+        command: the name of its function. One that is not in ``WRITES`` claims nothing.
 
     Raises:
         InputError: as ``claimed``, or the folder holds weights or checkpoints of other settings.
@@ -90,13 +90,13 @@ def claim_output_dir(settings: Mapping[str, Any], command: str) -> Iterator[None
     texts = {key: value for key, value in _leaves("", settings) if isinstance(value, str)}
     for key, value in texts.items():
         if key.endswith(("output_dir", "folder", "quarantine")) and not value.strip():
-            raise InputError(f"{key}={value}: is empty; name a place for it")
+            raise InputError(f"{key}={value}: is empty; give a path")
     _require_own_quarantines(texts)
     if command not in WRITES:
         yield
         return
     folder = Path(settings["output_dir"])
-    # A key such as backbone.folder is a place where its own constructor writes, which looks before it does.
+    # Constructors write to keys such as backbone.folder and check them on their own.
     uses = {key: value for key, value in texts.items() if not key.endswith(("output_dir", "folder"))}
     with claimed(folder, command, uses=uses):
         if CONFIG in WRITES[command] and is_first():
@@ -109,17 +109,17 @@ def claim_output_dir(settings: Mapping[str, Any], command: str) -> Iterator[None
 def claimed(
     folder: Path, command: str, *, key: str = "output_dir", uses: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Hold a folder for a command while it works. Of several processes only the first one does.
+    """Claim a folder while a command works. Only the first of several processes does this.
 
     Args:
-        folder: made if it is not there, and removed again if nothing was written.
+        folder: created if it is missing, and removed again if nothing was written.
         command: one of ``WRITES``.
-        key: of the folder, as the user typed it.
-        uses: other keys and their texts; those that are paths must not be written over.
+        key: the folder's key, as the user typed it.
+        uses: other keys and their texts. Those that are paths must not be overwritten.
 
     Raises:
-        InputError: the folder cannot be written to, another run is at work there, or the command would write
-            over a file that is not its own.
+        InputError: the folder cannot be written to, another run uses it, or the command would overwrite
+            somebody else's file.
     """
     if not is_first():
         yield
@@ -129,17 +129,19 @@ def claimed(
     _require_unused(folder, command, key, uses or {})
     new = [each for each in (folder, *folder.parents) if not each.exists()]
     with ExitStack() as held:
-        with _reachable(folder, key):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             held.callback(_tidy, folder, new)
             held.enter_context(locked(folder, key))
             _mark(folder, command, key)
+        except OSError as error:
+            raise InputError(f"{key}={folder}: cannot be written to ({error.strerror or error})") from error
         held.callback(_remember, folder, command)
         yield
 
 
 def probe(folder: Path) -> None:
-    """Write to a folder, or to the nearest one above it that is there, and leave nothing.
+    """Test that files can be written to a folder, or to its nearest existing parent. Leaves nothing behind.
 
     Raises:
         OSError: it cannot be written to.
@@ -191,25 +193,21 @@ def _require_own_quarantines(texts: Mapping[str, str]) -> None:
 
 
 def _require_unused(folder: Path, command: str, key: str, uses: Mapping[str, str]) -> None:
-    """Refuse to write over what the command reads, or over what it writes for another key."""
+    """Refuse a folder in which the command would overwrite its input or the output of another key."""
     root = folder.resolve()
     for name, value in uses.items():
         if not value or "\n" in value or "\0" in value:
             continue  # no path
-        path = Path(os.path.expanduser(value)).resolve()  # noqa: PTH111 (a ~name that nobody has is no error)
+        path = Path(os.path.expanduser(value)).resolve()  # noqa: PTH111 (an unknown ~name is not an error)
         if path.is_relative_to(root):
             inside = path.relative_to(root).parts
-            if not inside or any(_fits(inside, pattern) for pattern in WRITES[command]):
-                raise InputError(f"{name}={value}: this command would write over it; choose another {key}")
-
-
-def _fits(parts: Sequence[str], pattern: str) -> bool:
-    """Whether a pattern is that of a path, or of a folder above it."""
-    return fnmatchcase("/".join(parts[: pattern.count("/") + 1]), pattern)
+            covered = ("/".join(inside[: pattern.count("/") + 1]) for pattern in WRITES[command])
+            if not inside or any(map(fnmatchcase, covered, WRITES[command])):
+                raise InputError(f"{name}={value}: this command would overwrite it; choose another {key}")
 
 
 def _mark(folder: Path, command: str, key: str) -> None:
-    """Write down that a command is at work, if what it will write over is its own."""
+    """Record that a command is at work, unless another's files have the names that it writes."""
     marker = folder / MARKER
     marked = _read_marker(marker) if marker.is_file() else {}
     earlier = _EARLIER.get(command, ())
@@ -259,7 +257,7 @@ def _read_marker(marker: Path) -> dict[str, dict[str, str] | None]:
 
 
 def _tidy(folder: Path, new: Sequence[Path]) -> None:
-    """Leave no new folder behind with nothing in it; ``new`` names the innermost first."""
+    """Remove new folders that are still empty; ``new`` is ordered from the innermost."""
     with suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {MARKER}:
             (folder / MARKER).unlink(missing_ok=True)
@@ -267,18 +265,10 @@ def _tidy(folder: Path, new: Sequence[Path]) -> None:
                 each.rmdir()
 
 
-@contextmanager
-def _reachable(folder: Path, key: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{key}={folder}: cannot be written to ({error.strerror or error})") from error
-
-
 def _require_same_training(settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse to train over what a training with other settings has come to.
+    """Refuse to overwrite weights or checkpoints that were trained with other settings.
 
-    One that failed before it came to anything may be corrected and repeated in its folder.
+    A run that failed before it saved either may be repeated in its folder with any settings.
     """
     kept = [folder / "guard.json"] * (folder / "guard.json").exists()
     kept += [folder / "checkpoints"] * any(folder.glob("checkpoints/step-*"))
@@ -290,8 +280,8 @@ def _require_same_training(settings: Mapping[str, Any], folder: Path) -> None:
     )
     if changed := sorted(key for key in {*now, *earlier} if now.get(key) != earlier.get(key)):
         raise InputError(
-            f"{folder}: holds what another configuration made (changed: {', '.join(changed[:5])}); choose "
-            f"another output_dir, or remove {' and '.join(map(str, kept))} to train anew"
+            f"{folder}: holds results of another configuration (changed: {', '.join(changed[:5])}); choose "
+            f"another output_dir, or remove {' and '.join(map(str, kept))} to train again"
         )
 
 
@@ -305,7 +295,7 @@ def _read_config(path: Path) -> Any:
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Single values by their full keys."""
+    """Single values and their full keys."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _leaves(f"{key}.{name}" if key else str(name), item)

@@ -1,21 +1,6 @@
 """Choose a detector's threshold: ``python scripts/calibrate_detector.py [key=value ...]``, see ``--help``."""
 
-import hydra
-from omegaconf import DictConfig
-
-from mllm_protector.config import clear_errors, launch, quiet_libraries, run
-
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="calibrate_detector")
-def main(cfg: DictConfig) -> None:
-    """One call: the config's keys are the function's parameters."""
-    with clear_errors():
-        quiet_libraries()
-        # here, so that --help needs no torch
-        from mllm_protector.training.calibration import calibrate_detector
-
-        run(cfg, calibrate_detector)
-
+from mllm_protector.config import launch
 
 if __name__ == "__main__":
-    launch(main, __doc__)
+    launch(__doc__, "mllm_protector.training.calibration.calibrate_detector")

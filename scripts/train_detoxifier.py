@@ -1,22 +1,6 @@
 """Train the detoxifier: ``python scripts/train_detoxifier.py [key=value ...]``, ``--help`` for the keys."""
 
-import hydra
-from omegaconf import DictConfig
-
-from mllm_protector.config import clear_errors, launch, quiet_libraries, run
-
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="train_detoxifier")
-def main(cfg: DictConfig) -> None:
-    """One call: the config's keys are the function's parameters."""
-    with clear_errors():
-        quiet_libraries()
-        from mllm_protector.processes import leave_processes
-        from mllm_protector.training.detoxifier import train_detoxifier  # here, so that --help needs no torch
-
-        run(cfg, train_detoxifier)
-        leave_processes()
-
+from mllm_protector.config import launch
 
 if __name__ == "__main__":
-    launch(main, __doc__)
+    launch(__doc__, "mllm_protector.training.detoxifier.train_detoxifier")

@@ -64,7 +64,7 @@ def test_help_shows_the_words_of_the_yaml_beside_keys_groups_and_options(said: S
     assert lines["fit=tiny"].startswith("how to optimise")
     assert lines["adapter"] == "Adapters on a pretrained backbone, one GPU."
     assert lines["fit.batch_size: 32"] == "examples in one step, over all processes"
-    assert lines["checkpoint:"].startswith("where a stopped training goes on")
+    assert lines["checkpoint:"].startswith("for continuing a stopped training")
     assert lines["checkpoint.every_steps: null"] == "steps between two; null: not by steps"
 
 

@@ -3,8 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,25 +12,25 @@ import pytest
 from mllm_protector.errors import InputError
 from mllm_protector.locks import LOCK, locked
 
-HOLD = """
-import sys
-from pathlib import Path
-from mllm_protector.locks import locked
-with locked(Path(sys.argv[1]), "output_dir"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
 
 @contextmanager
-def another_run(folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that holds the folder until its input ends."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        yield process
+def another_run(folder: Path) -> Iterator[int]:
+    """A process that holds the folder until it is left or killed; its number."""
+    ready, say_ready = os.pipe()
+    wait, release = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(release)
+        with locked(folder, "output_dir"):
+            os.write(say_ready, b"!")
+            os.read(wait, 1)
+        os._exit(0)
+    assert os.read(ready, 1) == b"!"
+    yield child
+    os.close(release)
+    os.waitpid(child, 0)
+    for each in (ready, say_ready, wait):
+        os.close(each)
 
 
 def refusal(folder: Path) -> str:
@@ -42,10 +40,10 @@ def refusal(folder: Path) -> str:
 
 
 def test_a_second_run_is_refused_with_host_and_process_until_the_first_one_ends(tmp_path: Path) -> None:
-    with another_run(tmp_path) as process:
+    with another_run(tmp_path) as number:
         assert refusal(tmp_path) == (
             f"output_dir={tmp_path}: another run writes there (host {socket.gethostname()}, process "
-            f"{process.pid}); wait for it or choose another output_dir"
+            f"{number}); wait for it or choose another output_dir"
         )
     with locked(tmp_path, "output_dir"):
         pass
@@ -53,9 +51,9 @@ def test_a_second_run_is_refused_with_host_and_process_until_the_first_one_ends(
 
 
 def test_the_lock_of_a_run_that_was_killed_is_taken_over(tmp_path: Path) -> None:
-    with another_run(tmp_path) as process:
-        os.kill(process.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, but nobody has asked for it yet
+    with another_run(tmp_path) as number:
+        os.kill(number, signal.SIGKILL)
+        os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)  # dead, but nobody has asked for it yet
         with locked(tmp_path, "output_dir"):
             assert str(os.getpid()) in (tmp_path / LOCK).read_text()
 

@@ -108,15 +108,13 @@ def test_no_command_writes_over_what_it_reads(tmp_path: Path) -> None:
     ):
         for place in (folder, tmp_path / "link"):
             message = refusal("prepare_data", *export, **{"data.path": given, "output_dir": place})
-            assert (
-                message == f"data.path={given}: this command would write over it; choose another output_dir"
-            )
+            assert message == f"data.path={given}: this command would overwrite it; choose another output_dir"
     message = refusal(
         "train_detector",
         "backbone=hub",
         **{"backbone.name": tmp_path / "part", "output_dir": tmp_path / "part"},
     )
-    assert message.startswith(f"backbone.name={tmp_path / 'part'}: this command would write over it")
+    assert message.startswith(f"backbone.name={tmp_path / 'part'}: this command would overwrite it")
     assert contents(folder) == before
 
 
@@ -242,7 +240,7 @@ def test_bad_rows_replace_those_of_an_earlier_run_and_no_other_file(tmp_path: Pa
     new = tmp_path / "new"
     keys |= {"data.quarantine": new / "data_report.md", "output_dir": new}
     message = refusal("prepare_data", "data=pairs", **keys)
-    assert "would write over it" in message
+    assert "would overwrite it" in message
 
 
 def test_two_sources_have_no_quarantine_in_common(tmp_path: Path) -> None:

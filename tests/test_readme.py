@@ -1,7 +1,6 @@
-"""What the README shows is what the project does."""
+"""The README and docs/architecture.md show what the project does."""
 
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,26 @@ import pytest
 
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
-from mllm_protector.records import Question
+from mllm_protector.records import Answer, LabelledAnswer, Question
 from mllm_protector.rendering import RenderedText
 from tests.models.builders import save_tiny_llava_for_tests
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RECIPES = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
+ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
-def snippet(name: str) -> str:
-    found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", README, flags=re.DOTALL)
+def snippet(page: str, name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", page, flags=re.DOTALL)
     assert found, f"no snippet {name}"
     return found.group(1)
 
 
-def code_lines(text: str) -> list[str]:
-    return [
-        line for line in text.splitlines() if line.strip() and not line.startswith(("#", "from ", "import "))
-    ]
+def executed(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(code, names)  # noqa: S102 - our own words
+    return names
 
 
 @pytest.fixture
@@ -43,23 +44,17 @@ def trained(
     return tmp_path
 
 
-def test_plain_texts_are_guarded_in_two_lines(trained: Path) -> None:
-    code = snippet("guard-texts")
-    assert len(code_lines(code)) == 2
-    names: dict[str, Any] = {}
-    exec(code, names)  # noqa: S102
-    [reply] = names["replies"]
+def test_plain_texts_are_guarded_as_the_readme_says(trained: Path) -> None:
+    [reply] = executed(snippet(README, "guard-texts"))["replies"]
     assert reply.raw == "Sure, ..."
     assert reply.outcome in {"allowed", "rewritten", "refused"}
 
 
-def test_any_model_is_wrapped_and_asked_in_four_lines(trained: Path) -> None:
-    code = snippet("guard-mllm")
-    assert len(code_lines(code)) == 4
+def test_any_model_is_wrapped_and_asked_as_the_recipes_say(trained: Path) -> None:
+    code = snippet(RECIPES, "guard-mllm")
     RenderedText("a photo").load().save(trained / "photo.jpg")
     mllm = save_tiny_llava_for_tests(trained / "mllm")
-    names: dict[str, Any] = {}
-    exec(code.replace("llava-hf/llava-1.5-7b-hf", str(mllm)).replace("=512", "=4"), names)  # noqa: S102
+    names = executed(code.replace("llava-hf/llava-1.5-7b-hf", str(mllm)).replace("=512", "=4"))
     questions = [
         Question(id="1", scenario="any", variant="TEXT", text="What is this?"),
         Question(id="2", scenario="any", variant="TYPO", text="What is this?", image=RenderedText("words")),
@@ -68,18 +63,30 @@ def test_any_model_is_wrapped_and_asked_in_four_lines(trained: Path) -> None:
     assert [type(text) for text in (names["answer"], *names["answers"], *answers)] == [str] * 5
 
 
-def test_the_file_tree_names_every_file() -> None:
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    tree = README.split("## Files")[1]
-    for path in map(Path, tracked):
-        if path.parts[0] in ("mllm_protector", "scripts") and path.name not in ("__init__.py", "py.typed"):
-            assert re.search(rf"\b{re.escape(path.name)}\b", tree), f"{path} is not in the README's tree"
+def test_a_judge_and_a_data_source_are_added_in_few_lines(tmp_path: Path) -> None:
+    judge, source = (
+        snippet(ARCHITECTURE, f"example: {name}") for name in ("judges/length.py", "data/chats.py")
+    )
+    assert max(len(code.splitlines()) for code in (judge, source)) < 60
+    question = Question(id="1", scenario="any", variant="TEXT", text="What is this?")
+    [verdict] = executed(judge)["LengthJudge"](words=2).judge([question], [Answer(id="1", text="a b c")])
+    assert verdict.unsafe
+    path = tmp_path / "chats.jsonl"
+    rows = (f'{{"user": "question {row}", "bot": "answer", "flagged": false}}\n' for row in range(20))
+    path.write_text("".join(rows))
+    options = {"validation_fraction": 0.1, "seed": 0, "limit": None, "duplicates": "keep", "quarantine": None}
+    splits = executed(source)["Chats"](path=str(path), **options).load()
+    assert len(splits.train) + len(splits.validation) == 20
+    assert splits.train[0] == LabelledAnswer(query=splits.train[0].query, answer="answer", harmful=False)
 
 
-def test_every_option_of_the_table_exists() -> None:
-    table = README.split("| key | options |")[1].split("\n\n")[0]
-    for group, options in re.findall(r"\| `(\w+)=` \| (.*) \|", table):
+def test_the_readme_is_short_and_its_links_and_options_exist() -> None:
+    assert len(README.splitlines()) <= 150
+    for folder, page in ((REPOSITORY, README), (REPOSITORY / "docs", RECIPES + ARCHITECTURE)):
+        for link in re.findall(r"\]\(([^)#:]+)[)#]", page):
+            assert (folder / link).exists(), link
+    for group, options in re.findall(r"\| `(\w+)=` \| (.*) \|", RECIPES):
         for option in re.findall(r"`([\w.]+)`", options):
             assert list(REPOSITORY.glob(f"configs/**/{group}/{option}.yaml")), f"no {group}={option}"
+    for path in re.findall(r"`([a-z]+/\w+\.py)`", ARCHITECTURE):
+        assert (REPOSITORY / "mllm_protector" / path).exists(), path

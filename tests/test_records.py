@@ -17,32 +17,25 @@ BOTH_HARMFUL = AnswerPair(query="q2", accepted="less bad", rejected="worse", acc
 BOTH_HARMLESS = AnswerPair(query="q3", accepted="better", rejected="good", rejected_harmful=False)
 
 
-def test_a_pair_becomes_two_answers_with_their_own_labels():
-    assert list(labelled_answers([MIXED, BOTH_HARMFUL, BOTH_HARMLESS])) == [
+def test_a_pair_becomes_two_answers_with_their_own_labels_and_single_answers_pass():
+    single = LabelledAnswer(query="q", answer="a", harmful=True)
+    assert list(labelled_answers([MIXED, BOTH_HARMFUL, BOTH_HARMLESS, single])) == [
         LabelledAnswer(query="q1", answer="good", harmful=False),
         LabelledAnswer(query="q1", answer="bad", harmful=True),
         LabelledAnswer(query="q2", answer="less bad", harmful=True),
         LabelledAnswer(query="q2", answer="worse", harmful=True),
         LabelledAnswer(query="q3", answer="better", harmful=False),
         LabelledAnswer(query="q3", answer="good", harmful=False),
+        single,
     ]
 
 
-def test_single_labelled_answers_pass_through():
-    single = LabelledAnswer(query="q", answer="a", harmful=True)
-    assert list(labelled_answers([single])) == [single]
-
-
-def test_only_harmful_answers_with_a_harmless_one_are_corrections():
-    assert list(corrections([MIXED, BOTH_HARMFUL, BOTH_HARMLESS])) == [
-        Correction(query="q1", rejected="bad", accepted="good")
-    ]
-
-
-def test_the_safer_of_two_harmful_answers_can_be_learnt():
-    assert list(corrections([BOTH_HARMFUL, BOTH_HARMLESS], both_harmful="safer")) == [
-        Correction(query="q2", rejected="worse", accepted="less bad")
-    ]
+def test_corrections_replace_harmful_answers_by_a_harmless_one_or_if_wanted_by_the_safer_one():
+    first = Correction(query="q1", rejected="bad", accepted="good")
+    second = Correction(query="q2", rejected="worse", accepted="less bad")
+    pairs = [MIXED, BOTH_HARMFUL, BOTH_HARMLESS]
+    assert list(corrections(pairs)) == [first]
+    assert list(corrections(pairs, both_harmful="safer")) == [first, second]
 
 
 def test_records_cannot_be_changed_or_mixed_up_by_position():

@@ -20,8 +20,8 @@ from typing import Any, TypeVar, get_type_hints, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import content_key, file_digest, read_json, system_error, write_text
+from mllm_protector.errors import InputError, RunError, system_error
+from mllm_protector.files import content_key, file_digest, read_json, write_text
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 R = TypeVar("R")

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mllm_protector.errors import InputError, RunError
+from annotated_types import Interval
+
+from mllm_protector.errors import InputError, RunError, Stop
 from mllm_protector.files import write_json, write_jsonl
 from mllm_protector.generation.prompts import Prompts
 from mllm_protector.generation.replies import NOT_SENT, Form, KeptChat, Replies
@@ -15,9 +17,8 @@ from mllm_protector.generation.writing import Writer
 from mllm_protector.judges.asking import AskingJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Judge, Priced
-from mllm_protector.ranges import Count, Seed, Within
+from mllm_protector.ranges import Count, Seed
 from mllm_protector.reporting.tables import Table, print_tables
-from mllm_protector.stopping import Stop
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ def generate_pairs(
     answer_tokens: Count,
     question_format: Form,
     language: str,
-    near_duplicate: Annotated[float, Within(0.51, 1)],
+    near_duplicate: Annotated[float, Interval(ge=0.51, le=1)],
     unconfirmed: Literal["drop", "mark"],
-    min_share: Annotated[float, Within(1e-6, 1)],
+    min_share: Annotated[float, Interval(ge=1e-6, le=1)],
     prompts: Mapping[str, str | None],
     max_calls: Count | None,
     seed: Seed,

@@ -480,7 +480,7 @@ def test_the_script_measures_a_saved_detector(
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("split=train", "error: split=train: must be one of validation, all"),
+        ("split=train", "error: split=train: must be 'validation' or 'all'"),
         ("data=labelled", "error: data.path has no value"),
         ("group=x", "error: group: unknown config key (did you mean group_file?)"),
     ],

@@ -113,7 +113,7 @@ def test_an_evaluation_ends_at_the_first_signal_with_finished_rows_kept(tmp_path
             code, said = command.signalled(number)
         assert code == 128 + number
         assert said == (
-            f"error: stopped by {number.name}; what was finished is kept, and the same command goes on from"
+            f"error: stopped by {number.name}; finished work is kept, and the same command continues from"
             " there\n"
         )
     assert kept(tmp_path, "answers") == 4  # two of each run

@@ -15,7 +15,7 @@ from mllm_protector.guard.rewrites import Fault, fault_of, surviving_share, word
 from tests.cases import case
 from tests.test_normalisation import DISGUISES
 
-PUBLIC_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+PUBLIC_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 HH_RLHF = PUBLIC_DATA / "hh_rlhf" / "harmless_base.jsonl.gz"
 
 QUERY = "How is the trap of Oskholm set?"

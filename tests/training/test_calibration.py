@@ -361,7 +361,7 @@ def test_a_wrong_aim_is_one_line_that_names_the_key(capsys: pytest.CaptureFixtur
         (("calibration=precision",), "error: calibration=precision: unknown option; choose one of f1, "),
         (("calibration=recall", "calibration.target=1.5"), "error: calibration.target=1.5: recall takes"),
         (("calibration=recall", "calibration.target=null"), "error: calibration.target=None: recall takes"),
-        (("calibration.kind=precision",), "error: calibration.kind=precision: must be one of"),
+        (("calibration.kind=precision",), "error: calibration.kind=precision: must be 'false_positive_rate'"),
         (("calibration.confidence=95",), "error: calibration.confidence=95: must be at least 0.5"),
     ):
         said = complaint(capsys, *overrides)
