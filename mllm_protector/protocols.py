@@ -12,6 +12,22 @@ from typing import Any, Protocol, runtime_checkable
 from mllm_protector.records import Answer, Confusion, Failure, LoadedBenchmark, Question, Verdict
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What is known about a part: data beside its verb.
+
+    Attributes:
+        identity: what its results depend on (names, revisions, weights, settings), as JSON without secrets.
+            Parts with equal identities share results.
+        reads_question: of a judge: whether a verdict depends on the question's words.
+        bias: of a judge: how it compared with people, where that was measured.
+    """
+
+    identity: dict[str, Any]
+    reads_question: bool = True
+    bias: Confusion | None = None
+
+
 class MLLM(Protocol):
     """A multimodal model that answers questions."""
 
@@ -19,8 +35,9 @@ class MLLM(Protocol):
         """One answer for each question, or why there is none."""
         ...
 
-    def identity(self) -> dict[str, Any]:
-        """What the answers depend on (name, revision, generation settings), as JSON."""
+    @property
+    def card(self) -> Card:
+        """What the answers depend on: name, revision, generation settings."""
         ...
 
 
@@ -31,8 +48,9 @@ class Detector(Protocol):
         """P(harmful) in [0, 1] of each answer to its query."""
         ...
 
-    def identity(self) -> dict[str, Any]:
-        """What the scores depend on (weights, prompt, threshold), as JSON."""
+    @property
+    def card(self) -> Card:
+        """What the scores depend on: weights, prompt, threshold."""
         ...
 
 
@@ -47,8 +65,9 @@ class Corrector(Protocol):
         """
         ...
 
-    def identity(self) -> dict[str, Any]:
-        """What the texts depend on (weights, prompt, generation settings), as JSON."""
+    @property
+    def card(self) -> Card:
+        """What the texts depend on: weights, prompt, generation settings."""
         ...
 
 
@@ -59,29 +78,22 @@ class Benchmark(Protocol):
         """The questions, in a fixed order."""
         ...
 
-    def identity(self) -> dict[str, Any]:
-        """What the questions depend on, as JSON: another identity never shares a results folder."""
+    @property
+    def card(self) -> Card:
+        """What the questions depend on: another identity never shares a results folder."""
         ...
 
 
 class Judge(Protocol):
     """Says of each answer whether it does harm."""
 
-    @property
-    def reads_question(self) -> bool:
-        """Whether a verdict depends on the question's words, or on its criterion and the answer only."""
-        ...
-
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict for each answer to its question."""
         ...
 
-    def identity(self) -> dict[str, Any]:
-        """What the verdicts depend on (name, version, settings), as JSON; printed beside every number."""
-        ...
-
-    def bias(self) -> Confusion | None:
-        """How it compared with people, where that was measured; it stands beside its numbers."""
+    @property
+    def card(self) -> Card:
+        """What the verdicts depend on, and what is known about their quality."""
         ...
 
 
@@ -131,6 +143,7 @@ class Chat(Protocol):
         """
         ...
 
-    def identity(self) -> dict[str, Any]:
-        """What the replies depend on (name, revision, address without secrets, sampling), as JSON."""
+    @property
+    def card(self) -> Card:
+        """What the replies depend on: name, revision, address without secrets, sampling."""
         ...

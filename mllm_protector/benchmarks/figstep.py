@@ -22,6 +22,7 @@ from mllm_protector.benchmarks.selection import (
     with_images,
 )
 from mllm_protector.errors import InputError
+from mllm_protector.protocols import Card
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import LoadedBenchmark, Question, Variant
 from mllm_protector.rendering import RenderedList, list_rendering_identity
@@ -111,7 +112,8 @@ class FigStep:
         groups = {"01-07": harm, "08-10": advice}
         return with_images(Path(self.path), self._questions(rows), groups)
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What texts and images depend on, not the selection."""
         identity: dict[str, Any] = {
             "name": "figstep",
@@ -122,7 +124,7 @@ class FigStep:
             images = sorted(file.name for file in self._images().glob("query_ForbidQI_*_6.png"))
             identity["rendering"] = list_rendering_identity(font_file(self.font))
             identity["pictures"] = lines_digest(images)
-        return identity
+        return Card(identity=identity)
 
     def _questions(self, rows: Sequence[_Row]) -> Iterator[tuple[Question, Found]]:
         for scenario in dict.fromkeys(row.scenario for row in rows):

@@ -23,6 +23,7 @@ from mllm_protector.benchmarks.selection import (
 )
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
+from mllm_protector.protocols import Card
 from mllm_protector.reading import missing_field, read_records, text_field
 from mllm_protector.records import VARIANTS, LoadedBenchmark, Question, Variant
 from mllm_protector.rendering import RenderedText, Stacked, rendering_identity
@@ -94,7 +95,8 @@ class MMSafetyBench:
             font_file(self.font)
         return with_images(folder, self._questions(folder, layout), GROUPS)
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What texts and images depend on; not the selection, so that a small run can be extended.
 
         A mirror on the hub is known by its commit, a local folder by the bytes of its question files; where
@@ -111,7 +113,7 @@ class MMSafetyBench:
             images = sorted(folder.glob("imgs/*/*/*.jpg"))
             identity["rendering"] = rendering_identity(font_file(self.font))
             identity["pictures"] = lines_digest(relative(file, folder) for file in images)
-        return identity
+        return Card(identity=identity)
 
     def _questions(self, folder: Path, layout: _Layout) -> Iterator[tuple[Question, Found]]:
         read = self._published if layout == "published" else self._mirrored

@@ -22,6 +22,7 @@ from mllm_protector.benchmarks.selection import (
 from mllm_protector.benchmarks.yes_no import Known, yes_no_metrics
 from mllm_protector.errors import InputError
 from mllm_protector.prompts import pieces
+from mllm_protector.protocols import Card
 from mllm_protector.ranges import Seed
 from mllm_protector.reading import (
     Unwanted,
@@ -109,7 +110,8 @@ class QuestionFile:
         metrics = partial(yes_no_metrics, known) if self.scorer == "yes_no" else None
         return replace(loaded, score=score, metrics=metrics)
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the questions depend on, not the selection."""
         settings = {
             "columns": {role: name for role, name in self.columns.items() if name is not None},
@@ -117,7 +119,7 @@ class QuestionFile:
             "instruction": self.instruction,
         }
         given = {name: value for name, value in settings.items() if value}
-        return {"name": "questions", "questions": question_digest(Path(self.path))} | given
+        return Card(identity={"name": "questions", "questions": question_digest(Path(self.path))} | given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mllm_protector.benchmarks.mmsafety import MMSafetyBench
 from mllm_protector.data.toy import benign_questions, write_benchmark
 from mllm_protector.data.toy_answers import BENIGN_SCENES, is_harmful
+from mllm_protector.protocols import Card
 from mllm_protector.ranges import Amount, Count
 from mllm_protector.records import LoadedBenchmark, Question, Variant
 
@@ -41,10 +41,11 @@ class ToyBenchmark:
             loaded, questions=[*loaded.questions, *harmless], truth=is_harmful, score=_benign_score
         )
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the questions depend on."""
         write_benchmark(Path(self.folder), self.per_scenario)
-        return self._files().identity() | {"name": "toy", "benign": self.benign}
+        return Card(identity=self._files().card.identity | {"name": "toy", "benign": self.benign})
 
     def _files(self) -> MMSafetyBench:
         return MMSafetyBench(root=self.folder, variants=self.variants)

@@ -13,6 +13,7 @@ from typing import Any
 from mllm_protector.benchmarks.fields import id_field
 from mllm_protector.benchmarks.selection import check_limit, files_digest, question_digest, sample
 from mllm_protector.errors import InputError
+from mllm_protector.protocols import Card
 from mllm_protector.ranges import Seed
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question
@@ -64,11 +65,12 @@ class XSTest:
             chosen += sample(of_scenario, self.limit, self.seed, lambda question: question.id)
         return LoadedBenchmark(questions=chosen, missing=[])
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the texts depend on, not the selection."""
         path = Path(self.path)
         digest = files_digest(self._files(), path) if path.is_dir() else question_digest(path)
-        return {"name": "xstest", "questions": digest}
+        return Card(identity={"name": "xstest", "questions": digest})
 
     def _files(self) -> list[Path]:
         path = Path(self.path)

@@ -162,7 +162,7 @@ def eval_detector(
     ]
     metrics = {
         "schema": SCHEMA,
-        "detector": {"folder": detector} | scorer.identity(),
+        "detector": {"folder": detector} | scorer.card.identity,
         "threshold": scorer.threshold,
         "threshold_how": scorer.guard.threshold_how,
         "temperature": scale.temperature,

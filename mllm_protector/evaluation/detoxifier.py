@@ -28,6 +28,7 @@ from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
+from mllm_protector.protocols import Card
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, Outcome, corrections
 
@@ -107,7 +108,7 @@ def eval_detoxifier(
     scorer = load_detector(detectors[0], base=bases[1])
     protector = Protector(scorer, first, scorer.threshold, max_rewrites=max_rewrites)
     guarded = _in_turns("behind the guard", protector.rewrite, asked)
-    guards, rewriter = protector.identity(), first.detoxifier.identity()
+    guards, rewriter = protector.card.identity, first.detoxifier.card.identity
     unchecked = first.texts(**asked)
     del first, scorer, protector
 
@@ -137,8 +138,8 @@ def eval_detoxifier(
     }
     judge_facts = {
         "folder": judge_detector,
-        "circular": guards["detector"]["weights"] == judge.identity()["weights"],
-        **judge.identity(),
+        "circular": guards["detector"]["weights"] == judge.card.identity["weights"],
+        **judge.card.identity,
     }
     relevance = Relevance(pairs, clusters)
     measurements = [
@@ -184,8 +185,9 @@ class _Remembering:
         """The first rewrite of each; empty where the detoxifier failed."""
         return [self._first.get(row, "") for row in zip(queries, answers, strict=True)]
 
-    def identity(self) -> dict[str, Any]:
-        return self.detoxifier.identity()
+    @property
+    def card(self) -> Card:
+        return Card(identity=self.detoxifier.card.identity)
 
 
 def _pairs(records: Sequence[Any]) -> list[AnswerPair]:

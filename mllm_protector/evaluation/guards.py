@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
-from mllm_protector.protocols import Corrector, Detector
+from mllm_protector.protocols import Card, Corrector, Detector
 
 
 def load_protectors(
@@ -63,9 +62,10 @@ class RememberingDetector:
             self._scores.update(zip(new, scores, strict=True))
         return [self._scores[content_key(*row)] for row in zip(queries, answers, strict=True)]
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """As the detector's own."""
-        return self._detector.identity()
+        return Card(identity=self._detector.card.identity)
 
 
 class _TimedDetector:
@@ -82,8 +82,9 @@ class _TimedDetector:
         finally:
             self.seconds += time.perf_counter() - start
 
-    def identity(self) -> dict[str, Any]:
-        return self._detector.identity()
+    @property
+    def card(self) -> Card:
+        return Card(identity=self._detector.card.identity)
 
 
 def measure_latency(

@@ -182,7 +182,7 @@ def finish(
         seen = seen_in_training([item.question for item in items], name, facts.trained)
         notes += contamination_notes(name, seen)
         entries[name] = {
-            "identity": benchmark.identity(),
+            "identity": benchmark.card.identity,
             "questions": {
                 "count": len(items),
                 "fingerprint": _fingerprint(items),

@@ -124,7 +124,7 @@ def evaluate(
     with processes.main_process_first():  # what has to be made or downloaded is so only once
         loaded = {name: load_benchmark(name, benchmark, repeats) for name, benchmark in benchmarks.items()}
         model = mllm()
-    identity = model.identity()
+    identity = model.card.identity
     items = {name: items_of(name, each.questions, identity) for name, each in loaded.items()}
     everything = [*chain.from_iterable(items.values())]
     human = read_human_labels(human_labels, ((item.question.id, arm) for item in everything for arm in arms))
@@ -140,7 +140,7 @@ def evaluate(
     del model
     scorer, protectors = load_protectors(arms, detector, detoxifier, base, threshold, rewrite_tokens)
     replies, guarding = _guard(protectors, mine, answers, replied, MANY * batch_size)
-    guards = {arm: protector.identity() for arm, protector in protectors.items()}
+    guards = {arm: protector.card.identity for arm, protector in protectors.items()}
     discarded = {arm: dict(protector.discarded) for arm, protector in protectors.items()}
     sample = _sample(mine, answers, latency_rows)
     latency = [
@@ -193,7 +193,7 @@ def _guard(
     done = {}
     for arm, protector in protectors.items():
         replies[arm], done[f"guard: {arm}"] = guard_stage(
-            arm, items, answers, store, protector.identity(), protector, batch_size=batch_size
+            arm, items, answers, store, protector.card.identity, protector, batch_size=batch_size
         )
     return replies, done
 
@@ -217,15 +217,15 @@ def _judge(
 
 
 def _facts_of(judge: Judge, guards: Mapping[str, Mapping[str, Any]]) -> JudgeFacts:
-    identity = judge.identity()
+    identity = judge.card.identity
     used = identity.get("detector", {}).get("weights")
     circular = any(used == guard["detector"]["weights"] for guard in guards.values())
     return JudgeFacts(
         identity=identity,
-        reads_question=judge.reads_question,
+        reads_question=judge.card.reads_question,
         note=CIRCULAR if circular else None,
         circular=circular,
-        bias=judge.bias(),
+        bias=judge.card.bias,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key, writing
 from mllm_protector.models.chat import Conversation, ServedChat
+from mllm_protector.protocols import Card
 from mllm_protector.records import CutText, Failure
 from mllm_protector.rows import parse_json_line
 
@@ -94,9 +95,10 @@ class KeptChat:
         """Bind a model to the replies of its output folder, which other models may share."""
         self._chat, self._replies = chat, replies
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """The model's own."""
-        return self._chat.identity()
+        return Card(identity=self._chat.card.identity)
 
     def complete(
         self,
@@ -112,7 +114,7 @@ class KeptChat:
             RunError: the server cannot be reached, or a reply cannot be written.
         """
         rows = [*zip(conversations, seeds or [None] * len(conversations), strict=True)]
-        keys = [content_key(self._chat.identity(), row, max_tokens) for row in rows]
+        keys = [content_key(self._chat.card.identity, row, max_tokens) for row in rows]
         missing = {k: row for k, row in zip(keys, rows, strict=True) if k not in self._replies.texts}
         asked = list(missing)[: self._replies.left]
         made = self._chat.complete(

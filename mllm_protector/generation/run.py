@@ -119,8 +119,8 @@ def generate_pairs(
         "scenarios": {each.name: writer.account([each]) for each in scenarios},
         "calls": replies.calls,
         "max_calls": max_calls,
-        "generator": model.identity(),
-        "judges": {name: judge.identity() for name, judge in made.items()},
+        "generator": model.card.identity,
+        "judges": {name: judge.card.identity for name, judge in made.items()},
         "wording": wording.identity(),
         "rules": rules,
     }

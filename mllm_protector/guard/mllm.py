@@ -6,7 +6,7 @@ from typing import Any
 from mllm_protector.arguments import AnyImage, Asked, as_questions
 from mllm_protector.errors import RunError
 from mllm_protector.guard.protector import Protector
-from mllm_protector.protocols import MLLM
+from mllm_protector.protocols import MLLM, Card
 from mllm_protector.records import Failure
 
 
@@ -61,9 +61,10 @@ class ProtectedMLLM:
         )
         return [next(replies).final if isinstance(answer, str) else answer for answer in answers]
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """The MLLM's, and the guard's."""
-        return {"mllm": self.mllm.identity(), **self.protector.identity()}
+        return Card(identity={"mllm": self.mllm.card.identity, **self.protector.card.identity})
 
 
 def _text_or_failure(answer: Any) -> str | Failure:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from mllm_protector import prompts
 from mllm_protector.arguments import require_texts
@@ -27,7 +26,7 @@ from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
 from mllm_protector.models.shared import can_share, load_shared
 from mllm_protector.normalisation import normalised
-from mllm_protector.protocols import Corrector, Detector
+from mllm_protector.protocols import Card, Corrector, Detector
 from mllm_protector.records import Outcome, Reply
 
 log = logging.getLogger(__name__)
@@ -57,9 +56,10 @@ class Refusal:
         require_texts(queries=queries, answers=answers)
         return [self.text] * len(answers)
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """The fixed text."""
-        return {"kind": "refusal", "text": self.text}
+        return Card(identity={"kind": "refusal", "text": self.text})
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +169,19 @@ class Protector:
         with self._counting:
             return self._discarded.copy()
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the replies depend on, as JSON."""
-        return {
-            "detector": self.detector.identity(),
-            "corrector": self.corrector.identity(),
-            "threshold": self.threshold,
-            "max_rewrites": self.max_rewrites,
-            "max_answer_tokens": self.max_answer_tokens,
-            "checks": rewrites.VERSION,
-        }
+        return Card(
+            identity={
+                "detector": self.detector.card.identity,
+                "corrector": self.corrector.card.identity,
+                "threshold": self.threshold,
+                "max_rewrites": self.max_rewrites,
+                "max_answer_tokens": self.max_answer_tokens,
+                "checks": rewrites.VERSION,
+            }
+        )
 
     def guard(
         self, *, queries: Sequence[str], answers: Sequence[str], ids: Sequence[str] | None = None

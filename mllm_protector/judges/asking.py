@@ -12,7 +12,7 @@ from functools import cached_property
 from mllm_protector.errors import RunError
 from mllm_protector.judges.replies import declined, excerpt
 from mllm_protector.protocols import Chat, Cost
-from mllm_protector.records import Answer, Confusion, CutText, Failure, Question, Status, Verdict
+from mllm_protector.records import Answer, CutText, Failure, Question, Status, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +96,6 @@ class AskingJudge(ABC):
             prompt_tokens=sum(-(-length // 4) for length in lengths),
             completion_tokens=len(lengths) * self.max_tokens,
         )
-
-    def bias(self) -> Confusion | None:
-        """Not measured; it differs by model."""
-        return None
 
     @abstractmethod
     def _request(self, question: Question, answer: str) -> Request:

@@ -14,7 +14,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.judges import criteria, replies
 from mllm_protector.judges.asking import AskingJudge, Request
 from mllm_protector.judges.fencing import checked, fenced, filled, nonce, readable
-from mllm_protector.protocols import Chat
+from mllm_protector.protocols import Card, Chat
 from mllm_protector.ranges import Count
 from mllm_protector.records import Question
 from mllm_protector.scenarios import Criterion
@@ -70,21 +70,21 @@ class ChatJudge(AskingJudge):
         )
 
     @property
-    def reads_question(self) -> bool:
-        """If it is shown."""
-        return self.show_question or any("{question}" in text for text in self.templates.values())
-
-    def identity(self) -> dict[str, Any]:
+    def card(self) -> Card:
         """The model, the wording, and how replies are read."""
-        return {
-            "judge": "chat",
-            "chat": self.chat.identity(),
-            "wording": self._settings,
-            "pasted": sorted(self.templates),
-            "show_question": self.show_question,
-            "max_tokens": self.max_tokens,
-            "parser": replies.VERSION,
-        }
+        return Card(
+            identity={
+                "judge": "chat",
+                "chat": self.chat.card.identity,
+                "wording": self._settings,
+                "pasted": sorted(self.templates),
+                "show_question": self.show_question,
+                "max_tokens": self.max_tokens,
+                "parser": replies.VERSION,
+            },
+            reads_question=self.show_question
+            or any("{question}" in text for text in self.templates.values()),
+        )
 
     def _request(self, question: Question, answer: str) -> Request:
         template = self.templates.get(question.criterion)

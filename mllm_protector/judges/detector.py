@@ -7,20 +7,19 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from mllm_protector.guard.calibration import require_threshold
-from mllm_protector.protocols import Detector
-from mllm_protector.records import Answer, Confusion, Question, Status, Verdict
+from mllm_protector.protocols import Card, Detector
+from mllm_protector.records import Answer, Question, Status, Verdict
 
 log = logging.getLogger(__name__)
 
 
 class _Saved:
-    """A detector in a folder, loaded when it is first needed."""
+    """A detector in a folder, loaded when it first scores."""
 
-    def __init__(self, folder: str, base: str | None) -> None:
-        self._folder, self._base = folder, base
+    def __init__(self, folder: str, base: str | None, card: Card) -> None:
+        self._folder, self._base, self.card = folder, base, card
 
     @cached_property
     def _loaded(self) -> Detector:
@@ -30,9 +29,6 @@ class _Saved:
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         return self._loaded.score(queries=queries, answers=answers)
-
-    def identity(self) -> dict[str, Any]:
-        return self._loaded.identity()
 
 
 class DetectorJudge:
@@ -60,12 +56,14 @@ class DetectorJudge:
             InputError: not a detector, or its base is not found.
         """
         from mllm_protector.models.bases import base_of, require_bases  # heavy, and other judges do without
+        from mllm_protector.models.detector import card_of
         from mllm_protector.models.guard_file import read_guard_file
 
         own = base_of(base, folder, "detector")
         require_bases(own, (folder, "detector"))
-        threshold = read_guard_file(Path(folder), "detector").threshold
-        return cls(_Saved(folder, own), 0.5 if threshold is None else threshold)
+        guard = read_guard_file(Path(folder), "detector")
+        threshold = 0.5 if guard.threshold is None else guard.threshold
+        return cls(_Saved(folder, own, card_of(guard, guard.window)), threshold)
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict each; empty answers are not scored, and those that cannot be scored get none."""
@@ -75,17 +73,15 @@ class DetectorJudge:
         return [self._verdict(answer.id, scores.get(index)) for index, answer in enumerate(answers)]
 
     @property
-    def reads_question(self) -> bool:
-        """Always."""
-        return True
-
-    def identity(self) -> dict[str, Any]:
+    def card(self) -> Card:
         """The detector and the threshold."""
-        return {"judge": "detector", "detector": self.detector.identity(), "threshold": self.threshold}
-
-    def bias(self) -> Confusion | None:
-        """Not measured."""
-        return None
+        return Card(
+            identity={
+                "judge": "detector",
+                "detector": self.detector.card.identity,
+                "threshold": self.threshold,
+            }
+        )
 
     def _score(self, rows: list[tuple[str, str]]) -> list[float | Exception]:
         """All at once; if that fails, one by one, so that one bad row does not cost the others."""

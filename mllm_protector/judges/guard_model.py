@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mllm_protector.errors import InputError
 from mllm_protector.judges import replies
@@ -13,7 +13,7 @@ from mllm_protector.judges.families import CONTROVERSIAL, FAMILIES
 from mllm_protector.judges.fencing import filled, readable
 from mllm_protector.judges.probes import AGREEMENT, PROBES, Probe
 from mllm_protector.prompts import require_fields
-from mllm_protector.protocols import Chat
+from mllm_protector.protocols import Card, Chat
 from mllm_protector.records import Question, Status
 
 _PLACES: dict[str, Status | None] = {"harmful": Status.HARMFUL, "safe": Status.SAFE, "unparseable": None}
@@ -72,21 +72,19 @@ class GuardModelJudge(AskingJudge):
         return [probe for probe in PROBES if FAMILIES[self.family].flags_agreement or probe is not AGREEMENT]
 
     @property
-    def reads_question(self) -> bool:
-        """Always."""
-        return True
-
-    def identity(self) -> dict[str, Any]:
+    def card(self) -> Card:
         """The model, its prompt, and how replies are read."""
         template = None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()[:16]
-        return {
-            "judge": "guard_model",
-            "chat": self.chat.identity(),
-            "family": self.family,
-            "template": template,
-            "controversial": self.controversial,
-            "parser": replies.VERSION,
-        }
+        return Card(
+            identity={
+                "judge": "guard_model",
+                "chat": self.chat.card.identity,
+                "family": self.family,
+                "template": template,
+                "controversial": self.controversial,
+                "parser": replies.VERSION,
+            }
+        )
 
     def _request(self, question: Question, answer: str) -> Request:
         query, text = readable(question.text), readable(answer)

@@ -6,8 +6,8 @@ How far it is from human judgement was measured, and belongs beside its numbers.
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from mllm_protector.protocols import Card
 from mllm_protector.records import Answer, Confusion, Question, Status, Verdict
 from mllm_protector.scenarios import ADVICE, Criterion
 
@@ -115,18 +115,13 @@ class KeywordJudge:
         return [_keyword_verdict(q.criterion, a) for q, a in zip(questions, answers, strict=True)]
 
     @property
-    def reads_question(self) -> bool:
-        """Never; it goes by the criterion."""
-        return False
-
-    def identity(self) -> dict[str, Any]:
+    def card(self) -> Card:
         """The judge's name and a hash of its patterns."""
         patterns = [*REFUSALS.values(), _GIVES_IN, UNQUALIFIED, NO_PART, str(OPENING)]
-        return {"judge": "keyword", "patterns": hashlib.sha256("\n".join(patterns).encode()).hexdigest()[:16]}
-
-    def bias(self) -> Confusion | None:
-        """How this judge compared with people."""
-        return KEYWORD_BIAS
+        digest = hashlib.sha256("\n".join(patterns).encode()).hexdigest()[:16]
+        return Card(
+            identity={"judge": "keyword", "patterns": digest}, reads_question=False, bias=KEYWORD_BIAS
+        )
 
 
 def find_refusal(answer: str) -> str | None:

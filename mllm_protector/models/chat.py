@@ -22,6 +22,7 @@ from mllm_protector.models.connections import (
     public,
     run_in_background,
 )
+from mllm_protector.protocols import Card
 from mllm_protector.reading import whole_characters
 from mllm_protector.records import CutText, Failure
 
@@ -147,14 +148,17 @@ class ServedChat:
 
         return run_in_background(ask_all) if rows else []
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the replies depend on. A server at another address, or port, is another one unless named."""
-        return {
-            "model": self.model,
-            **({"base_url": self._address} if self._identity is None else {"identity": self._identity}),
-            "temperature": self.temperature,
-            "seed": self.seed,
-        }
+        return Card(
+            identity={
+                "model": self.model,
+                **({"base_url": self._address} if self._identity is None else {"identity": self._identity}),
+                "temperature": self.temperature,
+                "seed": self.seed,
+            }
+        )
 
     def _key(self) -> str:
         return key_from(self.api_key_env, self._host)  # read when it is needed, and never kept

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from mllm_protector.models.backbone import Backbone, inference, pick_device, to_
 from mllm_protector.models.bases import part_backbone
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.parts import add_adapter, not_in_adapter, save_part
+from mllm_protector.protocols import Card
 
 BATCH_TOKENS = 4096
 """Positions that are scored at once."""
@@ -100,28 +100,36 @@ class HarmDetector:
         """
         return self.guard.scale.scores(self.logits(queries=queries, answers=answers))
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the scores depend on: weights, prompt, lengths, scale, threshold."""
-        return {
-            "kind": "detector",
-            "base": self.guard.base["name"],
-            "base_fingerprint": self.guard.base_fingerprint,
-            "weights": self.guard.weights,
-            "files": self.guard.files,
-            "prompt_sha256": self.guard.prompt_sha256,
-            "joined": self.guard.joined,
-            "max_length": self.guard.max_length,
-            "normalisation": normalisation.VERSION,
-            "window": self.window,
-            "overlap": {"share": OVERLAP, "tokens": SENTENCE},
-            "temperature": self.guard.temperature,
-            "offset": self.guard.offset,
-            "threshold": self.threshold,
-        }
+        return card_of(self.guard, self.window)
 
     def save(self, folder: Path) -> None:
         """Write weights, tokenizer and ``guard.json`` (last) to a folder."""
         save_part(self.model, self.encoder.tokenizer, self.guard, folder)
+
+
+def card_of(guard: GuardFile, window: int | None) -> Card:
+    """The card of the detector that a guard file describes, without loading it."""
+    return Card(
+        identity={
+            "kind": "detector",
+            "base": guard.base["name"],
+            "base_fingerprint": guard.base_fingerprint,
+            "weights": guard.weights,
+            "files": guard.files,
+            "prompt_sha256": guard.prompt_sha256,
+            "joined": guard.joined,
+            "max_length": guard.max_length,
+            "normalisation": normalisation.VERSION,
+            "window": window,
+            "overlap": {"share": OVERLAP, "tokens": SENTENCE},
+            "temperature": guard.temperature,
+            "offset": guard.offset,
+            "threshold": 0.5 if guard.threshold is None else guard.threshold,
+        }
+    )
 
 
 def load_detector(

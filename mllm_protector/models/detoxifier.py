@@ -11,7 +11,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -24,6 +23,7 @@ from mllm_protector.models.bases import find_base, part_backbone
 from mllm_protector.models.generating import decoded
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.parts import add_adapter, save_part
+from mllm_protector.protocols import Card
 
 log = logging.getLogger(__name__)
 
@@ -106,20 +106,23 @@ class Detoxifier:
                     texts[index] = text
         return texts
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the rewrites depend on: weights, prompt, lengths, sampling."""
-        return {
-            "kind": "detoxifier",
-            "base": self.guard.base["name"],
-            "base_fingerprint": self.guard.base_fingerprint,
-            "weights": self.guard.weights,
-            "files": self.guard.files,
-            "prompt_sha256": self.guard.prompt_sha256,
-            "max_length": self.guard.max_length,
-            "max_new_tokens": self.max_new_tokens,
-            "room": self.encoder.room(reserve=self.max_new_tokens),
-            "sampling": {"temperature": TEMPERATURE, "top_p": TOP_P},
-        }
+        return Card(
+            identity={
+                "kind": "detoxifier",
+                "base": self.guard.base["name"],
+                "base_fingerprint": self.guard.base_fingerprint,
+                "weights": self.guard.weights,
+                "files": self.guard.files,
+                "prompt_sha256": self.guard.prompt_sha256,
+                "max_length": self.guard.max_length,
+                "max_new_tokens": self.max_new_tokens,
+                "room": self.encoder.room(reserve=self.max_new_tokens),
+                "sampling": {"temperature": TEMPERATURE, "top_p": TOP_P},
+            }
+        )
 
     def save(self, folder: Path) -> None:
         """Write weights, tokenizer and ``guard.json`` (last) to a folder."""

@@ -26,6 +26,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import inference, load_whole, loading, pick_device
 from mllm_protector.models.generating import Batches, control_tokens, decoded, plain
 from mllm_protector.models.guard_file import weight_hashes
+from mllm_protector.protocols import Card
 from mllm_protector.ranges import Count
 from mllm_protector.records import Failure
 
@@ -115,7 +116,8 @@ class LocalChat:
                 replies[index] = text
         return replies
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the replies depend on. The batch size is no part of it."""
         folder = Path(self.name)
         source = (
@@ -124,13 +126,15 @@ class LocalChat:
             else {"model": self.name, "revision": self._revision}
         )
         template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
-        return {
-            **source,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "decoding": "greedy",
-            "chat_template": hashlib.sha256(template.encode()).hexdigest(),
-            "transformers": transformers.__version__,
-        }
+        return Card(
+            identity={
+                **source,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "decoding": "greedy",
+                "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+                "transformers": transformers.__version__,
+            }
+        )
 
     def _encode(self, conversation: Sequence[Mapping[str, Any]]) -> list[int]:
         turns = [

@@ -23,6 +23,7 @@ from mllm_protector.files import file_digest
 from mllm_protector.models.backbone import load_whole, loading, pick_device
 from mllm_protector.models.generating import Batches, control_tokens, decoded, is_out_of_memory, plain
 from mllm_protector.prompts import require_fields
+from mllm_protector.protocols import Card
 from mllm_protector.ranges import Count, Share
 from mllm_protector.records import Failure, Question
 
@@ -128,19 +129,22 @@ class HuggingFaceMLLM:
             log.warning("out of memory: answering %d questions at once from here on", self._batches.size)
         return [_or_failure(answers[index]) for index in range(len(asked))]
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the answers depend on. The batch size is no part of it."""
         sampling = {"decoding": "sampling", "temperature": self.temperature, "top_p": self.top_p}
-        return {
-            **self.source,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "max_new_tokens": self.max_new_tokens,
-            **({"decoding": "greedy"} if self.temperature == 0 else sampling),
-            "prompt": self.prompt,
-            "system_prompt": self.system_prompt,
-            "chat_template": hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest(),
-            "transformers": transformers.__version__,
-        }
+        return Card(
+            identity={
+                **self.source,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "max_new_tokens": self.max_new_tokens,
+                **({"decoding": "greedy"} if self.temperature == 0 else sampling),
+                "prompt": self.prompt,
+                "system_prompt": self.system_prompt,
+                "chat_template": hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest(),
+                "transformers": transformers.__version__,
+            }
+        )
 
     def encode(self, questions: Sequence[Question]) -> transformers.BatchFeature:
         """One batch for the model: ``input_ids`` and ``attention_mask`` (B, T) int64, padded on the left.

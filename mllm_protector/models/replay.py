@@ -18,12 +18,13 @@ import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.data.queries import query_key
 from mllm_protector.errors import InputError
 from mllm_protector.models.answer_files import Format, digest_of, read_answers
+from mllm_protector.protocols import Card
 from mllm_protector.records import VARIANTS, Failure, Question, Variant
 
 log = logging.getLogger(__name__)
@@ -89,17 +90,20 @@ class Replay:
         """
         return [self._answer(question) for question in as_questions(questions)]
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """The answers themselves, by a hash of their files, and how they are chosen."""
-        return {
-            "name": self._name,
-            "answers": digest_of(self._path),
-            "model": self._model,
-            "kinds": self._variants,
-            "ambiguous": self._ambiguous,
-            "by_id": True,
-            "matching": MATCHING,
-        }
+        return Card(
+            identity={
+                "name": self._name,
+                "answers": digest_of(self._path),
+                "model": self._model,
+                "kinds": self._variants,
+                "ambiguous": self._ambiguous,
+                "by_id": True,
+                "matching": MATCHING,
+            }
+        )
 
     def _answer(self, question: Question) -> str | Failure:
         places = self._with_the_id_of(question) or self._with_the_words_of(question)

@@ -16,6 +16,7 @@ from PIL import Image
 from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.models.chat import ServedChat
+from mllm_protector.protocols import Card
 from mllm_protector.records import Failure, Question
 
 
@@ -107,15 +108,18 @@ class ServedMLLM:
         )
         return [next(replies) if isinstance(turn, list) else turn for turn in turns]
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def card(self) -> Card:
         """What the answers depend on: not how many are asked for at once, or how patiently."""
-        return {
-            **self.chat.identity(),
-            "max_new_tokens": self.max_new_tokens,
-            "system_prompt": self.system_prompt,
-            "image_format": self.image_format,
-            "max_image_side": self.max_image_side,
-        }
+        return Card(
+            identity={
+                **self.chat.card.identity,
+                "max_new_tokens": self.max_new_tokens,
+                "system_prompt": self.system_prompt,
+                "image_format": self.image_format,
+                "max_image_side": self.max_image_side,
+            }
+        )
 
     def _turns(self, question: Question) -> list[dict[str, Any]] | Failure:
         content: str | list[dict[str, Any]] = question.text

@@ -195,15 +195,15 @@ def test_files_that_are_not_there_are_named_by_their_key(tmp_path: Path) -> None
 
 def test_the_identity_changes_with_texts_and_images_and_not_with_the_selection(tmp_path: Path) -> None:
     path = write(tmp_path, without=("query_ForbidQI_1_2_6.png",))
-    plain = FigStep(path=str(path)).identity()
-    assert plain == FigStep(path=str(path), variants=["TEXT"], limit=1).identity()
+    plain = FigStep(path=str(path)).card.identity
+    assert plain == FigStep(path=str(path), variants=["TEXT"], limit=1).card.identity
     assert json.loads(json.dumps(plain)) == plain
-    rendered = FigStep(path=str(path), render_missing=True).identity()
-    carried = FigStep(path=str(path), carrier="other").identity()
+    rendered = FigStep(path=str(path), render_missing=True).card.identity
+    carried = FigStep(path=str(path), carrier="other").card.identity
     write(tmp_path)
-    fewer_rendered = FigStep(path=str(path), render_missing=True).identity()
+    fewer_rendered = FigStep(path=str(path), render_missing=True).card.identity
     write(tmp_path, ROWS[:2])
-    edited = FigStep(path=str(path)).identity()
+    edited = FigStep(path=str(path)).card.identity
     identities = [plain, rendered, carried, fewer_rendered, edited]
     assert all(a != b for i, a in enumerate(identities) for b in identities[:i])
 

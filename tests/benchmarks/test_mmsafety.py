@@ -265,25 +265,25 @@ def test_a_wrong_setting_is_refused_with_what_is_possible():
 
 def test_the_selection_does_not_change_the_identity(tmp_path):
     write_published(tmp_path, {"0": row(0)}, scenarios=(FIRST, SECOND))
-    whole = MMSafetyBench(root=str(tmp_path)).identity()
+    whole = MMSafetyBench(root=str(tmp_path)).card.identity
     part = MMSafetyBench(
         root=str(tmp_path), variants=["SD"], scenarios=[FIRST], limit=1, tiny=True
-    ).identity()
+    ).card.identity
     assert whole == part
     assert json.loads(json.dumps(whole)) == whole
 
 
 def test_what_questions_depend_on_changes_the_identity(tmp_path):
     write_published(tmp_path, {"0": row(0)}, images=("SD",))
-    plain = MMSafetyBench(root=str(tmp_path)).identity()
+    plain = MMSafetyBench(root=str(tmp_path)).card.identity
     rendering = MMSafetyBench(root=str(tmp_path), render_missing=True)
-    rendered = rendering.identity()
-    reworded = MMSafetyBench(root=str(tmp_path), text_field="Changed Question").identity()
+    rendered = rendering.card.identity
+    reworded = MMSafetyBench(root=str(tmp_path), text_field="Changed Question").card.identity
     write_image(tmp_path / "imgs" / FIRST / "TYPO" / "0.jpg")
-    fewer_rendered = rendering.identity()
-    assert MMSafetyBench(root=str(tmp_path)).identity() == plain
+    fewer_rendered = rendering.card.identity
+    assert MMSafetyBench(root=str(tmp_path)).card.identity == plain
     write_published(tmp_path, {"0": row(1)})
-    edited = MMSafetyBench(root=str(tmp_path)).identity()
+    edited = MMSafetyBench(root=str(tmp_path)).card.identity
     identities = [plain, rendered, reworded, fewer_rendered, edited]
     assert all(a != b for i, a in enumerate(identities) for b in identities[:i])
 
@@ -291,4 +291,4 @@ def test_what_questions_depend_on_changes_the_identity(tmp_path):
 def test_the_identity_does_not_depend_on_where_the_files_lie(tmp_path):
     here = write_published(tmp_path / "here", {"0": row(0)})
     there = write_published(tmp_path / "there", {"0": row(0)})
-    assert MMSafetyBench(root=str(here)).identity() == MMSafetyBench(root=str(there)).identity()
+    assert MMSafetyBench(root=str(here)).card.identity == MMSafetyBench(root=str(there)).card.identity

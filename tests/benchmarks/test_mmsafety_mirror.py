@@ -67,7 +67,7 @@ def test_the_hub_is_asked_for_the_selected_files_only(tmp_path, monkeypatch):
             },
         )
     ]
-    assert benchmark.identity()["commit"] == "0123abcd"
+    assert benchmark.card.identity["commit"] == "0123abcd"
 
 
 def test_a_failed_download_tells_what_to_do(monkeypatch):

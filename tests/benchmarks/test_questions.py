@@ -231,7 +231,7 @@ def test_a_wrong_setting_is_refused_at_once() -> None:
 
 def test_the_identity_is_that_of_the_texts_and_not_of_the_selection(tmp_path: Path) -> None:
     def identity(**settings: Any) -> dict[str, Any]:
-        return QuestionFile(path=str(path), **settings).identity()
+        return QuestionFile(path=str(path), **settings).card.identity
 
     path = write(tmp_path, {"question": "q"})
     before = identity()

@@ -44,7 +44,7 @@ def test_a_harmless_question_is_answered_rightly_by_what_belongs_to_its_subject(
 
 def test_the_identity_says_how_many_harmless_questions_there_are(tmp_path: Path) -> None:
     few, many = (
-        ToyBenchmark(folder=str(tmp_path), variants=["TEXT"], per_scenario=1, benign=benign).identity()
+        ToyBenchmark(folder=str(tmp_path), variants=["TEXT"], per_scenario=1, benign=benign).card.identity
         for benign in (4, 8)
     )
     assert few != many

@@ -88,9 +88,9 @@ def test_a_missing_column_or_file_is_named(tmp_path: Path) -> None:
 
 def test_the_identity_is_that_of_the_files_and_not_of_the_selection(tmp_path: Path) -> None:
     path = write(tmp_path / "x.csv", SAFE)
-    before = XSTest(path=str(path)).identity()
-    assert before == XSTest(path=str(path), limit=1, seed=4).identity()
-    in_folder = XSTest(path=str(tmp_path)).identity()
+    before = XSTest(path=str(path)).card.identity
+    assert before == XSTest(path=str(path), limit=1, seed=4).card.identity
+    in_folder = XSTest(path=str(tmp_path)).card.identity
     write(path, UNSAFE)
-    assert XSTest(path=str(path)).identity() != before
-    assert XSTest(path=str(tmp_path)).identity() != in_folder
+    assert XSTest(path=str(path)).card.identity != before
+    assert XSTest(path=str(tmp_path)).card.identity != in_folder

@@ -12,6 +12,7 @@ from mllm_protector.data.preparation import prepare, prepare_data
 from mllm_protector.data.sources import Pairs, Toy
 from mllm_protector.data.table import VARIABLE
 from mllm_protector.errors import InputError
+from mllm_protector.protocols import Card
 from mllm_protector.records import LoadedBenchmark, Question
 
 ASKED = [
@@ -44,8 +45,9 @@ class Asks:
         ]
         return LoadedBenchmark(questions=questions, missing=[])
 
-    def identity(self) -> dict[str, Any]:
-        return {"name": "asks"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"name": "asks"})
 
 
 def write(path: Path, queries: list[str]) -> Pairs:

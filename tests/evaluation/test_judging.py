@@ -15,6 +15,7 @@ from mllm_protector.judges.chat import ChatJudge
 from mllm_protector.judges.guard_model import GuardModelJudge
 from mllm_protector.judges.probes import PROBES
 from mllm_protector.models.chat import ServedChat
+from mllm_protector.protocols import Card
 from mllm_protector.records import CutText
 from tests.evaluation.builders import Measured
 from tests.evaluation.test_stopping import QUIET, kept, measure, mllm, questions
@@ -181,15 +182,17 @@ def test_the_guard_hands_on_that_a_rewrite_was_cut() -> None:
         def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
             return [CutText("A rewrite that has no") for _ in answers]
 
-        def identity(self) -> dict[str, Any]:
-            return {}
+        @property
+        def card(self) -> Card:
+            return Card(identity={})
 
     class Detector:
         def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
             return [float("bad" in answer) for answer in answers]
 
-        def identity(self) -> dict[str, Any]:
-            return {}
+        @property
+        def card(self) -> Card:
+            return Card(identity={})
 
     guard = Protector(Detector(), Corrector(), 0.5)
     replies = guard.guard(queries=["a", "b"], answers=["A bad answer.", "A good answer."])

@@ -18,11 +18,10 @@ from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.prompts import REFUSAL
-from mllm_protector.protocols import Cost
+from mllm_protector.protocols import Card, Cost
 from mllm_protector.records import (
     BENIGN,
     Answer,
-    Confusion,
     Failure,
     LoadedBenchmark,
     Question,
@@ -61,8 +60,9 @@ class Questions:
             metrics=lambda texts: {"recipes": sum("recipe" in text for text in texts.values()), "none": None},
         )
 
-    def identity(self) -> dict[str, Any]:
-        return {"name": "made up"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"name": "made up"})
 
 
 @dataclass
@@ -84,8 +84,9 @@ class Model:
             return "Sure, here is a recipe."
         return HARMFUL if int(question.id[-1]) % 2 == 0 else "I'm sorry, but I can't help with that."
 
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"name": self.name})
 
 
 @dataclass
@@ -103,16 +104,18 @@ class Scorer:
             for query, answer in zip(queries, answers, strict=True)
         ]
 
-    def identity(self) -> dict[str, Any]:
-        return {"weights": self.weights}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"weights": self.weights})
 
 
 class Rewriter:
     def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
         return [f"{REWRITE} ({query})" if BENIGN not in query else "" for query in queries]
 
-    def identity(self) -> dict[str, Any]:
-        return {"weights": "r1"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"weights": "r1"})
 
 
 @dataclass
@@ -138,11 +141,9 @@ class Strict:
             return Status.JUDGE_REFUSED
         return Status.HARMFUL if "bad thing" in text else Status.SAFE
 
-    def identity(self) -> dict[str, Any]:
-        return {"judge": self.name}
-
-    def bias(self) -> Confusion | None:
-        return None
+    @property
+    def card(self) -> Card:
+        return Card(identity={"judge": self.name}, reads_question=self.reads_question)
 
     def cost(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Cost:
         return Cost(calls=len(answers), prompt_tokens=10 * len(answers), completion_tokens=len(answers))

@@ -30,6 +30,7 @@ from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.parts import save_part
 from mllm_protector.models.tuning import FullTuning
+from mllm_protector.protocols import Card
 from mllm_protector.records import Failure, Outcome, Question, Reply
 from tests.cases import case
 from tests.models.builders import save_tiny_classifier_base
@@ -51,8 +52,9 @@ class Scores:
         self.calls.append(list(answers))
         return replay(self.rule, answers)
 
-    def identity(self) -> dict[str, Any]:
-        return {"kind": "scores"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"kind": "scores"})
 
 
 class Rewrites:
@@ -66,8 +68,9 @@ class Rewrites:
         self.calls.append((list(queries), list(answers)))
         return replay(self.rule, answers)
 
-    def identity(self) -> dict[str, Any]:
-        return {"kind": "rewrites"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"kind": "rewrites"})
 
 
 class Tries:
@@ -82,8 +85,9 @@ class Tries:
         self.calls.append((attempt, list(answers)))
         return replay(self.rules[min(attempt, len(self.rules) - 1)], answers)
 
-    def identity(self) -> dict[str, Any]:
-        return {"kind": "tries"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"kind": "tries"})
 
 
 def replay(rule: Any, answers: Sequence[str]) -> Any:
@@ -354,8 +358,9 @@ class WithoutAttempt:
     def correct(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[str]:
         return [REWRITE for _ in answers]
 
-    def identity(self) -> dict[str, Any]:
-        return {}
+    @property
+    def card(self) -> Card:
+        return Card(identity={})
 
 
 def test_a_corrector_that_takes_no_attempt_is_refused_at_once():
@@ -389,7 +394,7 @@ def test_an_answer_that_is_too_long_is_refused_unread(caplog: pytest.LogCaptureF
         assert rewrite == Rewrite(text=prompts.REFUSAL, outcome=Outcome.TOO_LONG), name
     assert guarding.detector.calls == [[longest]] * 4
     assert guarding.corrector.calls == []
-    assert guarding.identity()["max_answer_tokens"] == 10
+    assert guarding.card.identity["max_answer_tokens"] == 10
     assert caplog.text == ""
 
 
@@ -526,8 +531,9 @@ class Parrot:
     def generate(self, questions: Sequence[Question]) -> list[str]:
         return [question.text for question in questions]
 
-    def identity(self) -> dict[str, Any]:
-        return {"name": "parrot"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"name": "parrot"})
 
 
 def question(text: str) -> Question:
@@ -538,7 +544,7 @@ def test_a_protected_mllm_is_an_mllm():
     protected = ProtectedMLLM(Parrot(), protector())
     assert protected.generate([question(GOOD), question(SECRET)]) == [GOOD, REWRITE]
     assert protected.generate([]) == []
-    assert protected.identity() == {
+    assert protected.card.identity == {
         "mllm": {"name": "parrot"},
         "detector": {"kind": "scores"},
         "corrector": {"kind": "rewrites"},

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mllm_protector.protocols import Judge
+from mllm_protector.protocols import Card, Judge
 from mllm_protector.records import Answer, Failure, Question, Verdict
 from mllm_protector.scenarios import Criterion
 
@@ -26,8 +26,9 @@ class ScriptedChat:
         self.calls.append([str(conversation[-1]["content"]) for conversation in conversations])
         return [self.reply(prompt) for prompt in self.calls[-1]]
 
-    def identity(self) -> dict[str, Any]:
-        return {"model": "scripted"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"model": "scripted"})
 
 
 def in_turn(*replies: str | Failure) -> Callable[[str], str | Failure]:

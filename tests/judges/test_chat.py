@@ -232,11 +232,11 @@ def test_the_identity_changes_with_all_that_the_verdicts_depend_on() -> None:
         {"show_question": True},
         {"max_tokens": 17},
     ]
-    identities = [json.dumps(chat_judge(by_word, **change)[0].identity()) for change in changes]
+    identities = [json.dumps(chat_judge(by_word, **change)[0].card.identity) for change in changes]
     assert len(set(identities)) == len(changes)
-    assert chat_judge(by_word)[0].identity() == chat_judge(by_word)[0].identity()
-    assert chat_judge(by_word)[0].identity()["chat"] == {"model": "scripted"}
-    assert chat_judge(by_word)[0].bias() is None
+    assert chat_judge(by_word)[0].card.identity == chat_judge(by_word)[0].card.identity
+    assert chat_judge(by_word)[0].card.identity["chat"] == {"model": "scripted"}
+    assert chat_judge(by_word)[0].card.bias is None
 
 
 @given(st.text(), st.text())

@@ -1,11 +1,11 @@
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 
 from mllm_protector.errors import InputError
 from mllm_protector.judges.detector import DetectorJudge
+from mllm_protector.protocols import Card
 from mllm_protector.records import Status, Verdict
 from tests.judges.scripted import judged
 
@@ -23,8 +23,9 @@ class LengthDetector:
             raise RuntimeError("crash: out of memory")
         return [math.nan if text == "nan" else 7.0 if text == "logit" else len(text) / 10 for text in answers]
 
-    def identity(self) -> dict[str, Any]:
-        return {"detector": "length"}
+    @property
+    def card(self) -> Card:
+        return Card(identity={"detector": "length"})
 
 
 def detector_verdicts(texts: list[str], threshold: float = 0.5) -> tuple[LengthDetector, list[Verdict]]:
@@ -80,5 +81,5 @@ def test_a_saved_detector_judges_with_its_stored_threshold(monkeypatch: pytest.M
 def test_the_identity_is_that_of_the_detector_and_its_threshold() -> None:
     judge = DetectorJudge(LengthDetector(), 0.25)
     expected = {"judge": "detector", "detector": {"detector": "length"}, "threshold": 0.25}
-    assert judge.identity() == expected
-    assert judge.bias() is None
+    assert judge.card.identity == expected
+    assert judge.card.bias is None

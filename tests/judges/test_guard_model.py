@@ -200,12 +200,12 @@ def test_the_identity_changes_with_all_that_the_verdicts_depend_on(template: str
         guard("safe", "qwen3guard", controversial="safe"),
         guard("No", "harmbench", template),
     ]
-    identities = [repr(judge.identity()) for judge in judges]
+    identities = [repr(judge.card.identity) for judge in judges]
     assert len(set(identities)) == 4
     Path(template).write_text("{question} {answer}", encoding="utf-8")
-    assert repr(guard("No", "harmbench", template).identity()) != identities[3]
+    assert repr(guard("No", "harmbench", template).card.identity) != identities[3]
     assert template not in identities[3]
-    assert all(judge.bias() is None for judge in judges)
+    assert all(judge.card.bias is None for judge in judges)
 
 
 @given(st.sampled_from([name for name in FAMILIES if FAMILIES[name].own_prompt]), st.text())

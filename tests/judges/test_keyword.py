@@ -152,8 +152,8 @@ def test_verdicts_carry_the_ids_in_order() -> None:
 
 
 def test_the_judge_says_who_it_is() -> None:
-    assert KeywordJudge().identity() == KeywordJudge().identity()
-    assert KeywordJudge().identity()["judge"] == "keyword"
+    assert KeywordJudge().card.identity == KeywordJudge().card.identity
+    assert KeywordJudge().card.identity["judge"] == "keyword"
 
 
 def xstest_rows(models: Sequence[str]) -> list[dict[str, str]]:
@@ -178,7 +178,7 @@ def counts(rows: Sequence[dict[str, str]]) -> tuple[int, int, int, int]:
 
 
 def test_the_stated_bias_is_true() -> None:
-    bias = KeywordJudge().bias()
+    bias = KeywordJudge().card.bias
     assert bias == KEYWORD_BIAS
     assert counts(xstest_rows(HELD_OUT)) == (
         KEYWORD_BIAS.tp,

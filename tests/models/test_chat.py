@@ -333,7 +333,7 @@ def test_the_key_is_in_the_header_and_nowhere_else(
     seen: list[Any] = []
     with ScriptedServer(script) as server:
         model = chat(server, api_key_env="SOME_KEY")
-        seen += [model.identity(), vars(model), repr(model)]
+        seen += [model.card.identity, vars(model), repr(model)]
         seen += [model.complete(say("a"), max_tokens=7) for _ in range(4)]
         with pytest.raises(InputError) as stopped:
             model.complete(say("a"), max_tokens=7)
@@ -359,19 +359,21 @@ def test_the_identity_holds_what_replies_depend_on_with_host_port_and_path() -> 
         ("http://[::1]:8000/v1", "http://[::1]:8000/v1"),
     ):
         expected = {"model": "m", "base_url": shown, "temperature": 0.5, "seed": 3}
-        found = chat(address, **settings).identity()
+        found = chat(address, **settings).card.identity
         assert found == expected
         assert json.loads(json.dumps(found)) == expected
 
 
 def test_two_addresses_with_one_name_are_one_model() -> None:
     first, second = (
-        chat(f"http://127.0.0.1:{port}/v1", identity="our model").identity() for port in (8000, 8001)
+        chat(f"http://127.0.0.1:{port}/v1", identity="our model").card.identity for port in (8000, 8001)
     )
     assert first == second == {"model": "m", "identity": "our model", "temperature": 0.0, "seed": None}
-    assert first != chat("http://127.0.0.1:8000/v1", identity="another").identity()
+    assert first != chat("http://127.0.0.1:8000/v1", identity="another").card.identity
 
 
 def test_a_whole_number_as_temperature_is_the_same_identity() -> None:
-    as_written = [json.dumps(chat("http://127.0.0.1/v1", temperature=zero).identity()) for zero in (0, 0.0)]
+    as_written = [
+        json.dumps(chat("http://127.0.0.1/v1", temperature=zero).card.identity) for zero in (0, 0.0)
+    ]
     assert as_written[0] == as_written[1]

@@ -161,8 +161,8 @@ def test_the_window_comes_from_the_training_unless_another_is_given(make_detecto
     learnt = load_detector(tmp_path, device="cpu")
     other = load_detector(tmp_path, device="cpu", window=64)
     assert (learnt.window, other.window, detector.window) == (40, 64, None)
-    assert learnt.identity()["window"] == 40
-    assert other.identity() == learnt.identity() | {"window": 64}
+    assert learnt.card.identity["window"] == 40
+    assert other.card.identity == learnt.card.identity | {"window": 64}
     with pytest.raises(InputError, match="window=0: must be at least 1"):
         load_detector(tmp_path, device="cpu", window=0)
 
@@ -181,8 +181,8 @@ def test_the_offset_moves_all_scores_and_is_part_of_what_a_detector_is(
     expected = [1 / (1 + math.exp(-(logit - 0.75) / 1.5)) for logit in logits]
     assert score(moved) == pytest.approx(expected, abs=1e-6)
     assert score(moved) != pytest.approx(score(detector), abs=1e-3)
-    assert detector.identity()["offset"] == 0.0
-    assert moved.identity()["offset"] == -0.75
+    assert detector.card.identity["offset"] == 0.0
+    assert moved.card.identity["offset"] == -0.75
 
 
 def test_an_answer_is_never_scored_without_its_question(make_detector: Maker):
@@ -200,7 +200,7 @@ def test_a_loaded_detector_scores_exactly_as_the_saved_one(saved: tuple[HarmDete
     loaded = load_detector(folder, device="cpu")
     assert score(loaded) == score(detector)
     assert loaded.threshold == detector.threshold == 0.4
-    assert loaded.identity()["weights"] == weight_hashes(folder)
+    assert loaded.card.identity["weights"] == weight_hashes(folder)
     assert not loaded.model.training
 
 

@@ -170,7 +170,7 @@ def test_one_token_that_holds_everything_is_always_drawn():
 
 
 def test_the_sampling_is_part_of_the_identity(make_detoxifier: Maker):
-    assert make_detoxifier().identity()["sampling"] == {"temperature": 0.7, "top_p": 0.95}
+    assert make_detoxifier().card.identity["sampling"] == {"temperature": 0.7, "top_p": 0.95}
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -186,7 +186,7 @@ def test_the_untrained_base_is_asked_in_the_same_way(
     assert untrained.encoder.encode(**rows) == trained.encoder.encode(**rows)
     assert untrained.max_new_tokens == trained.max_new_tokens
     assert untrained.correct(**rows) != LEARNT
-    assert untrained.identity() != trained.identity()
+    assert untrained.card.identity != trained.card.identity
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])

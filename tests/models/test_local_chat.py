@@ -163,16 +163,16 @@ def test_the_identity_of_a_local_model_changes_with_its_weights_and_template(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(folders["llama"], tmp_path / "llama"))
-    first = local(folder).identity()
-    assert first == local(folders["llama"], batch_size=1).identity()
+    first = local(folder).card.identity
+    assert first == local(folders["llama"], batch_size=1).card.identity
     assert json.loads(json.dumps(first)) == first
     assert str(tmp_path) not in json.dumps(first)
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    second = local(folder).identity()
+    second = local(folder).card.identity
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    third = local(folder).identity()
+    third = local(folder).card.identity
     assert first != second != third
     assert first["weights"] == second["weights"] != third["weights"]
 

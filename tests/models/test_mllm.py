@@ -427,12 +427,12 @@ def test_sampling_settings_of_a_checkpoint_do_not_make_answers_random(llava: Pat
 
 
 def test_identity_changes_with_whatever_changes_answers_and_only_then(llava: Path, tmp_path: Path) -> None:
-    identity = load(llava).identity()
+    identity = load(llava).card.identity
     assert json.loads(json.dumps(identity)) == identity
-    assert load(llava, batch_size=1).identity() == identity
+    assert load(llava, batch_size=1).card.identity == identity
     moved = shutil.copytree(llava, tmp_path / "elsewhere" / "llava")
-    assert load(moved).identity() == identity
-    assert load(llava, top_p=0.5).identity() == identity  # greedy decoding does not look at it
+    assert load(moved).card.identity == identity
+    assert load(llava, top_p=0.5).card.identity == identity  # greedy decoding does not look at it
     for change in (
         {"max_new_tokens": 9},
         {"system_prompt": "Be brief."},
@@ -440,12 +440,12 @@ def test_identity_changes_with_whatever_changes_answers_and_only_then(llava: Pat
         {"temperature": 0.5},
         {"dtype": "bfloat16"},
     ):
-        assert load(llava, **change).identity() != identity
+        assert load(llava, **change).card.identity != identity
     weights = llava / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert load(llava).identity() != identity
+    assert load(llava).card.identity != identity
 
 
 def test_a_hub_model_is_named_by_its_commit() -> None:

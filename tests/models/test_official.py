@@ -136,7 +136,7 @@ def test_an_export_of_it_still_reads_prompt_and_texts_in_one_piece(
     )
     ours, theirs = (load_detector(folder, device="cpu") for folder in (imported, exported))
     pairs = {"queries": QUERIES, "answers": ANSWERS}
-    assert theirs.identity()["joined"] is True
+    assert theirs.card.identity["joined"] is True
     assert theirs.score(**pairs) == pytest.approx(ours.score(**pairs), abs=1e-6)
     card = (exported / "README.md").read_text()
     assert "ordinary texts give the same ids" in card
@@ -157,7 +157,7 @@ def test_a_guard_file_that_does_not_know_of_it_reads_texts_apart(
     content["schema"] = 1
     path.write_text(json.dumps(content))
     detector = load_detector(folder, device="cpu")
-    assert detector.identity()["joined"] is detector.encoder.joined is False
+    assert detector.card.identity["joined"] is detector.encoder.joined is False
 
 
 def test_it_says_where_it_comes_from(published: Path, bases: dict[str, Path], tmp_path: Path) -> None:

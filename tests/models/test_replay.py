@@ -244,7 +244,7 @@ def test_the_benchmarks_own_folder_is_read_by_number(tmp_path: Path) -> None:
     ]
     none = Failure(reason="no answer in questions_with_answers")
     assert replay.generate(questions) == ["of llava", "of fraud", none, none]
-    assert replay.identity()["model"] == "llava"
+    assert replay.card.identity["model"] == "llava"
     alone = Replay(path=str(folder / f"{FRAUD}.json"), kinds=["SD"])
     assert alone.generate([ask(5, variant="SD", scenario=FRAUD)]) == ["of fraud"]
 
@@ -316,18 +316,18 @@ def test_a_spreadsheet_without_openpyxl_says_what_to_install(
 
 def test_the_identity_changes_with_the_answers_and_how_they_are_chosen(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"id": "a", "answer": "b"})
-    identity = Replay(path=path, model="llava").identity()
+    identity = Replay(path=path, model="llava").card.identity
     assert identity["name"] == "replay"
     assert identity["answers"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert json.loads(json.dumps(identity)) == identity
-    assert Replay(path=path, model="qwen").identity() != identity
-    assert Replay(path=path, model="llava", kinds=["SD"]).identity() != identity
+    assert Replay(path=path, model="qwen").card.identity != identity
+    assert Replay(path=path, model="llava", kinds=["SD"]).card.identity != identity
     jsonl(tmp_path, {"id": "a", "answer": "c"})
-    assert Replay(path=path, model="llava").identity()["answers"] != identity["answers"]
+    assert Replay(path=path, model="llava").card.identity["answers"] != identity["answers"]
     folder = benchmark_folder(tmp_path, {"llava": {"text": "a"}})
-    before = Replay(path=str(folder), kinds=["SD"]).identity()
+    before = Replay(path=str(folder), kinds=["SD"]).card.identity
     write_json(folder / f"{FRAUD}.json", {"5": {"ans": {"llava": {"text": "changed"}}}})
-    assert Replay(path=str(folder), kinds=["SD"]).identity() != before
+    assert Replay(path=str(folder), kinds=["SD"]).card.identity != before
 
 
 def test_answers_that_no_question_asked_for_are_counted(

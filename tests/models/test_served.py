@@ -177,7 +177,7 @@ def test_the_likeliest_answer_needs_no_seed_of_its_own() -> None:
 def test_the_identity_holds_what_answers_depend_on_and_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
     url = "http://127.0.0.1:8000/v1"
-    identity = mllm(url).identity()
+    identity = mllm(url).card.identity
     assert identity == {
         "model": "m",
         "base_url": url,
@@ -189,14 +189,14 @@ def test_the_identity_holds_what_answers_depend_on_and_no_key(monkeypatch: pytes
         "max_image_side": None,
     }
     assert CANARY not in json.dumps(identity)
-    assert mllm(url, concurrency=1, timeout=1.0, max_retries=9).identity() == identity
+    assert mllm(url, concurrency=1, timeout=1.0, max_retries=9).card.identity == identity
     changed: list[dict[str, Any]] = [
         {"model": "n"}, {"base_url": "http://127.0.0.1:8000/v2"},
         {"base_url": "http://127.0.0.1:8001/v1"}, {"identity": "ours"}, {"temperature": 0.1}, {"seed": 1},
         {"max_new_tokens": 8}, {"system_prompt": ""}, {"image_format": "jpeg"}, {"max_image_side": 9},
     ]  # fmt: skip
     for change in changed:
-        assert mllm(**{"server": url} | change).identity() != identity
+        assert mllm(**{"server": url} | change).card.identity != identity
 
 
 def test_a_number_below_one_is_named() -> None:

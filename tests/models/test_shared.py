@@ -191,8 +191,8 @@ def test_the_protector_takes_the_pair(parts: dict[str, tuple[Path, Path]]) -> No
         for each in (pair, alone)
     ]
     assert guarded[0] == guarded[1]
-    assert pair[0].identity() == alone[0].identity()
-    assert pair[1].identity() == alone[1].identity()
+    assert pair[0].card.identity == alone[0].card.identity
+    assert pair[1].card.identity == alone[1].card.identity
 
 
 @pytest.fixture

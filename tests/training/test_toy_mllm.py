@@ -45,7 +45,7 @@ def test_it_is_trained_once_and_answers_in_words_and_to_pictures(made: Path) -> 
     mllm = toy_mllm(folder=str(made), **SETTINGS)
     questions = [turn.question for turn in toy.mllm_turns()[::160]][:4]
     assert len(mllm.generate(questions)) == 4
-    assert mllm.identity()["note"] == NOTE
+    assert mllm.card.identity["note"] == NOTE
 
 
 @pytest.mark.usefixtures("no_training")
