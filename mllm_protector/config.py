@@ -98,11 +98,6 @@ def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], obj
         function: gets the config's keys.
         then: gets what the function returns.
 
-    Args:
-        cfg: the composed config.
-        function: gets the config's keys.
-        then: gets what the function returns.
-
     Raises:
         InputError: as ``build`` and ``claim_output_dir``.
     """

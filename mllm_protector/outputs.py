@@ -44,24 +44,8 @@ WRITES: Mapping[str, tuple[str, ...]] = {
 }
 """Function of a command -> patterns of the names that it writes in its folder."""
 
-_EARLIER: Mapping[str, tuple[str, ...]] = {
-    "train_detector": (CONFIG, "metrics.jsonl"),
-    "train_detoxifier": (CONFIG, "metrics.jsonl"),
-    "toy_mllm": ("metrics.jsonl", "untrained/tiny.json"),
-    "export_detector": (CONFIG, "guard.json", "README.md"),
-    "import_official_detector": (CONFIG, "guard.json", "adapter_model.safetensors"),
-    "evaluate": ("cache/answers",),
-    "eval_detector": ("metrics.json", "scores.jsonl", "report.html"),
-    "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
-    "compare": ("compare.json", "compare.md", "compare.html"),
-    "prepare_data": ("data_report.json", "data_report.md", "train.jsonl", "validation.jsonl"),
-    "generate_pairs": ("cache/ledger",),
-    "run_benchmark": (CONFIG, "benchmark.json"),
-}
-"""Files that together show that a release without markers ran this command in the folder."""
-
 SMALL = 1 << 24
-"""Bytes up to which a file is known again by its hash; a larger one is by its size."""
+"""Bytes up to which a file is recognised by its hash; a larger one by its size."""
 
 WITHOUT_INFLUENCE = (
     "checkpoint.",
@@ -154,10 +138,10 @@ def probe(folder: Path) -> None:
 
 
 def is_first() -> bool:
-    """Whether of the processes of a launch this is the one that writes what all have in common.
+    """Whether this is the process, among those of a launch, that writes the shared files.
 
     Raises:
-        InputError: what the launcher put into the environment is no number.
+        InputError: RANK or WORLD_SIZE in the environment is not a number.
     """
     numbers = {}
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
@@ -171,7 +155,7 @@ def is_first() -> bool:
 
 
 def keep_mark(path: Path) -> None:
-    """Let a file that another command of ours has changed still count as its own command's."""
+    """Let a file that another command of this package changed still count as its first command's."""
     marker = path.parent / MARKER
     if not marker.is_file():
         return
@@ -183,13 +167,13 @@ def keep_mark(path: Path) -> None:
 
 
 def _require_own_quarantines(texts: Mapping[str, str]) -> None:
-    """Two sets with bad rows in one file would lose those of the first."""
+    """Refuse one quarantine file for two sets: the second would overwrite the first."""
     taken: dict[Path, str] = {}
     for key, value in texts.items():
         if key.endswith("quarantine"):
             other = taken.setdefault(expand(value).resolve(), key)
             if other != key:
-                raise InputError(f"{key}={value}: is that of {other} too; name one for each")
+                raise InputError(f"{key}={value}: is also that of {other}; give each its own file")
 
 
 def _require_unused(folder: Path, command: str, key: str, uses: Mapping[str, str]) -> None:
@@ -210,10 +194,7 @@ def _mark(folder: Path, command: str, key: str) -> None:
     """Record that a command is at work, unless another's files have the names that it writes."""
     marker = folder / MARKER
     marked = _read_marker(marker) if marker.is_file() else {}
-    earlier = _EARLIER.get(command, ())
-    if command not in marked and earlier and all((folder / each).exists() for each in earlier):
-        marked[command] = None
-    # Of a run that was killed nobody knows what it wrote, so all that there is counts as its own.
+    # Nobody knows what a killed run wrote, so everything of the command's names counts as its own.
     left = marked.get(command, {})
     if left is not None:
         for name, path in _matches(folder, command):
@@ -221,14 +202,14 @@ def _mark(folder: Path, command: str, key: str) -> None:
                 path.is_dir() and command not in marked
             ):
                 raise InputError(
-                    f"{path}: is not as this command left it, which would replace it; choose another {key}, "
-                    "or move it away"
+                    f"{path}: differs from what this command left, and would be overwritten; choose another "
+                    f"{key}, or move the file away"
                 )
     write_json(marker, marked | {command: None})
 
 
 def _remember(folder: Path, command: str) -> None:
-    """Write down what a command leaves."""
+    """Record what a command leaves."""
     marker = folder / MARKER
     with suppress(OSError, InputError):
         left = {name: _state(path) for name, path in _matches(folder, command) if path.is_file()}
@@ -243,7 +224,7 @@ def _matches(folder: Path, command: str) -> Iterator[tuple[str, Path]]:
 
 
 def _state(path: Path) -> str:
-    """By what a file is known again, also as a copy."""
+    """What a file is recognised by, also when it was copied."""
     size = path.stat().st_size
     return file_digest(path) if size <= SMALL else f"{size} bytes"
 
@@ -252,7 +233,7 @@ def _read_marker(marker: Path) -> dict[str, dict[str, str] | None]:
     """A command -> what it left, by name; ``None`` if it is at work or was killed."""
     marked = read_json(marker)
     if not isinstance(marked, dict) or not all(isinstance(left, dict | None) for left in marked.values()):
-        raise InputError(f"{marker}: was edited; remove it, and whatever the command may write over")
+        raise InputError(f"{marker}: was edited; remove it, and the files that the command may overwrite")
     return marked
 
 

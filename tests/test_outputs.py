@@ -131,14 +131,6 @@ def test_a_command_may_use_its_own_folder_again_and_no_other_ones(tmp_path: Path
     assert contents(tmp_path / "out") == before
 
 
-def test_folders_of_earlier_releases_are_known_by_what_they_hold(tmp_path: Path) -> None:
-    for name in ("config.yaml", "metrics.jsonl", "guard.json"):
-        (tmp_path / name).touch()
-    with claimed(tmp_path, "train_detector"):
-        pass
-    assert (tmp_path / MARKER).exists()
-
-
 def test_what_a_folder_is_claimed_for_without_a_word_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "new", "compare"):
         _ = 1 / 0
@@ -172,7 +164,7 @@ def test_what_was_put_or_changed_under_a_command_s_names_since_is_not_replaced(t
         folder = left_by_compare(tmp_path / name)
         change(folder)
         before = contents(folder)
-        with pytest.raises(InputError, match=r"compare\.\w+: is not as this command left it"):
+        with pytest.raises(InputError, match=r"compare\.\w+: differs from what this command left"):
             left_by_compare(folder)
         assert contents(folder) == before, name
 
@@ -201,7 +193,7 @@ def test_answers_in_a_list_of_questions_are_not_lost(tmp_path: Path) -> None:
     questions = tmp_path / "out" / "questions.jsonl"
     questions.write_text(questions.read_text().replace("}\n", ', "answer": "Yes."}\n'))
     before = questions.read_bytes()
-    assert "is not as this command left it" in refusal(
+    assert "differs from what this command left" in refusal(
         "list_questions", *listing, output_dir=tmp_path / "out"
     )
     assert questions.read_bytes() == before
@@ -252,7 +244,7 @@ def test_two_sources_have_no_quarantine_in_common(tmp_path: Path) -> None:
     }
     message = refusal("prepare_data", "data=mixture", *sources, **keys)
     assert "sources.two.quarantine=" in message
-    assert "is that of data.sources.one.quarantine too" in message
+    assert "is also that of data.sources.one.quarantine" in message
 
 
 def test_a_training_that_failed_is_repeated_in_its_folder_with_a_lower_rate(tmp_path: Path) -> None:
