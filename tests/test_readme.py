@@ -89,4 +89,4 @@ def test_the_readme_is_short_and_its_links_and_options_exist() -> None:
         for option in re.findall(r"`([\w.]+)`", options):
             assert list(REPOSITORY.glob(f"configs/**/{group}/{option}.yaml")), f"no {group}={option}"
     for path in re.findall(r"`([a-z]+/\w+\.py)`", ARCHITECTURE):
-        assert (REPOSITORY / "mllm_protector" / path).exists(), path
+        assert any((folder / path).exists() for folder in (REPOSITORY, REPOSITORY / "mllm_protector")), path
