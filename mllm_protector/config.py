@@ -168,7 +168,7 @@ def clear_errors() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Let only the first process log, and silence the libraries.
 
-    This package checks by itself what matters among transformers' warnings. Downloads keep their bars.
+    The package makes the checks behind transformers' warnings on its own. Downloads keep their bars.
     """
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging as transformers_logging

@@ -74,10 +74,10 @@ def read_json(path: Path, *, strict: bool = False) -> Any:
             occur twice in one object.
 
     Raises:
-        InputError: missing, no file, or not JSON.
+        InputError: missing, not a file, or not JSON.
     """
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is no file")
+        raise InputError(f"{path}: not a file")
     try:
         return json.loads(path.read_text(encoding="utf-8"), **(_STRICT if strict else {}))
     except FileNotFoundError:
@@ -87,13 +87,13 @@ def read_json(path: Path, *, strict: bool = False) -> Any:
 
 
 def _refused(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):
-        raise ValueError(f"the key {Counter(key for key, _ in items).most_common(1)[0][0]!r} stands twice")
+        raise ValueError(f"the key {Counter(key for key, _ in items).most_common(1)[0][0]!r} occurs twice")
     return found
 
 

@@ -79,7 +79,7 @@ def _require_dead(holder: _Holder, path: Path, key: str) -> None:
 
 def _read(path: Path) -> _Holder | None:
     if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is no lock file; remove it")
+        raise InputError(f"{path}: not a lock file; remove it")
     try:
         host, pid, since = path.read_text(encoding="utf-8").split()
         return _Holder(host, int(pid), float(since))

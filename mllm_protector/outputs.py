@@ -2,7 +2,7 @@
 
 A command claims its folder before it works. A marker in the folder says which files the command left there.
 If a file of one of the command's names is there and differs from that, it belongs to somebody else and the
-command refuses to run. A lock keeps other runs out in the meantime.
+command refuses to run. Meanwhile a lock keeps other runs out.
 """
 
 import os

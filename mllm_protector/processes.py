@@ -1,4 +1,4 @@
-"""Several processes on one piece of work: how they join, and who does what."""
+"""Several processes that share one job: how they join, and which rows each of them takes."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ V = TypeVar("V")
 
 
 class Processes(Generic[V]):
-    """Divides rows among the processes and brings results together, in the rows' own order."""
+    """Divides rows among the processes and gathers the results in the order of the rows."""
 
     def __init__(self, index: int, count: int) -> None:
-        """Of ``count`` processes this is number ``index``."""
+        """This is process ``index`` of ``count``."""
         self.index = index
         self.count = count
 
@@ -33,21 +33,21 @@ class Processes(Generic[V]):
         return rows[self.index :: self.count]
 
     def gather(self, values: Sequence[V], total: int) -> list[V]:
-        """All processes' values for ``total`` rows; each row once."""
+        """The values of all processes for ``total`` rows, each row once."""
         if self.count == 1:
             return list(values)
         parts: list[list[V]] = gather_object([list(values)])
         return [parts[row % self.count][row // self.count] for row in range(total)]
 
     def from_first(self, value: E) -> E:
-        """The first process's value, on every process; a small one, it travels as a pickle."""
+        """The first process's value, on every process. It should be small: it is sent as a pickle."""
         values = [value]
         if self.count > 1:
             broadcast_object_list(values)
         return values[0]
 
     def largest(self, number: int) -> int:
-        """The largest of all processes' numbers."""
+        """The largest number among all processes."""
         if self.count == 1:
             return number
         together = torch.tensor(number, device=PartialState().device)
@@ -63,13 +63,13 @@ def start_accelerator(precision: str, patience: timedelta | None = None) -> Acce
         patience: how long processes wait for one another; ``None`` for PyTorch's own limit.
 
     Raises:
-        RunError: another number of processes than the launcher asked for.
+        RunError: the launcher asked for a different number of processes.
     """
     if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         raise RunError(
             "accelerate launch starts a single process on CPUs; use torchrun --nproc-per-node <processes>"
         )
-    # Of an earlier training in this process, as in a sweep: it may have had another precision.
+    # An earlier training in this process, as in a sweep, may have used another precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -83,9 +83,9 @@ def start_accelerator(precision: str, patience: timedelta | None = None) -> Acce
 
 
 def leave_processes() -> None:
-    """Part from the other processes when all work is done; the last thing that a script does.
+    """Leave the process group. A script does this last.
 
-    Left to the end of the interpreter, threads that still listen to the others may abort it.
+    Otherwise threads that still listen to the other processes may abort the interpreter at its end.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -93,16 +93,16 @@ def leave_processes() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the process that writes what all have in common."""
+    """Whether this process writes the shared files."""
     return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
 
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process does what is inside while the others wait; then they do it too (and find it done).
+    """Run the block on the first process while the others wait; then they run it too and find it done.
 
-    They wait for up to ``PATIENCE``, whatever the limit of the training's own collectives: PyTorch's ten
-    minutes on GPUs are too short for a million texts.
+    They wait for up to ``PATIENCE``. PyTorch's own limit of ten minutes on GPUs is too short for a million
+    texts.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes == 1:

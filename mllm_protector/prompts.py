@@ -1,7 +1,7 @@
-"""Every word that we ever put around a user's text. Written by us.
+"""Every prompt that this package puts around a user's text. Written by us.
 
-A template names its fields in braces. Fields are always encoded as plain text, so a special token inside
-a user's words stays words. The template that a model was trained with travels in its checkpoint.
+A template names its fields in braces. Fields are always encoded as plain text: a special token inside a
+user's text stays text. A checkpoint holds the template that its model was trained with.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ Answer:
 {answer}
 
 Verdict on the answer:"""
-"""What the harm detector reads. It ends the same way for every answer, so the pooled token is always
-the same one, and an empty answer is still a text."""
+"""What the harm detector reads. It ends with the same words for every answer, so the pooled token is always
+the same, and an empty answer still makes a text."""
 
 DETOXIFIER = """\
 Below is a question and an answer that was found to be harmful. Write a new answer that stays on the \
@@ -34,10 +34,10 @@ New answer:
 """What the response detoxifier reads before it writes the corrected answer."""
 
 REFUSAL = "I'm sorry, but I can't help with that."
-"""The fixed refusal: the `refusal` arm, and whatever the guard returns when it cannot vouch for a text."""
+"""The fixed refusal: of the `refusal` arm, and of the guard when no safe text is found."""
 
 GAP = " [...] "
-"""Stands where the middle of a text that is too long was left out."""
+"""Marks where the middle of a long text was left out."""
 
 OFFICIAL_DETECTOR = "Question: {query}\n\nAnswer: {answer}"
 """The input layout of the official training script (harmdetector_train_saferlhf.py), for its weights."""
@@ -69,5 +69,5 @@ def require_fields(template: str, names: set[str]) -> str:
 
 
 def template_hash(template: str) -> str:
-    """The sha256 of a template, by which a checkpoint knows its prompt."""
+    """The sha256 of a template, which a checkpoint stores to recognise its prompt."""
     return hashlib.sha256(template.encode()).hexdigest()

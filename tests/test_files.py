@@ -45,5 +45,5 @@ def test_a_key_that_stands_twice_is_refused_where_it_matters(tmp_path: Path) -> 
     path = tmp_path / "guard.json"
     path.write_text('{"threshold": 0.5, "deeper": {"threshold": 1.0, "threshold": 0.5}}')
     assert read_json(path)["deeper"] == {"threshold": 0.5}
-    with pytest.raises(InputError, match="the key 'threshold' stands twice"):
+    with pytest.raises(InputError, match="the key 'threshold' occurs twice"):
         read_json(path, strict=True)
