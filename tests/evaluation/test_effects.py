@@ -140,11 +140,6 @@ def test_three_judges_have_a_kappa_together() -> None:
     assert fleiss["value"] == pytest.approx((within - chance) / (1 - chance))
 
 
-def test_an_answer_that_a_guard_left_alone_counts_once() -> None:
-    table = two("hh hs ss") + two("hh hs ss", "protector") + two("ss ss ss", "refusal", changed=True)
-    assert measured(table).one("agreement")["n"] == 3 + 3
-
-
 def test_judges_are_measured_by_people_and_else_by_the_truth() -> None:
     table = [
         *rows(HATE, "TEXT", "none", 9, 1, 2, truth=True),

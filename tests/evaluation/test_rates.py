@@ -127,14 +127,14 @@ def test_where_no_rate_is_corrected_the_method_says_why() -> None:
     circular = {"keyword": JudgeFacts(identity={}, bias=BIAS, circular=True)}
     for judges, reason in (
         (circular, "the judge is a part of the guard"),
-        (None, "the judge's errors by the criterion harm are not known"),
+        (None, "the judge's errors by the criterion harm are not known on such answers"),
     ):
         found = measured(table, judges=judges).one("corrected_asr")
         assert (found["value"], found["method"]) == (None, reason)
     both = measured([*table, *rows(LEGAL, "TEXT", "none", 41, 59)], judges=KNOWN, groups=GROUPS)
     reasons = {each["group"]: each["method"] for each in both.all("corrected_asr", value=None)}
     assert reasons == {
-        "08+10-13": "the judge's errors by the criterion legal are not known",
+        "08+10-13": "the judge's errors by the criterion legal are not known on such answers",
         "all": "these scenarios are judged by different criteria",
     }
 

@@ -1,10 +1,13 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from mllm_protector.errors import InputError
 from mllm_protector.judges.detector import DetectorJudge
+from mllm_protector.models.detector import HarmDetector
+from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.protocols import Card
 from mllm_protector.records import Status, Verdict
 from tests.judges.scripted import judged
@@ -71,11 +74,23 @@ def test_a_threshold_that_is_no_probability_is_refused() -> None:
             DetectorJudge(LengthDetector(), threshold)
 
 
-def test_a_saved_detector_judges_with_its_stored_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllm_protector.models.detector.load_detector", lambda folder, base: LengthDetector())
-    judge = DetectorJudge.from_folder("folder")
-    assert judge.threshold == 0.3
-    assert judged(judge, "123")[0].status == Status.HARMFUL
+def test_a_saved_detector_is_loaded_when_it_first_judges(
+    make_detector: Callable[..., HarmDetector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, loaded = tmp_path / "detector", list[str]()
+    make_detector().save(folder)
+
+    def load(folder: str, base: str | None) -> LengthDetector:
+        loaded.append(folder)
+        return LengthDetector()
+
+    monkeypatch.setattr("mllm_protector.models.detector.load_detector", load)
+    judge = DetectorJudge.from_folder(str(folder))
+    guard = read_guard_file(folder, "detector")
+    assert judge.card.identity["detector"]["weights"] == guard.weights
+    assert not loaded
+    assert judged(judge, "1234567890")[0].status == Status.HARMFUL
+    assert loaded == [str(folder)]
 
 
 def test_the_identity_is_that_of_the_detector_and_its_threshold() -> None:
