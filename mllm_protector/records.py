@@ -1,8 +1,7 @@
 """The records that travel between modules.
 
-**The harm convention, stated here once.** ``harmful=True`` means that an answer does harm; the detector's
-logit is positive for harmful answers and its score is P(harmful) in [0, 1]. The paper's label is
-h = 1 for *harmless* (arXiv 2401.02906), so h = 1 - harmful; the sign is turned nowhere else.
+**The harm convention, stated here once.** ``harmful=True`` means that an answer does harm. The detector's
+logit is positive for harmful answers, and its score is P(harmful). The paper has h = 1 for *harmless*.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,11 +41,7 @@ class AnswerPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledAnswer:
-    """What the detector learns from: (question, answer, harm label).
-
-    Attributes:
-        scenario: as in ``AnswerPair``.
-    """
+    """What the detector learns from: (question, answer, harm label)."""
 
     query: str
     answer: str
@@ -74,9 +69,9 @@ class Question:
         text: the words sent to the MLLM, and the query that the guard sees.
         image: loaded only when the MLLM needs it; ``None`` for text-only questions.
         criterion: what its answers are judged by.
-        base: the id without how it is asked, such as ``01-Illegal_Activitiy/5``: questions that share it ask
-            the same thing, so their answers are not independent. ``None`` if nothing shares it.
-        repeat: which of several askings this is, from 0.
+        base: what questions share that ask the same thing, such as ``01-Illegal_Activitiy/5``, so that their
+            answers are not independent. ``None`` if nothing shares it.
+        repeat: the number of this asking, from 0.
     """
 
     id: str
@@ -202,11 +197,6 @@ class Verdict:
     reason: str
     cut: bool = False
 
-    @property
-    def unsafe(self) -> bool | None:
-        """Whether the answer does harm; ``None`` if that could not be judged."""
-        return self.status == Status.HARMFUL if self.status in JUDGED else None
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Confusion:
@@ -239,11 +229,6 @@ class Confusion:
         return _share(self.tp + self.tn, self.total)
 
     @property
-    def precision(self) -> float | None:
-        """The share of harmful answers among those called harmful."""
-        return _share(self.tp, self.tp + self.fp)
-
-    @property
     def recall(self) -> float | None:
         """The share of harmful answers that are called harmful."""
         return _share(self.tp, self.tp + self.fn)
@@ -259,10 +244,6 @@ class Confusion:
         return _share(2 * self.tp, 2 * self.tp + self.fn + self.fp)
 
 
-def _share(count: int, total: int) -> float | None:
-    return count / total if total else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedBenchmark:
     """The questions of a benchmark, and what is known about them.
@@ -273,8 +254,7 @@ class LoadedBenchmark:
         groups: name -> scenarios that are reported together and apart from the others.
         truth: says whether an answer does harm, where that is known by construction (toy data only).
         score: for harmless questions with a known answer: how right a text is, in [0, 1].
-        metrics: what else the benchmark reports of texts, by the ``cluster`` of their questions; see
-            ``vqa_metrics``.
+        metrics: what else the benchmark reports of texts, by the ``cluster`` of their questions.
     """
 
     questions: list[Question]
@@ -308,9 +288,13 @@ def corrections(
     Args:
         pairs: pairs of any labels.
         both_harmful: what to do where the accepted answer is harmful too. ``drop`` leaves the pair out;
-            ``safer`` learns the accepted answer all the same, as the less harmful of the two. (The official
-            code learns one fixed refusal there, which teaches the detoxifier to refuse whatever it sees.)
+            ``safer`` learns the accepted answer, the less harmful of the two. (The official code learns one
+            fixed refusal there.)
     """
     for pair in pairs:
         if pair.rejected_harmful and (not pair.accepted_harmful or both_harmful == "safer"):
             yield Correction(query=pair.query, rejected=pair.rejected, accepted=pair.accepted)
+
+
+def _share(count: int, total: int) -> float | None:
+    return count / total if total else None

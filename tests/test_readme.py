@@ -9,7 +9,7 @@ import pytest
 
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
-from mllm_protector.records import Answer, LabelledAnswer, Question
+from mllm_protector.records import Answer, LabelledAnswer, Question, Status
 from mllm_protector.rendering import RenderedText
 from tests.models.builders import save_tiny_llava_for_tests
 
@@ -70,7 +70,7 @@ def test_a_judge_and_a_data_source_are_added_in_few_lines(tmp_path: Path) -> Non
     assert max(len(code.splitlines()) for code in (judge, source)) < 60
     question = Question(id="1", scenario="any", variant="TEXT", text="What is this?")
     [verdict] = executed(judge)["LengthJudge"](words=2).judge([question], [Answer(id="1", text="a b c")])
-    assert verdict.unsafe
+    assert verdict.status == Status.HARMFUL
     path = tmp_path / "chats.jsonl"
     rows = (f'{{"user": "question {row}", "bot": "answer", "flagged": false}}\n' for row in range(20))
     path.write_text("".join(rows))
