@@ -1,17 +1,24 @@
 """The README and docs/architecture.md show what the project does."""
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from mllm_protector.calls import check_call
+from mllm_protector.errors import InputError
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.records import Answer, LabelledAnswer, Question, Status
 from mllm_protector.rendering import RenderedText
 from tests.models.builders import save_tiny_llava_for_tests
+from tests.test_config import FUNCTIONS, composed, filled_in
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -90,3 +97,23 @@ def test_the_readme_is_short_and_its_links_and_options_exist() -> None:
             assert list(REPOSITORY.glob(f"configs/**/{group}/{option}.yaml")), f"no {group}={option}"
     for path in re.findall(r"`([a-z]+/\w+\.py)`", ARCHITECTURE):
         assert any((folder / path).exists() for folder in (REPOSITORY, REPOSITORY / "mllm_protector")), path
+
+
+def test_every_command_of_the_docs_is_accepted_by_its_script() -> None:
+    pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+    found = 0
+    for page in pages:
+        text = page.read_text().replace("\\\n", " ")
+        for name, arguments in re.findall(r"scripts/(\w+)\.py([^\n`#|]*)", text):
+            overrides = [each for each in shlex.split(arguments) if "=" in each and "..." not in each]
+            if (
+                name not in FUNCTIONS or not overrides or "my_set" in arguments
+            ):  # an option of the reader's own
+                continue
+            found += 1
+            try:
+                content = OmegaConf.to_container(filled_in(composed(name, *overrides)), resolve=True)
+                check_call("", FUNCTIONS[name], content)  # type: ignore[arg-type]
+            except (HydraException, OmegaConfBaseException, InputError, KeyError) as error:
+                raise AssertionError(f"{page.name}: {name}.py{arguments}: {error}") from error
+    assert found > 30
