@@ -103,7 +103,8 @@ def test_every_command_of_the_docs_is_accepted_by_its_script() -> None:
     pages = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
     found = 0
     for page in pages:
-        text = page.read_text().replace("\\\n", " ")
+        blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        text = "".join(blocks).replace("\\\n", " ")
         for name, arguments in re.findall(r"scripts/(\w+)\.py([^\n`#|]*)", text):
             overrides = [each for each in shlex.split(arguments) if "=" in each and "..." not in each]
             if (
