@@ -107,10 +107,8 @@ def test_every_command_of_the_docs_is_accepted_by_its_script() -> None:
         text = "".join(blocks).replace("\\\n", " ")
         for name, arguments in re.findall(r"scripts/(\w+)\.py([^\n`#|]*)", text):
             overrides = [each for each in shlex.split(arguments) if "=" in each and "..." not in each]
-            if (
-                name not in FUNCTIONS or not overrides or "my_set" in arguments
-            ):  # an option of the reader's own
-                continue
+            if name not in FUNCTIONS or not overrides or "my_set" in arguments:
+                continue  # my_set is an option that the reader writes
             found += 1
             try:
                 content = OmegaConf.to_container(filled_in(composed(name, *overrides)), resolve=True)
