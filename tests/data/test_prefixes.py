@@ -2,13 +2,11 @@ import re
 from collections import Counter
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_protector.data.tokenized import with_prefixes
 from mllm_protector.data.toy import toy_pairs
-from mllm_protector.errors import InputError
 from mllm_protector.records import LabelledAnswer, labelled_answers
 
 RECORDS = list(labelled_answers(toy_pairs("train")))
@@ -95,9 +93,3 @@ def test_any_text_is_cut_properly_or_not_at_all(records: list[LabelledAnswer], s
             and len(record.answer) > len(prefix.answer)
             for record in records
         )
-
-
-def test_no_share_is_refused() -> None:
-    for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(InputError, match=f"prefixes={share}: must lie between 0 and 1"):
-            with_prefixes(RECORDS, share=share, seed=0)
