@@ -26,8 +26,6 @@ class Account:
     """Where every row went: read = kept + quarantined + dropped.
 
     Attributes:
-        read: rows seen.
-        kept: rows that became records.
         bad_rows: rows that could not be used, as ``{"file", "line", "reason", "raw"}``.
         dropped: well-formed rows that were not wanted, counted by reason.
     """
@@ -67,12 +65,7 @@ def read_records(
     key: Callable[[T], Hashable] | None = None,
     strict: bool = True,
 ) -> Reading[T]:
-    """All records of a file of one of the kinds in ``READABLE`` (see ``stream_rows``).
-
-    Raises:
-        RecordError: a bad row in strict reading; the message is ``file:line: reason``.
-        InputError: the file is missing, empty, damaged, or of another kind.
-    """
+    """All records of a file of one of the kinds in ``READABLE`` (see ``stream_rows`` and ``read_rows``)."""
     return collect(read_rows(path), str(path), parse, key=key, strict=strict)
 
 

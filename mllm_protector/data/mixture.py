@@ -38,7 +38,7 @@ class Mixture:
     seed: Seed
 
     def __post_init__(self) -> None:
-        """Check the options; an ``InputError`` names the one that cannot be."""
+        """Check the options."""
         if not self.sources:
             raise InputError("sources: there are none; add one, such as +data@data.sources.mine=pairs")
         for name, source in self.sources.items():
@@ -75,7 +75,7 @@ class Mixture:
 
 
 class _Part:
-    """What is left of a source."""
+    """The records of a source that are left."""
 
     def __init__(self, splits: Splits[Any], account: SourceAccount) -> None:
         self.train = records_table(splits.train)

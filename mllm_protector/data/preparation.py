@@ -65,7 +65,7 @@ def prepare(
     """Load a source, look for benchmark questions in its training queries, and write the report.
 
     Args:
-        data: what to learn from.
+        data: the source.
         benchmarks: by name; with none, nobody looks.
         contaminated: whether records with such a question are trained on.
         folder: gets the report, from the first process.

@@ -34,8 +34,6 @@ from mllm_protector.records import AnswerPair, LabelledAnswer
 from mllm_protector.rows import parse_json_line, read_rows
 
 Duplicates = Literal["keep", "exact", "near"]
-"""Which rows go: none, later ones that equal an earlier one, or also those that nearly do."""
-
 TEXTS, LABELS = "texts.npy", "labels.npy"
 BAD_ROW = {"file", "line", "reason", "raw"}
 """The fields of a bad row (see ``reading.Account``)."""
@@ -62,10 +60,11 @@ class Toy:
     def load(self) -> Splits[AnswerPair]:
         """1,000 pairs to train on and 200 to validate with."""
         train, validation = toy.toy_pairs("train"), toy.toy_pairs("validation")
+        origin = Origin(name="toy data", licence="Apache-2.0, as this package")
         count = len(train) + len(validation)
         counted = SourceAccount(
-            name="toy data",
-            origin=Origin(name="toy data", licence="Apache-2.0, as this package"),
+            name=origin.name,
+            origin=origin,
             read=count,
             kept=count,
             train=len(train),
@@ -84,9 +83,8 @@ class FileSource(ABC, Generic[T]):
         seed: of the split, and of the records that ``limit`` keeps.
         limit: how many records to keep, chosen before the split; ``None`` keeps all.
         duplicates: ``keep`` keeps every row, ``exact`` the first of equal ones (see ``duplicates.distinct``),
-            and ``near`` drops also rows that nearly repeat an earlier one (``duplicates.near_duplicates``).
+            and ``near`` drops also rows that nearly repeat an earlier one.
         quarantine: ``None`` stops at the first bad row; a file collects the bad rows, and reading continues.
-            It replaces the bad rows of an earlier run and no other file.
     """
 
     path: str | None
@@ -135,9 +133,14 @@ class FileSource(ABC, Generic[T]):
             dropped["over the limit"] += len(kept) - self.limit
             ranks = np.fromiter((digest(self.seed, as_json(each)) for each in kept), np.uint64)
             kept = kept.take(np.sort(np.argsort(ranks, kind="stable")[: self.limit]))
-        quarantined = len(facts["bad_rows"])
-        account = reading.tally(facts["read"], len(kept), quarantined, +dropped)
-        line = f"{self.path or f'{origin.name}@{str(origin.revision)[:7]}'}: {account}"
+        counts: dict[str, Any] = {
+            "read": facts["read"],
+            "kept": len(kept),
+            "quarantined": len(facts["bad_rows"]),
+            "dropped": dict(+dropped),
+        }
+        place = self.path or f"{origin.name}@{str(origin.revision)[:7]}"
+        line = f"{place}: {reading.tally(**counts)}"
         if not len(kept):
             raise InputError(f"{line}; there is nothing to learn from")
         try:
@@ -145,16 +148,8 @@ class FileSource(ABC, Generic[T]):
         except InputError as error:
             raise InputError(f"{line}; {error}") from None
         train, validation = kept.take(np.flatnonzero(~validates)), kept.take(np.flatnonzero(validates))
-        counted = SourceAccount(
-            name=origin.name,
-            origin=origin,
-            read=facts["read"],
-            kept=len(kept),
-            quarantined=quarantined,
-            dropped=dict(+dropped),
-            train=len(train),
-            validation=len(validation),
-        )
+        counts |= {"train": len(train), "validation": len(validation)}
+        counted = SourceAccount(name=origin.name, origin=origin, **counts)
         return make_splits(train, validation, line, [counted])
 
     def _stored(self, origin: Origin) -> Path:
@@ -213,8 +208,7 @@ class Pairs(OwnFile[AnswerPair]):
 
     Attributes:
         path: a file with the fields ``query``, ``accepted`` and ``rejected``, and if you like
-            ``accepted_harmful`` (else false), ``rejected_harmful`` (else true) and ``scenario``, a text for
-            the report. Other fields are ignored.
+            ``accepted_harmful`` (else false), ``rejected_harmful`` (else true) and ``scenario``.
     """
 
     def parse(self, row: Mapping[str, Any]) -> AnswerPair:
@@ -240,8 +234,7 @@ class Labelled(OwnFile[LabelledAnswer]):
     """Your own labelled answers, for the detector alone.
 
     Attributes:
-        path: a file with the fields ``query``, ``answer`` and ``harmful``, and if you like ``scenario``, a
-            text for the report. Other fields are ignored.
+        path: a file with the fields ``query``, ``answer`` and ``harmful``, and if you like ``scenario``.
     """
 
     def parse(self, row: Mapping[str, Any]) -> LabelledAnswer:

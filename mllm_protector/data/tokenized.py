@@ -1,6 +1,7 @@
 """Training examples: prefixes of answers, token ids on the disk, and a balance of the labels."""
 
 import hashlib
+import json
 import logging
 import random
 import re
@@ -25,7 +26,6 @@ from mllm_protector import records as record_types
 from mllm_protector.data import detoxifier_encoding, encoding, table, tokens
 from mllm_protector.data.encoding import EncodedAnswer
 from mllm_protector.data.table import (
-    BATCH,
     Table,
     cached,
     code_digest,
@@ -79,12 +79,10 @@ class Encoder(Protocol[R_contra, E]):
 
 
 class Tokenized(Table[E]):
-    """Examples in a file, each equal to what the encoder made.
+    """Examples in a file; ``truncated`` and ``shortened`` are the encoder's counts while it made them.
 
     Attributes:
         lengths: (N,) int32, the tokens of each.
-        truncated: what the encoder counted under this name while these examples were made; so also
-            ``shortened``.
     """
 
     def __init__(
@@ -197,13 +195,8 @@ def lengths_of(examples: Sequence[Sized]) -> "array[int]":
 
 
 def lengths_digest(lengths: Sequence[int]) -> str:
-    """The sha256 of the lengths as a JSON array, of which no more than a part is in memory."""
-    whole = hashlib.sha256(b"[")
-    for start in range(0, len(lengths), BATCH):
-        part = ", ".join(map(str, lengths[start : start + BATCH]))
-        whole.update(f"{', ' if start else ''}{part}".encode())
-    whole.update(b"]")
-    return whole.hexdigest()
+    """The sha256 of the lengths as a JSON array."""
+    return hashlib.sha256(json.dumps(list(lengths)).encode()).hexdigest()
 
 
 def _encoded(encoder: Encoder[R_contra, E], records: Iterable[R_contra]) -> Iterator[E]:
