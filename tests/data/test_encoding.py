@@ -142,11 +142,6 @@ def test_detector_batches_are_padded_on_the_right(llama: PreTrainedTokenizerBase
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
 
 
-def test_no_texts_give_no_rows(llama: PreTrainedTokenizerBase):
-    assert detector_encoder(llama).encode(queries=[], answers=[]) == []
-    assert detoxifier_encoder(llama).encode(queries=[], answers=[]) == []
-
-
 @pytest.mark.parametrize(("query", "answer"), [("q" * 900, "Z"), ("Q", "z" * 900), ("q" * 900, "z" * 900)])
 def test_long_texts_are_cut_and_the_template_never(
     tokenizer: PreTrainedTokenizerBase, query: str, answer: str
@@ -161,13 +156,6 @@ def test_long_texts_are_cut_and_the_template_never(
     assert words.startswith(before + query[0])
     assert between + answer[0] in words
     assert words.endswith(answer[-1] + behind)
-
-
-def test_only_texts_that_are_cut_are_counted(llama: PreTrainedTokenizerBase):
-    encoder = detector_encoder(llama, 150)
-    rows = encoder.encode(queries=["q"] * 3, answers=["a", "b" * 500, "c" * 500])
-    assert encoder.truncated == 2
-    assert len(rows[0]) < len(rows[1]) == len(rows[2]) == 150
 
 
 def words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -225,25 +213,6 @@ def test_windows_hold_the_whole_answer_in_order(
         starts = window_starts(len(said), size)
         before = len(special_affixes(llama)[0]) + len(asked) + len(encode_literal(llama, "|"))
         assert [row[before : before + size] for row in rows] == [said[at : at + size] for at in starts]
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    asked=st.integers(min_value=0, max_value=400),
-    said=st.integers(min_value=0, max_value=400),
-    room=st.integers(min_value=2, max_value=300),
-    window=st.none() | st.integers(min_value=1, max_value=300),
-)
-def test_neither_text_ever_vanishes_and_no_row_is_too_long(
-    llama: PreTrainedTokenizerBase, asked: int, said: int, room: int, window: int | None
-):
-    [[empty]] = detector_encoder(llama, 512).windows(queries=[""], answers=[""])
-    encoder = detector_encoder(llama, len(empty) + room)
-    [rows] = encoder.windows(queries=["x" * asked], answers=["z" * said], window=window)
-    for row in rows:
-        text = words(llama, row)
-        assert len(row) <= encoder.max_length
-        assert ("x" in text, "z" in text) == (asked > 0, said > 0)
 
 
 def test_a_long_question_keeps_its_head_and_tail_and_is_told_once(

@@ -388,37 +388,30 @@ def test_the_files_of_a_cloned_set_are_found(tmp_path: Path) -> None:
         assert [*configured(option, path=str(clone)).origin().files] == [file]
 
 
-@pytest.mark.parametrize(
-    ("layout", "file", "part"),
-    [
+def test_the_library_of_the_hub_reads_a_repository_as_the_local_files_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub_cache")
+    for layout, file, part in (
         ("pku 2024", "data/Alpaca-7B/train.jsonl", None),
-        ("augmented", "augmented_dataset.json", None),
         ("beavertails", "round0/330k/train.jsonl.xz", ("default", "330k_train")),
         ("hh_rlhf", "harmless-base/train.jsonl.gz", None),
         ("aligner", "safety/train.jsonl", ("safety", "train")),
-    ],
-)
-def test_the_library_of_the_hub_reads_a_repository_as_the_local_files_are_read(
-    layout: str, file: str, part: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub_cache")
-    good = LAYOUTS[layout][1]
-    rows = [good(number) for number in range(10)]
-    if layout == "beavertails":
-        rows[3] = beavertails(3, "violence", "self_harm")
-    path = tmp_path / "set" / file
-    write_rows(path, rows)
-    pack = {".xz": lzma.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
-    path.write_bytes(pack(path.read_bytes()))
-    if part:
-        (tmp_path / "set" / "README.md").write_text(
-            f"---\nconfigs:\n- config_name: {part[0]}\n  data_files:\n  - split: {part[1]}\n"
-            f"    path: {file}\n---\n"
-        )
-    local = of_layout(layout, path=str(tmp_path / "set")).load()
-    hub = of_layout(layout, name=str(tmp_path / "set")).load()
-    assert hub.fingerprint == local.fingerprint
-    assert [record.scenario for record in everything(hub)] == [r.scenario for r in everything(local)]
+    ):
+        folder = tmp_path / layout
+        rows = [LAYOUTS[layout][1](number) for number in range(10)]
+        write_rows(folder / file, rows)
+        pack = {".xz": lzma.compress, ".gz": gzip.compress}.get((folder / file).suffix, bytes)
+        (folder / file).write_bytes(pack((folder / file).read_bytes()))
+        if part:
+            (folder / "README.md").write_text(
+                f"---\nconfigs:\n- config_name: {part[0]}\n  data_files:\n  - split: {part[1]}\n"
+                f"    path: {file}\n---\n"
+            )
+        local = of_layout(layout, path=str(folder)).load()
+        hub = of_layout(layout, name=str(folder)).load()
+        assert hub.fingerprint == local.fingerprint, layout
+        assert [record.scenario for record in everything(hub)] == [r.scenario for r in everything(local)]
 
 
 # Each set
