@@ -1,4 +1,4 @@
-"""Rows of files to records. Knows nothing of what the records mean.
+"""Rows of files to records. The meaning of the records plays no part.
 
 Reading is strict by default: the first line that is broken, incomplete or a duplicate stops the run with
 ``file:line: reason``. Otherwise such lines are set aside and the counts add up:
@@ -100,7 +100,7 @@ def stream_rows(
         parse: turns one row into a record; raises ``ValueError(reason)`` for a bad row and
             ``Unwanted(reason)`` for one that is fine but not wanted.
         account: every row is counted there.
-        key: what makes two records duplicates, and the later one a bad row; ``None`` allows duplicates.
+        key: of two records with equal keys the later is a bad row; ``None`` allows duplicates.
         strict: stop at the first bad row; otherwise set it aside and continue.
 
     Raises:

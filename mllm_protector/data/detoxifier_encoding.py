@@ -85,7 +85,7 @@ class DetoxifierEncoder(PromptEncoder):
         if room < 2:
             raise InputError(
                 f"max_length={self.max_length}: too short; the prompt takes {self._layout.size} tokens and "
-                f"{reserve} are kept for what is to be written, so {max(room, 0)} are left for two texts"
+                f"{reserve} are kept for the text to write, so {max(room, 0)} are left for two texts"
             )
         return room
 

@@ -31,7 +31,7 @@ _SAVED = 8
 """Tokens, more than tokenising in one piece saves at the borders of two texts."""
 
 _GAP_POSITION = -1
-"""Among the positions of a question's tokens: the mark of what was left out."""
+"""Among the positions of a question's tokens: the mark of the part that was left out."""
 
 
 @dataclass(frozen=True, slots=True)
