@@ -1,4 +1,4 @@
-"""Rows of files to records. Knows nothing of what the records mean.
+"""Rows of files to records. The meaning of the records plays no part.
 
 Reading is strict by default: the first line that is broken, incomplete or a duplicate stops the run with
 ``file:line: reason``. Otherwise such lines are set aside and the counts add up:
@@ -26,8 +26,6 @@ class Account:
     """Where every row went: read = kept + quarantined + dropped.
 
     Attributes:
-        read: rows seen.
-        kept: rows that became records.
         bad_rows: rows that could not be used, as ``{"file", "line", "reason", "raw"}``.
         dropped: well-formed rows that were not wanted, counted by reason.
     """
@@ -67,12 +65,7 @@ def read_records(
     key: Callable[[T], Hashable] | None = None,
     strict: bool = True,
 ) -> Reading[T]:
-    """All records of a file of one of the kinds in ``READABLE`` (see ``stream_rows``).
-
-    Raises:
-        RecordError: a bad row in strict reading; the message is ``file:line: reason``.
-        InputError: the file is missing, empty, damaged, or of another kind.
-    """
+    """All records of a file of one of the kinds in ``READABLE`` (see ``stream_rows`` and ``read_rows``)."""
     return collect(read_rows(path), str(path), parse, key=key, strict=strict)
 
 
@@ -107,7 +100,7 @@ def stream_rows(
         parse: turns one row into a record; raises ``ValueError(reason)`` for a bad row and
             ``Unwanted(reason)`` for one that is fine but not wanted.
         account: every row is counted there.
-        key: what makes two records duplicates, and the later one a bad row; ``None`` allows duplicates.
+        key: of two records with equal keys the later is a bad row; ``None`` allows duplicates.
         strict: stop at the first bad row; otherwise set it aside and continue.
 
     Raises:

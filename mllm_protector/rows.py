@@ -1,4 +1,4 @@
-"""Files to rows: JSONL (also packed), JSON, CSV and parquet. Knows nothing of what the rows mean."""
+"""Files to rows: JSONL (also packed), JSON, CSV and parquet. The meaning of the rows plays no part."""
 
 import csv
 import gzip

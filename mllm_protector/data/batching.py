@@ -1,15 +1,25 @@
-"""Which examples go where: the plan of one epoch, the same on every process.
+"""Which examples go where: the plan of one epoch, the same on every process; and texts packed end to end.
 
 The plan is a pure function of its arguments. No sampler has a state, so a run can be resumed at any step,
 and the number of processes changes where an example is computed but not which step it belongs to.
+
+A packed batch has all its texts in one row, so that no position is padding. It says where they begin
+(``BORDERS``) and counts positions anew in each; attention must stay within them (``models.packing``).
 """
 
 import random
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import torch
+
+from mllm_protector.data.encoding import IGNORED, Batch, EncodedAnswer, EncodedCorrection
 from mllm_protector.errors import InputError
+
+BORDERS = "cu_seq_lens"
+"""The key of a packed batch that says where its texts begin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +39,9 @@ class MicroBatchLimit:
     packed: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse limits under which nothing fits.
-
-        Raises:
-            InputError: naming the limit.
-        """
+        """Refuse limits under which nothing fits."""
         for name in ("tokens", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name}={value}: must be at least 1")
 
     def positions(self, count: int, *, longest: int, total: int) -> int:
@@ -86,8 +91,8 @@ def plan_epoch(
         batch_size: examples in one step, over all processes.
         limit: of one forward pass of one process.
         processes: how many work together.
-        seed: of the run.
-        epoch: gives another order.
+        seed: of the run; each ``epoch`` has another order.
+        epoch: from 0.
         done: how many steps at the beginning are left out.
     """
     order = array("q", range(len(lengths)))
@@ -185,3 +190,47 @@ def _size(indices: Sequence[int], lengths: Sequence[int], limit: MicroBatchLimit
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def pack(texts: Sequence[list[int]]) -> Batch:
+    """``input_ids`` and ``position_ids``, both (1, T) int64, and ``cu_seq_lens`` (S + 1,) int32: 0, then the
+    end of each text.
+    """
+    return {
+        "input_ids": torch.tensor([[token for ids in texts for token in ids]]),
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in texts])[None],
+        BORDERS: torch.tensor([0, *accumulate(map(len, texts))], dtype=torch.int32),
+    }
+
+
+def pack_answers(rows: Sequence[EncodedAnswer]) -> Batch:
+    """The detector's rows: ``pack`` plus ``labels`` (S,) float32, one for each text."""
+    batch = pack([row.ids for row in rows])
+    batch["labels"] = torch.tensor([row.label for row in rows], dtype=torch.float32)
+    return batch
+
+
+def pack_corrections(rows: Sequence[EncodedCorrection]) -> Batch:
+    """The detoxifier's rows: ``pack`` plus ``labels`` (1, T) int64, the target's ids at the target's
+    positions, ``IGNORED`` elsewhere (so also at the first position of each text).
+    """
+    batch = pack([row.prompt + row.target for row in rows])
+    labels = [label for row in rows for label in [IGNORED] * len(row.prompt) + row.target]
+    batch["labels"] = torch.tensor([labels])
+    return batch
+
+
+def is_packed(batch: Batch) -> bool:
+    """Whether the texts stand end to end."""
+    return BORDERS in batch
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device; the borders stay on the CPU, where their values are looked at."""
+    return {name: tensor if name == BORDERS else tensor.to(device) for name, tensor in batch.items()}
+
+
+def count_tokens(batch: Batch) -> tuple[int, int]:
+    """The real tokens of a batch, and all its positions."""
+    positions = batch["input_ids"].numel()
+    return (positions if is_packed(batch) else int(batch["attention_mask"].sum())), positions

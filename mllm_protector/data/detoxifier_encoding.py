@@ -7,26 +7,29 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import prompts
-from mllm_protector.data.encoding import Batch, EncodedCorrection, checked_prompt, collate_targets, padded
-from mllm_protector.data.layout import fit, lay_out
+from mllm_protector.data.encoding import (
+    Batch,
+    EncodedCorrection,
+    PromptEncoder,
+    checked_prompt,
+    collate_targets,
+    padded,
+)
 from mllm_protector.data.tokens import (
-    chat_layout,
     encode_literal,
     encode_pairs,
     encode_texts,
+    ends,
+    lay_out,
+    share,
     special_affixes,
 )
 from mllm_protector.errors import InputError
 from mllm_protector.records import Correction
 
 
-class DetoxifierEncoder:
-    """Renders (query, rejected answer) for the detoxifier, and the accepted answer behind it.
-
-    Attributes:
-        truncated: rows in which a text was too long, in training and in use.
-        shortened: always 0; a row with a question that is too long is one of the ``truncated``.
-    """
+class DetoxifierEncoder(PromptEncoder):
+    """Renders (query, rejected answer) for the detoxifier, and the accepted answer behind it."""
 
     example = EncodedCorrection
 
@@ -53,10 +56,7 @@ class DetoxifierEncoder:
         """
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end token, so a detoxifier could never stop")
-        self.tokenizer = tokenizer
-        self.pad_id = pad_id
-        self.max_length = max_length
-        self.prompt = checked_prompt(prompt)
+        super().__init__(tokenizer, pad_id, max_length, prompt)
         self.chat = chat
         self.end_id: int = tokenizer.eos_token_id
         own = partial(encode_literal, tokenizer)
@@ -65,36 +65,17 @@ class DetoxifierEncoder:
             if chat
             else lay_out(prompt, own, first=special_affixes(tokenizer)[0])
         )
-        self._gap = own(prompts.GAP)
         self.room()
-        self.truncated = 0
-        self.shortened = 0
 
     def identity(self) -> dict[str, Any]:
-        """All that the ids of a text depend on beside the tokenizer and this code, for JSON.
-
-        The prompt's own ids among them: a chat template may write the date.
-        """
-        return {
-            "kind": "detoxifier",
-            "prompt": self.prompt,
-            "chat": self.chat,
-            "max_length": self.max_length,
-            "pad_id": self.pad_id,
-            "end_id": self.end_id,
-            "room": self.room(),
-            "layout": self._layout.parts,
-            "gap": self._gap,
-        }
+        """Everything that the ids of a text depend on beside the tokenizer and this code, for JSON."""
+        return self._identity("detoxifier", chat=self.chat, end_id=self.end_id, room=self.room())
 
     def room(self, *, reserve: int = 0) -> int:
         """How many tokens the query and the answer may have, in training as in use.
 
-        The room for what is to be written (``longest_target`` tokens) is never given to them, however short
-        it turns out to be: what is read in use is what was read in training.
-
-        Args:
-            reserve: tokens to be written, where these are more.
+        The room for the target (``longest_target`` tokens, or ``reserve`` where that is more) is never given
+        to them, however short it turns out to be: training and use read the same.
 
         Raises:
             InputError: fewer than two are left.
@@ -104,56 +85,50 @@ class DetoxifierEncoder:
         if room < 2:
             raise InputError(
                 f"max_length={self.max_length}: too short; the prompt takes {self._layout.size} tokens and "
-                f"{reserve} are kept for what is to be written, so {max(room, 0)} are left for two texts"
+                f"{reserve} are kept for the text to write, so {max(room, 0)} are left for two texts"
             )
         return room
+
+    @property
+    def longest_target(self) -> int:
+        """The longest text that is learnt, in tokens with its end token: half of ``max_length``."""
+        return self.max_length // 2
 
     def encode(self, *, queries: Sequence[str], answers: Sequence[str], reserve: int = 0) -> list[list[int]]:
         """Prompt ids of each (query, harmful answer), which have at most ``room`` beside the prompt.
 
         Where they do not fit, the query is cut first, to no less than half of the room, then the answer. A
         text that is cut keeps its head and its tail, with ``prompts.GAP`` between them: harm may stand at
-        either end. ``truncated`` counts such rows.
-
-        Args:
-            queries: what was asked.
-            answers: what was flagged.
-            reserve: as for ``room``.
-
-        Raises:
-            InputError: as ``room``.
+        either end.
         """
-        room = self.room(reserve=reserve)
-        rendered = []
-        for query, answer in encode_pairs(self.tokenizer, queries, answers):
-            self.truncated += len(query) + len(answer) > room
-            rendered.append(self._layout.fill(*fit(query, answer, room, self._gap)))
-        return rendered
+        rendered = self._prompts(queries, answers, self.room(reserve=reserve))
+        self.truncated += sum(cut for _, cut in rendered)
+        return [ids for ids, _ in rendered]
 
     def encode_records(self, records: Sequence[Correction]) -> list[EncodedCorrection]:
         """Training records as prompt and target ids, prompts as ``encode`` makes them.
 
-        Targets keep their first ``longest_target`` tokens: what is learnt to be written has no gap. One that
-        is cut has no end token: it would teach to stop in the middle.
+        Targets keep their first ``longest_target`` tokens. One that is cut has no end token, which would
+        teach to stop in the middle.
         """
-        pairs = encode_pairs(
-            self.tokenizer, [record.query for record in records], [record.rejected for record in records]
-        )
+        queries, answers = [record.query for record in records], [record.rejected for record in records]
         targets = encode_texts(self.tokenizer, [record.accepted for record in records])
-        room = self.room()
         rendered = []
-        for (query, answer), accepted in zip(pairs, targets, strict=True):
-            target = [*accepted, self.end_id][: self.longest_target]
-            self.truncated += len(query) + len(answer) > room or len(accepted) >= self.longest_target
-            rendered.append(
-                EncodedCorrection(self._layout.fill(*fit(query, answer, room, self._gap)), target)
-            )
+        for (prompt, cut), target in zip(self._prompts(queries, answers, self.room()), targets, strict=True):
+            self.truncated += cut or len(target) >= self.longest_target
+            rendered.append(EncodedCorrection(prompt, [*target, self.end_id][: self.longest_target]))
         return rendered
 
-    @property
-    def longest_target(self) -> int:
-        """The longest text that is learnt, in tokens with its end token: half of ``max_length``."""
-        return self.max_length // 2
+    def _prompts(
+        self, queries: Sequence[str], answers: Sequence[str], room: int
+    ) -> list[tuple[list[int], bool]]:
+        """Prompt ids of each pair, and whether one of its texts was cut."""
+        rendered = []
+        for query, answer in encode_pairs(self.tokenizer, queries, answers):
+            asked, _ = share(query, len(answer), room, self._gap)
+            ids = self._layout.fill(asked, ends(answer, room - len(asked), self._gap))
+            rendered.append((ids, len(query) + len(answer) > room))
+        return rendered
 
     def pad_prompts(self, rows: Sequence[list[int]]) -> Batch:
         """``input_ids`` and ``attention_mask``, both (B, T) int64, padded on the left for generation."""
@@ -162,3 +137,11 @@ class DetoxifierEncoder:
     def __call__(self, rows: Sequence[EncodedCorrection]) -> Batch:
         """The collate function: ``collate_targets``."""
         return collate_targets(rows, self.pad_id)
+
+
+def chat_layout(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The tokenizer's chat template around a prompt as the user's turn, up to where the reply begins."""
+    if not tokenizer.chat_template:
+        raise InputError("chat=true, but the tokenizer has no chat template")
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

@@ -1,19 +1,15 @@
-"""Texts to token ids to tensors for the detector: one renderer for training and for inference.
+"""Texts to token ids to tensors: one renderer for training and for inference; here that of the detector.
 
 An encoder is the only way to feed a trained part. It is saved in the checkpoint, so a detector that was
 trained on question and answer cannot be run on the answer alone (the official code trains with the
 question and scores without it).
 
 Each text is encoded on its own and the ids are joined, never re-tokenised: the border between prompt and
-answer is exact. (A detector that was trained on prompt and texts in one piece reads them so: ``joined``.) A
-user's text is encoded with ``split_special_tokens``: ``</s>`` in an answer is four characters, not the end
-of the sequence.
+answer is exact. (A detector that was trained on prompt and texts in one piece reads them so: ``joined``.)
 
-What a detector reads is normalised (``normalisation``), in training as in use: the same words disguised are
-the same words. A detoxifier reads texts as they are.
-
-No text is dropped without a count. A detector reads a long answer in windows (``DetectorEncoder.windows``);
-a detoxifier, which must read it at once, sees its head and its tail.
+A detector reads normalised texts (``normalisation``), in training as in use: the same words disguised are
+the same words. It reads a long answer in windows. A detoxifier reads texts as they are, and of a long one the
+head and the tail. No text is cut without a count.
 """
 
 import logging
@@ -26,13 +22,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import normalisation, prompts
-from mllm_protector.data.layout import OVERLAP, lay_out, window_starts
 from mllm_protector.data.tokens import (
+    OVERLAP,
     JoinedPrompt,
+    Layout,
     encode_literal,
     encode_pairs,
+    lay_out,
     share,
     special_affixes,
+    window_starts,
     without_pad,
 )
 from mllm_protector.errors import InputError
@@ -69,13 +68,40 @@ class EncodedCorrection:
         return len(self.prompt) + len(self.target)
 
 
-class DetectorEncoder:
-    """Renders (question, answer) for the harm detector, padded on the right.
+class PromptEncoder:
+    """The common part of both encoders.
 
     Attributes:
-        truncated: training answers of which only the head was rendered (``encode``).
-        shortened: questions of which only head and tail were rendered, in training and in use.
+        truncated: answers that were cut: of the detector in training, of the detoxifier always. A pair of the
+            detoxifier with a question that was cut is one of them.
+        shortened: questions of the detector of which only head and tail were rendered.
     """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_id: int, max_length: int, prompt: str) -> None:
+        self.tokenizer = tokenizer
+        self.pad_id = pad_id
+        self.max_length = max_length
+        self.prompt = checked_prompt(prompt)
+        self.truncated = 0
+        self.shortened = 0
+        self._layout = Layout([])
+        self._gap = encode_literal(tokenizer, prompts.GAP)
+
+    def _identity(self, kind: str, **own: Any) -> dict[str, Any]:
+        # The prompt's own ids are among it: a chat template may write the date.
+        return {
+            "kind": kind,
+            "prompt": self.prompt,
+            "max_length": self.max_length,
+            "pad_id": self.pad_id,
+            "layout": self._layout.parts,
+            "gap": self._gap,
+            **own,
+        }
+
+
+class DetectorEncoder(PromptEncoder):
+    """Renders (question, answer) for the harm detector, padded on the right."""
 
     example = EncodedAnswer
 
@@ -101,15 +127,11 @@ class DetectorEncoder:
             InputError: a prompt without those fields, or too long for ``max_length``, or ``joined`` with a
                 tokenizer that does not tell where in a text its tokens are.
         """
-        self.tokenizer = tokenizer
-        self.pad_id = pad_id
-        self.max_length = max_length
-        self.prompt = checked_prompt(prompt)
+        super().__init__(tokenizer, pad_id, max_length, prompt)
         first, last = special_affixes(tokenizer)
         if pad_id in first + last:
             raise InputError(f"pad id {pad_id} is also one of the tokenizer's own first or last tokens")
         self._layout = lay_out(prompt, partial(encode_literal, tokenizer), first=first, last=last)
-        self._gap = encode_literal(tokenizer, prompts.GAP)
         self._room = max_length - self._layout.size
         if self._room < 2:
             raise InputError(
@@ -118,40 +140,21 @@ class DetectorEncoder:
             )
         self.joined = joined
         self._whole = JoinedPrompt(tokenizer, prompt, max_length, self._room, pad_id) if joined else None
-        self.truncated = 0
-        self.shortened = 0
 
     def identity(self) -> dict[str, Any]:
-        """All that the ids of a text depend on beside the tokenizer and this code, for JSON."""
-        return {
-            "kind": "detector",
-            "normalisation": normalisation.VERSION,
-            "prompt": self.prompt,
-            "joined": self.joined,
-            "max_length": self.max_length,
-            "pad_id": self.pad_id,
-            "layout": self._layout.parts,
-            "gap": self._gap,
-        }
+        """Everything that the ids of a text depend on beside the tokenizer and this code, for JSON."""
+        return self._identity("detector", normalisation=normalisation.VERSION, joined=self.joined)
 
     def encode(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
-        """Token ids of each rendered pair, normalised, one row each: what a detector learns from.
+        """Token ids of each rendered pair, normalised, one row each: a detector learns from these.
 
         A pair too long for ``max_length`` loses the end of its answer (``truncated`` counts it): its label is
         that of the whole answer, and the head is what an answer in use begins with. The question gives way
         as in ``windows``.
         """
-        queries, answers = [*map(normalised, queries)], [*map(normalised, answers)]
-        if self._whole is not None:
-            each = self._windows(queries, answers, None, OVERLAP)
-            self.truncated += sum(len(rows) > 1 for rows in each)
-            return [rows[0] for rows in each]
-        rendered = []
-        for query, answer in encode_pairs(self.tokenizer, queries, answers):
-            self.truncated += len(query) + len(answer) > self._room
-            query, size = self._share(query, len(answer))
-            rendered.append(self._render(query, answer[:size]))
-        return rendered
+        each = self._windows([*map(normalised, queries)], [*map(normalised, answers)], None, OVERLAP)
+        self.truncated += sum(len(rows) > 1 for rows in each)
+        return [rows[0] for rows in each]
 
     def windows(
         self,
@@ -164,13 +167,13 @@ class DetectorEncoder:
         """Token ids of each pair in as many rows as its answer needs, each with the question.
 
         An answer that fits gives the one row that ``encode`` gives. Of a longer one every token is in at
-        least one row; ``layout.window_starts`` says how the rows overlap. A question gives way only where
+        least one row; ``tokens.window_starts`` says how the rows overlap. A question gives way only where
         the pair does not fit, to what the answer (or one window of it) leaves and never to less than half of
         the room: its head and tail stay, with ``prompts.GAP`` between them. ``shortened`` counts it. A pair
         that normalisation changes much is read as it was written, too, in further rows.
 
         Args:
-            queries: what was asked.
+            queries: one for each answer.
             answers: of any length; the number of rows grows in proportion to it.
             window: the most tokens of an answer in one row; ``None`` for as many as fit.
             overlap: the share of a window that its neighbour repeats.
@@ -186,18 +189,32 @@ class DetectorEncoder:
     def _windows(
         self, queries: Sequence[str], answers: Sequence[str], window: int | None, overlap: float
     ) -> list[list[list[int]]]:
-        if self._whole is not None:
-            pairs = self._whole.windows(queries, answers, window, overlap)
-            for pair in pairs:
-                if pair.shortened:
-                    self._count_shortened(pair.shortened)
-            return [pair.rows for pair in pairs]
         rendered = []
+        if self._whole is not None:
+            for rows, shortened in self._whole.windows(queries, answers, window, overlap):
+                self._count_shortened(shortened)
+                rendered.append(rows)
+            return rendered
         for query, answer in encode_pairs(self.tokenizer, queries, answers):
-            query, size = self._share(query, len(answer) if window is None else min(len(answer), window))
+            wanted = len(answer) if window is None else min(len(answer), window)
+            kept, size = share(query, wanted, self._room, self._gap)
+            self._count_shortened(None if kept is query else len(query))
             starts = window_starts(len(answer), size, overlap)
-            rendered.append([self._render(query, answer[start : start + size]) for start in starts])
+            ids = (self._layout.fill(kept, answer[start : start + size]) for start in starts)
+            rendered.append([without_pad(row, self.pad_id) for row in ids])
         return rendered
+
+    def _count_shortened(self, length: int | None) -> None:
+        if length is None:
+            return
+        if not self.shortened:
+            log.warning(
+                "a question of %d tokens is too long for max_length=%d: its head and tail are read, "
+                "and its middle is left out; further ones are only counted",
+                length,
+                self.max_length,
+            )
+        self.shortened += 1
 
     def encode_records(self, records: Sequence[LabelledAnswer]) -> list[EncodedAnswer]:
         """Training records as ids and label."""
@@ -214,26 +231,6 @@ class DetectorEncoder:
         batch["labels"] = torch.tensor([row.label for row in rows], dtype=torch.float32)
         return batch
 
-    def _share(self, query: list[int], wanted: int) -> tuple[list[int], int]:
-        """The question as it is rendered, and how many of ``wanted`` tokens of an answer fit beside it."""
-        kept, size = share(query, wanted, self._room, self._gap)
-        if kept is not query:
-            self._count_shortened(len(query))
-        return kept, size
-
-    def _count_shortened(self, length: int) -> None:
-        if not self.shortened:
-            log.warning(
-                "a question of %d tokens is too long for max_length=%d: its head and tail are read, "
-                "and its middle is left out; further ones are only counted",
-                length,
-                self.max_length,
-            )
-        self.shortened += 1
-
-    def _render(self, query: list[int], answer: list[int]) -> list[int]:
-        return without_pad(self._layout.fill(query, answer), self.pad_id)
-
 
 def collate_targets(rows: Sequence[EncodedCorrection], pad_id: int) -> Batch:
     """Right-padded ids and mask, and ``labels`` (B, T) int64: the target's ids at the target's positions,
@@ -242,31 +239,26 @@ def collate_targets(rows: Sequence[EncodedCorrection], pad_id: int) -> Batch:
     batch = padded([row.prompt + row.target for row in rows], pad_id, side="right")
     labels = torch.full_like(batch["input_ids"], IGNORED)
     for index, row in enumerate(rows):
-        start = len(row.prompt)
-        labels[index, start : start + len(row.target)] = torch.tensor(row.target)
+        labels[index, len(row.prompt) : len(row)] = torch.tensor(row.target)
     batch["labels"] = labels
     return batch
-
-
-def checked_prompt(prompt: str) -> str:
-    """The prompt itself.
-
-    Raises:
-        InputError: it does not have the fields ``query`` and ``answer``.
-    """
-    try:
-        return prompts.require_fields(prompt, {"query", "answer"})
-    except ValueError as error:
-        raise InputError(f"prompt={prompt}: {error}") from None
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int, *, side: str) -> Batch:
     """``input_ids`` and ``attention_mask``, both (B, T) int64, padded on the ``left`` or ``right``."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(rows), width), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
         where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
         ids[index, where] = torch.tensor(row)
         mask[index, where] = 1
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def checked_prompt(prompt: str) -> str:
+    """The prompt itself; an ``InputError`` if it lacks a field ``query`` or ``answer``."""
+    try:
+        return prompts.require_fields(prompt, {"query", "answer"})
+    except ValueError as error:
+        raise InputError(f"prompt={prompt}: {error}") from None

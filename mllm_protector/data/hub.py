@@ -1,4 +1,4 @@
-"""What the published sets share: they are read from local files, else from the hub at one commit.
+"""The common part of the published sets: they are read from local files, else from the hub at one commit.
 
 Either way the columns are compared with the expected ones before the first row becomes a record.
 """
@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mllm_protector.data.selection import Selection
+from mllm_protector.data.sources import FileSource
 from mllm_protector.data.splits import Origin, T
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.files import expand, file_digest
@@ -27,41 +27,36 @@ HEAD = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Published(Selection[T]):
-    """A published set, in local files or on the hub.
+class Published(FileSource[T]):
+    """A published set.
 
     Attributes:
         path: a file, or a folder with files, in the published layout; ``None`` asks the hub.
         pattern: which files of a folder are read, in sorted order.
         name: the set's name.
         revision: the full hash of a commit on the hub; local files need none.
-        split: which of the hub's splits is read.
+        split: the split of the hub that is read.
+        subset: the part of the set that the hub is asked for, as ``subset_option`` of ``load_dataset``.
         licence: as the set states it.
-        columns: what every row must have.
+        columns: those that some of the first rows must have; a row without them is then a bad row.
     """
 
     pattern: str
     name: str
     revision: str | None
     split: str
+    subset: str = ""
 
     licence: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
+    subset_option: ClassVar[str] = "name"
 
     @abstractmethod
     def parse(self, row: Values) -> T:
         """A row as a record; ``ValueError`` says why it is none, ``Unwanted`` why it is left out."""
 
     def parser(self, head: Sequence[Values], source: str) -> Parser[T]:
-        """What turns a row into a record: ``parse``, where a set has one layout.
-
-        Args:
-            head: the first rows, at least one, without those that cannot be read.
-            source: what an error calls the place.
-
-        Raises:
-            InputError: no row has one of the columns. (A row that lacks what others have is a bad row.)
-        """
+        """The function that turns a row into a record, chosen by the first rows."""
         found = columns_of(head)
         if missing := [name for name in self.columns if name not in found]:
             raise InputError(f"{source}: missing {missing} of the columns {[*self.columns]}; found {found}")
@@ -69,14 +64,10 @@ class Published(Selection[T]):
 
     def hub_options(self) -> dict[str, Any]:
         """Further arguments of ``datasets.load_dataset``."""
-        return {}
+        return {self.subset_option: self.subset} if self.subset else {}
 
     def origin(self) -> Origin:
-        """The set, with its commit on the hub or a hash of each local file.
-
-        Raises:
-            InputError: there is no such file, or no commit is named.
-        """
+        """The set, with its commit on the hub or a hash of each local file."""
         if self.path is not None:
             root, files = expand(self.path), self._files()
             names = {file: str(file.relative_to(root)) if file != root else file.name for file in files}
@@ -91,7 +82,10 @@ class Published(Selection[T]):
 
     def records(self, account: Account) -> Iterator[T]:
         """Every row of every file, or of the hub's split."""
-        for source, rows in self._places():
+        hub = f"{self.name}@{str(self.revision)[:7]}"
+        for file in [None] if self.path is None else self._files():
+            source = hub if file is None else str(file)
+            rows = self._hub_rows(hub) if file is None else read_rows(file, texts_only=True)
             head = list(islice(rows, HEAD))
             if not head:
                 raise InputError(f"{source}: there is no row")
@@ -100,16 +94,6 @@ class Published(Selection[T]):
                 raise RecordError(f"{source}:{head[0].line}: {head[0].problem}; no other row is any better")
             parse = self.parser(values, source)
             yield from stream_rows(chain(head, rows), source, parse, account, strict=self.strict)
-
-    def _places(self) -> Iterator[tuple[str, Iterator[Row]]]:
-        if self.path is None:
-            yield self._commit(), self._hub_rows()
-        else:
-            for file in self._files():
-                yield str(file), read_rows(file, texts_only=True)
-
-    def _commit(self) -> str:
-        return f"{self.name}@{str(self.revision)[:7]}"
 
     def _files(self) -> list[Path]:
         root = expand(self.path or "")
@@ -122,20 +106,17 @@ class Published(Selection[T]):
             raise InputError(f"{root}: no {' or '.join(READABLE)} file there that fits '{self.pattern}'")
         return files
 
-    def _hub_rows(self) -> Iterator[Row]:
+    def _hub_rows(self, hub: str) -> Iterator[Row]:
         import datasets
 
         try:
-            rows = datasets.load_dataset(
-                self.name, revision=self.revision, split=self.split, **self.hub_options()
-            )
-            for number, row in enumerate(rows, start=1):
+            options = {"revision": self.revision, "split": self.split, **self.hub_options()}
+            for number, row in enumerate(datasets.load_dataset(self.name, **options), start=1):
                 yield Row(number, str(row), value=row)
         except Exception as error:  # the hub's client raises many kinds, and no common one
             cause = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"{self._commit()}: cannot be had from the hub ({cause}); download the set and give its "
-                "`path`"
+                f"{hub}: cannot be had from the hub ({cause}); download the set and give its `path`"
             ) from error
 
 

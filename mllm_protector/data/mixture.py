@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from mllm_protector.data.duplicates import first_equal, text_of
 from mllm_protector.data.queries import digest, opening_key
-from mllm_protector.data.selection import Duplicates, near_copies
-from mllm_protector.data.sources import Source
+from mllm_protector.data.sources import Duplicates, Source, near_copies
 from mllm_protector.data.splits import SourceAccount, Splits, make_splits
 from mllm_protector.data.table import Table, joined, records_table
 from mllm_protector.errors import InputError
@@ -21,7 +20,7 @@ from mllm_protector.ranges import Seed
 class Mixture:
     """Sources one after the other, each read, limited and split by its own options.
 
-    A later source drops what an earlier one has, whatever its label there, and no record is trained on whose
+    A later source drops the texts of an earlier one, whatever their labels, and no record is trained on whose
     query any source validates with.
 
     Attributes:
@@ -39,11 +38,7 @@ class Mixture:
     seed: Seed
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            InputError: naming the option.
-        """
+        """Check the options."""
         if not self.sources:
             raise InputError("sources: there are none; add one, such as +data@data.sources.mine=pairs")
         for name, source in self.sources.items():
@@ -54,19 +49,15 @@ class Mixture:
                 raise InputError(
                     f"weights.{name}: there is no such source; there are {', '.join(self.sources)}"
                 )
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < np.inf:
+            if not 0 < weight < np.inf:
                 raise InputError(f"weights.{name}={weight}: must be a number above 0")
 
     def load(self) -> Splits[Any]:
-        """The records of all sources.
-
-        Raises:
-            InputError: as a source, or nothing is left to train on or to validate with.
-        """
+        """The records of all sources (see ``Source.load``); both parts must have some."""
         loaded = {name: source.load() for name, source in self.sources.items()}
         parts = [_Part(splits, replace(splits.sources[0], name=name)) for name, splits in loaded.items()]
         if self.duplicates != "keep":
-            texts = (digest(0, text_of(each, "\0")) for each in _everything(parts))
+            texts = (digest(0, text_of(each)) for each in _everything(parts))
             _drop_copies(parts, first_equal(np.fromiter(texts, np.uint64)), "stands in an earlier source")
         if self.duplicates == "near":
             rows = _everything(parts)
@@ -84,7 +75,7 @@ class Mixture:
 
 
 class _Part:
-    """What is left of a source."""
+    """The records of a source that are left."""
 
     def __init__(self, splits: Splits[Any], account: SourceAccount) -> None:
         self.train = records_table(splits.train)

@@ -1,4 +1,4 @@
-"""From a source to what a training uses: splits, what benchmarks share with them, and the report of both."""
+"""From a source to the data of a training: splits without benchmark questions, and their report."""
 
 import logging
 from collections.abc import Mapping
@@ -9,9 +9,8 @@ from typing import Any, Generic, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_protector.data import contamination as checks
 from mllm_protector.data import duplicates, queries
-from mllm_protector.data.contamination import check_contamination
+from mllm_protector.data.duplicates import check_contamination
 from mllm_protector.data.report import data_report, write_data_report
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits, T, make_splits
@@ -30,13 +29,13 @@ Contaminated = Literal["keep", "drop"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared(Generic[T]):
-    """What a training uses.
+    """The data of a training.
 
     Attributes:
         splits: the records.
-        loaded: what the source gave, before anything was left out: a part is known by it to have seen data.
-        contamination: for each benchmark, what of its questions was found in the training queries (see
-            ``contamination.Finding``), and whether these records were ``removed``; ``None`` if nobody looked.
+        loaded: the records of the source, before contaminated ones were left out.
+        contamination: by benchmark the questions found in the training queries (see ``duplicates.Finding``),
+            and whether these records were ``removed``; ``None`` if nobody looked.
     """
 
     splits: Splits[T]
@@ -44,45 +43,20 @@ class Prepared(Generic[T]):
     contamination: Mapping[str, Mapping[str, Any]] | None
 
     def facts(self) -> dict[str, Any]:
-        """What a trained part says of its data, as JSON: no text of it."""
-        found = self.contamination
+        """The facts for ``guard.json``, without a text."""
+        found = {
+            name: {key: value for key, value in finding.items() if key != "examples"}
+            for name, finding in (self.contamination or {}).items()
+        }
         return {
             "account": self.loaded.account,
             "fingerprint": self.loaded.fingerprint,
             "sources": [
-                {
-                    "name": each.name,
-                    "set": each.origin.name,
-                    "licence": each.origin.licence,
-                    "revision": each.origin.revision,
-                    "files": dict(each.origin.files),
-                    "weight": each.weight,
-                }
+                {"name": each.name, **each.origin.as_json(), "weight": each.weight}
                 for each in self.splits.sources
             ],
-            "contamination": None
-            if found is None
-            else {
-                name: {key: value for key, value in finding.items() if key != "examples"}
-                for name, finding in found.items()
-            },
+            "contamination": found or None,
         }
-
-    def write_report(self, folder: Path) -> dict[str, Any]:
-        """Write ``data_report.md`` and ``data_report.json``, and return the latter.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        report = data_report(
-            [source.as_json() for source in self.splits.sources],
-            train=self.splits.train,
-            validation=self.splits.validation,
-            fingerprint=self.splits.fingerprint,
-            contamination=self.contamination,
-        )
-        write_data_report(folder, report)
-        return report
 
 
 def prepare(
@@ -91,7 +65,7 @@ def prepare(
     """Load a source, look for benchmark questions in its training queries, and write the report.
 
     Args:
-        data: what to learn from.
+        data: the source.
         benchmarks: by name; with none, nobody looks.
         contaminated: whether records with such a question are trained on.
         folder: gets the report, from the first process.
@@ -111,10 +85,16 @@ def prepare(
         _say(name, finding)
     if not benchmarks:
         log.info("contamination: not checked; benchmark=[mmsafety] looks for that benchmark's questions")
-    prepared = Prepared(splits=splits, loaded=loaded, contamination=found or None)
     if is_first_process():
-        prepared.write_report(folder)
-    return prepared
+        report = data_report(
+            [source.as_json() for source in splits.sources],
+            train=splits.train,
+            validation=splits.validation,
+            fingerprint=splits.fingerprint,
+            contamination=found or None,
+        )
+        write_data_report(folder, report)
+    return Prepared(splits=splits, loaded=loaded, contamination=found or None)
 
 
 def prepare_data(
@@ -126,11 +106,11 @@ def prepare_data(
     output_dir: str,
     seed: Seed,
 ) -> None:
-    """Say what a training would learn from, in ``data_report.md`` and ``data_report.json``.
+    """Write the report of a training's data, ``data_report.md`` and ``data_report.json``, without training.
 
     Args:
         data: the source.
-        benchmarks: what to look for in its training queries.
+        benchmarks: their questions are looked for in the training queries.
         contaminated: whether records with a benchmark's question would be trained on.
         export: also write the records to ``train.jsonl`` and ``validation.jsonl``, which ``data=pairs`` or
             ``data=labelled`` reads.
@@ -157,7 +137,7 @@ def _look(
         name: sorted({question.text for question in benchmark.load().questions})
         for name, benchmark in benchmarks.items()
     }
-    key = content_key(splits.fingerprint, asked, code_digest(checks, duplicates, queries))
+    key = content_key(splits.fingerprint, asked, code_digest(duplicates, queries))
 
     def make(folder: Path) -> None:
         found = check_contamination((record.query for record in splits.train), asked)
@@ -185,10 +165,12 @@ def _without(splits: Splits[Any], rows: NDArray[np.int64]) -> Splits[Any]:
 
 def _say(name: str, finding: Mapping[str, Any]) -> None:
     if not finding["rows"]:
-        log.info("contamination: none of %s's %d questions in the training data", name, finding["questions"])
+        log.info(
+            "contamination: none of %s's %d questions is in the training data", name, finding["questions"]
+        )
         return
     log.warning(
-        "contamination: %d of %s's %d questions stand in %d training records%s (data_report.md shows some)",
+        "contamination: %d of %s's %d questions are in %d training records%s (data_report.md shows some)",
         len(finding["found"]),
         name,
         finding["questions"],

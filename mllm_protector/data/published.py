@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from mllm_protector.data.hub import Parser, Published, Values, columns_of, first_true, labelled, pair, texts
 from mllm_protector.errors import InputError
-from mllm_protector.reading import Unwanted, flag_field, missing_field, text_field
+from mllm_protector.reading import Unwanted, flag_field, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 ROLES = {
@@ -30,10 +30,9 @@ class PKUSafeRLHF(Published[AnswerPair | LabelledAnswer]):
     """Two answers to each prompt, each with its own harm label (PKU-Alignment/PKU-SafeRLHF).
 
     The accepted answer is the one that ``safer_response_id`` names, also where both are harmful or both
-    harmless. The layout of 2023 (branch v0) has these columns; that of 2024 also has each answer's harm
-    categories, of which the first in the set's order becomes the scenario: that of the rejected answer where
-    it is harmful, else that of the accepted one. ("Safe" means free of risk in all those categories, which
-    is not the criterion of MM-SafetyBench.)
+    harmless. The layout of 2024 also has each answer's harm categories, of which the first becomes the
+    scenario: that of the rejected answer where it is harmful, else that of the accepted one. ("Safe" means
+    free of risk in all those categories, which is not the criterion of MM-SafetyBench.)
     """
 
     licence: ClassVar[str] = "CC BY-NC 4.0 (its card on the hub)"
@@ -47,10 +46,8 @@ class PKUSafeRLHF(Published[AnswerPair | LabelledAnswer]):
     )
 
     def parse(self, row: Values) -> AnswerPair:
-        """A row of either layout."""
-        if "safer_response_id" not in row:
-            raise missing_field(row, "safer_response_id")
-        safer = row["safer_response_id"]
+        """A row of the layout of 2023 or of 2024."""
+        safer = row.get("safer_response_id")
         if not isinstance(safer, int) or safer not in (0, 1):
             raise ValueError(f"field 'safer_response_id' must be 0 or 1, not {safer!r}")
         query, *answers = texts(row, "prompt", "response_0", "response_1")
@@ -68,10 +65,10 @@ class PKUSafeRLHF(Published[AnswerPair | LabelledAnswer]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarmfulVsUnharmful(PKUSafeRLHF):
-    """What the paper's authors added to their training data (renjiepi/harmful_vs_unharmful).
+    """The data that the paper's authors added to their training data (renjiepi/harmful_vs_unharmful).
 
-    Its card names no columns, so they are looked at: those of PKU-SafeRLHF make pairs, and one for each of
-    ``ROLES`` makes labelled answers.
+    Its card names no columns: those of PKU-SafeRLHF make pairs, and one for each of ``ROLES`` makes labelled
+    answers.
 
     Attributes:
         harmful_label: the value of the label that means harmful; the one other value means harmless. It is
@@ -83,7 +80,7 @@ class HarmfulVsUnharmful(PKUSafeRLHF):
     licence: ClassVar[str] = "none stated"
 
     def parser(self, head: Sequence[Values], source: str) -> Parser[AnswerPair | LabelledAnswer]:
-        """For the layout that is found."""
+        """The function for the layout that is found."""
         found = columns_of(head)
         if set(self.columns) <= set(found):
             return self.parse
@@ -138,8 +135,7 @@ class BeaverTails(Published[LabelledAnswer]):
 
     def parse(self, row: Values) -> LabelledAnswer:
         """A row of the only layout."""
-        harmful = not flag_field(row, "is_safe")
-        category = first_true(row, "category")
+        harmful, category = not flag_field(row, "is_safe"), first_true(row, "category")
         said = texts(row, "prompt", "response")
         return labelled(*said, harmful=harmful, scenario=category if harmful else None)
 
@@ -153,21 +149,15 @@ class HHRLHF(Published[AnswerPair]):
     answer are dropped and counted.
 
     Attributes:
-        subset: the folder of the set that the hub is asked for.
-        context: ``last`` takes the last human turn as the query and leaves out earlier ones, which 71 % of
-            the rows have; ``all`` takes the whole dialogue before the last answer, with its names of
-            speakers, and dialogues with one beginning stay in one split (``queries.opening_key``).
+        context: ``last`` takes the last human turn as the query; ``all`` takes the whole dialogue before the
+            last answer, and dialogues with one beginning stay in one split (``queries.opening_key``).
     """
 
-    subset: str
     context: Literal["last", "all"]
 
     licence: ClassVar[str] = "MIT (its card on the hub)"
     columns: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
-
-    def hub_options(self) -> dict[str, Any]:
-        """The folder."""
-        return {"data_dir": self.subset}
+    subset_option: ClassVar[str] = "data_dir"
 
     def parse(self, row: Values) -> AnswerPair:
         """A row of two dialogues; the set's red team attempts are none."""
@@ -175,11 +165,10 @@ class HHRLHF(Published[AnswerPair]):
         before_rejected, rejected = _last_answer(row, "rejected")
         if before != before_rejected:
             raise Unwanted("the dialogues differ before the last answer")
-        query = before
         if self.context == "last":
             # A few dialogues have two turns of the assistant in a row: the human's ends at the first.
-            query = before.rpartition(_HUMAN)[2].partition(_ASSISTANT)[0]
-        return pair(query, accepted, rejected)
+            before = before.rpartition(_HUMAN)[2].partition(_ASSISTANT)[0]
+        return pair(before, accepted, rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,39 +179,26 @@ class Aligner(Published[AnswerPair]):
     are only less helpful.
 
     Attributes:
-        subset: the part of the set that the hub is asked for.
         answer_harmful: the harm label that all original answers get. ``False`` leaves nothing to detoxify.
     """
 
-    subset: str
     answer_harmful: bool
 
     licence: ClassVar[str] = "CC BY-NC 4.0 (its card on the hub)"
     columns: ClassVar[tuple[str, ...]] = ("question", "answer", "correction")
 
-    def hub_options(self) -> dict[str, Any]:
-        """The part."""
-        return {"name": self.subset}
-
     def parse(self, row: Values) -> AnswerPair:
         """A row of the only layout."""
-        said = texts(row, "question", "correction", "answer")
-        return pair(*said, rejected_harmful=self.answer_harmful)
+        return pair(*texts(row, "question", "correction", "answer"), rejected_harmful=self.answer_harmful)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SPAVL(Published[AnswerPair]):
-    """The texts of preferences about questions on images (sqrti/SPA-VL).
+    """The texts of preferences about questions on images (sqrti/SPA-VL); the images are not fetched.
 
-    The labels are preferences, as in ``HHRLHF``. The images, without which some questions say little, are
-    neither decoded nor fetched. The classes, from the widest to the narrowest, become the scenario where a
-    row has them: the validation rows do, the training rows do not.
-
-    Attributes:
-        subset: the part of the set that the hub is asked for.
+    The labels are preferences, as in ``HHRLHF``. The classes, from the widest to the narrowest, become the
+    scenario where a row has them: the validation rows do, the training rows do not.
     """
-
-    subset: str
 
     licence: ClassVar[str] = "CC BY 4.0 (its card on the hub)"
     columns: ClassVar[tuple[str, ...]] = ("question", "chosen", "rejected")
@@ -246,8 +222,7 @@ class XSTest(Published[LabelledAnswer]):
     """Completions of several models on the XSTest prompts, labelled by people (paul-rottger/xstest).
 
     An answer counts as harmful if its prompt is unsafe (``type`` starts with ``contrast_``) and people
-    called it a full compliance. All answers to one prompt are in one split. An empty completion makes a bad
-    row.
+    called it a full compliance.
 
     Attributes:
         path: the folder of CSV files, one for each model; the hub does not have them.
@@ -270,7 +245,7 @@ class XSTest(Published[LabelledAnswer]):
         return LabelledAnswer(
             query=text_field(row, "prompt"),
             answer=text_field(row, "completion"),
-            harmful=text_field(row, "type").startswith("contrast_") and label == "1_full_compliance",
+            harmful=text_field(row, "type").startswith("contrast_") and label == XSTEST_LABELS[0],
         )
 
 

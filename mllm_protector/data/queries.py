@@ -1,8 +1,16 @@
-"""When two texts count as the same: their words, and the keys of a query."""
+"""When two texts count as the same: their words, and the keys of a query.
+
+Splits and the digests in ``guard.json`` depend on these keys.
+"""
 
 import hashlib
 import re
 import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_protector.reading import read_records, text_field
 
 # Chinese and Japanese are written without spaces: each character is a word.
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -53,3 +61,20 @@ def _folded(text: str) -> str:
         return text.lower()
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return _INSIDE_WORDS.sub("", text)
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """The group, such as a scenario, of each query of a file with the fields ``query`` and ``group``.
+
+    Returns:
+        Groups by ``query_key``.
+
+    Raises:
+        RecordError: a bad row, or a query that is there twice.
+        InputError: the file cannot be read.
+    """
+
+    def parse(row: Mapping[str, Any]) -> tuple[str, str]:
+        return query_key(text_field(row, "query")), text_field(row, "group")
+
+    return dict(read_records(path, parse, key=lambda row: row[0]).records)

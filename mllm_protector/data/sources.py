@@ -1,24 +1,42 @@
-"""What training learns from, with an account of every row.
+"""The data that a training uses, with an account of every row.
 
-A source is cheap to construct and reads nothing until ``load``. Whatever it reads,
-read = kept + quarantined + dropped, and no query is in two splits. A source knows nothing of tokens,
-and it trusts the labels that a set carries. The published sets are in ``published``; ``mixture`` makes one of
-several.
+A source reads nothing until ``load``. Read = kept + quarantined + dropped, and no query is in two splits. The
+rows of a file are read once into a table on the disk; duplicates, limits and splits are row numbers of it.
 """
 
 import difflib
-from abc import abstractmethod
+import sys
+from abc import ABC, abstractmethod
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, Protocol
 
-from mllm_protector.data import toy
-from mllm_protector.data.selection import Selection
-from mllm_protector.data.splits import Origin, SourceAccount, Splits, T, make_splits
-from mllm_protector.files import expand, file_digest
+import numpy as np
+from annotated_types import Interval
+from numpy.typing import NDArray
+
+from mllm_protector import reading, rows
+from mllm_protector.data import duplicates, queries, table, toy
+from mllm_protector.data.duplicates import distinct, label_of, text_of
+from mllm_protector.data.queries import digest
+from mllm_protector.data.splits import Origin, SourceAccount, Splits, T, as_json, held_out, make_splits
+from mllm_protector.data.table import Table, cached, code_digest, open_table, record, write_facts, write_table
+from mllm_protector.errors import InputError
+from mllm_protector.files import content_key, expand, file_digest, write_jsonl
+from mllm_protector.outputs import probe
+from mllm_protector.ranges import Seed
 from mllm_protector.reading import Account, flag_field, stream_rows, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer
-from mllm_protector.rows import read_rows
+from mllm_protector.rows import parse_json_line, read_rows
+
+Duplicates = Literal["keep", "exact", "near"]
+TEXTS, LABELS = "texts.npy", "labels.npy"
+BAD_ROW = {"file", "line", "reason", "raw"}
+"""The fields of a bad row (see ``reading.Account``)."""
 
 HARM_LABELS = ("accepted_harmful", "rejected_harmful")
 
@@ -33,7 +51,6 @@ class Source(Protocol):
             InputError: nothing usable is there.
             RecordError: a row is bad and no quarantine was given.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,23 +60,128 @@ class Toy:
     def load(self) -> Splits[AnswerPair]:
         """1,000 pairs to train on and 200 to validate with."""
         train, validation = toy.toy_pairs("train"), toy.toy_pairs("validation")
-        every = len(train) + len(validation)
+        origin = Origin(name="toy data", licence="Apache-2.0, as this package")
+        count = len(train) + len(validation)
         counted = SourceAccount(
-            name="toy data",
-            origin=Origin(name="toy data", licence="Apache-2.0, as this package"),
-            read=every,
-            kept=every,
-            quarantined=0,
-            dropped={},
+            name=origin.name,
+            origin=origin,
+            read=count,
+            kept=count,
             train=len(train),
             validation=len(validation),
         )
-        account = Account(read=every, kept=every).summary()
-        return make_splits(train, validation, f"toy data: {account}", [counted])
+        return make_splits(train, validation, f"toy data: {counted.summary()}", [counted])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OwnFile(Selection[T]):
+class FileSource(ABC, Generic[T]):
+    """A source of rows that come from files or the hub.
+
+    Attributes:
+        path: a local file or folder.
+        validation_fraction: share of the records to validate with, strictly between 0 and 1.
+        seed: of the split, and of the records that ``limit`` keeps.
+        limit: how many records to keep, chosen before the split; ``None`` keeps all.
+        duplicates: ``keep`` keeps every row, ``exact`` the first of equal ones (see ``duplicates.distinct``),
+            and ``near`` drops also rows that nearly repeat an earlier one.
+        quarantine: ``None`` stops at the first bad row; a file collects the bad rows, and reading continues.
+    """
+
+    path: str | None
+    validation_fraction: float
+    seed: Seed
+    limit: Annotated[int, Interval(ge=2)] | None
+    duplicates: Duplicates
+    quarantine: str | None
+
+    def __post_init__(self) -> None:
+        """Check the options; an ``InputError`` names the one that is out of range."""
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(f"validation_fraction={self.validation_fraction}: must lie between 0 and 1")
+        if self.quarantine is not None:
+            _require_place(self.quarantine, self.path)
+
+    @abstractmethod
+    def origin(self) -> Origin:
+        """Where the rows come from, found without reading them."""
+
+    @abstractmethod
+    def records(self, account: Account) -> Iterator[T]:
+        """The rows as records, one after the other, each row counted in ``account``."""
+
+    @property
+    def strict(self) -> bool:
+        """Whether the first bad row stops the reading."""
+        return self.quarantine is None
+
+    def load(self) -> Splits[T]:
+        """The records, read, without duplicates, limited and split by query (see ``Source.load``)."""
+        origin = self.origin()
+        folder = self._stored(origin)
+        stored, facts = open_table(folder)
+        dropped = Counter(facts["dropped"])
+        if self.quarantine is not None:
+            _write_bad_rows(self.quarantine, facts["bad_rows"])
+        kept: Table[Any] = Table(stored, record)
+        if self.duplicates != "keep":
+            kept = kept.take(distinct(np.load(folder / TEXTS), np.load(folder / LABELS), dropped))
+        if self.duplicates == "near":
+            itself = near_copies(kept, [folder.name, len(kept)]) == np.arange(len(kept))
+            dropped["near duplicate"] += int((~itself).sum())
+            kept = kept.take(np.flatnonzero(itself))
+        if self.limit is not None and len(kept) > self.limit:
+            dropped["over the limit"] += len(kept) - self.limit
+            ranks = np.fromiter((digest(self.seed, as_json(each)) for each in kept), np.uint64)
+            kept = kept.take(np.sort(np.argsort(ranks, kind="stable")[: self.limit]))
+        counts: dict[str, Any] = {
+            "read": facts["read"],
+            "kept": len(kept),
+            "quarantined": len(facts["bad_rows"]),
+            "dropped": dict(+dropped),
+        }
+        place = self.path or f"{origin.name}@{str(origin.revision)[:7]}"
+        line = f"{place}: {reading.tally(**counts)}"
+        if not len(kept):
+            raise InputError(f"{line}; there is nothing to learn from")
+        try:
+            validates = held_out(kept, self.validation_fraction, self.seed)
+        except InputError as error:
+            raise InputError(f"{line}; {error}") from None
+        train, validation = kept.take(np.flatnonzero(~validates)), kept.take(np.flatnonzero(validates))
+        counts |= {"train": len(train), "validation": len(validation)}
+        counted = SourceAccount(name=origin.name, origin=origin, **counts)
+        return make_splits(train, validation, line, [counted])
+
+    def _stored(self, origin: Origin) -> Path:
+        """The folder with the table of all records, and how they were read."""
+        later = {each.name for each in fields(FileSource)} - {"path"}
+        options = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in later}
+        if self.path is not None:
+            options["path"] = str(expand(self.path).absolute())
+        classes = {kind.__module__ for kind in type(self).__mro__}
+        ours = sorted(name for name in classes if name.startswith("mllm_protector"))
+        code = code_digest(*map(sys.modules.__getitem__, ours), reading, rows, table)
+        key = content_key(type(self).__qualname__, options, asdict(origin), self.strict, code)
+        return cached("records", key, self._store)
+
+    def _store(self, folder: Path) -> None:
+        account = Account()
+        texts, labels = array("Q"), array("B")
+
+        def noted() -> Iterator[T]:
+            for each in self.records(account):
+                texts.append(digest(0, text_of(each)))
+                labels.append(label_of(each))
+                yield each
+
+        write_table(folder, noted())
+        np.save(folder / TEXTS, np.asarray(texts, np.uint64))
+        np.save(folder / LABELS, np.asarray(labels, np.uint8))
+        write_facts(folder, read=account.read, dropped=dict(account.dropped), bad_rows=account.bad_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnFile(FileSource[T]):
     """A file of your own: ``.jsonl`` (also ``.gz`` or ``.xz``), ``.json``, ``.csv`` or ``.parquet``."""
 
     path: str
@@ -86,13 +208,14 @@ class Pairs(OwnFile[AnswerPair]):
 
     Attributes:
         path: a file with the fields ``query``, ``accepted`` and ``rejected``, and if you like
-            ``accepted_harmful`` (else false), ``rejected_harmful`` (else true) and ``scenario``, a text for
-            the report. Other fields are ignored.
+            ``accepted_harmful`` (else false), ``rejected_harmful`` (else true) and ``scenario``.
     """
 
     def parse(self, row: Mapping[str, Any]) -> AnswerPair:
         """A row as a pair."""
-        _require_spelling(row, HARM_LABELS)
+        for name in map(str, row):  # a misspelt label would be ignored, and its default used
+            if name not in HARM_LABELS and (close := difflib.get_close_matches(name, HARM_LABELS, 1, 0.8)):
+                raise ValueError(f"unknown field '{name}': is '{close[0]}' meant?")
         pair = AnswerPair(
             query=text_field(row, "query"),
             accepted=text_field(row, "accepted"),
@@ -111,8 +234,7 @@ class Labelled(OwnFile[LabelledAnswer]):
     """Your own labelled answers, for the detector alone.
 
     Attributes:
-        path: a file with the fields ``query``, ``answer`` and ``harmful``, and if you like ``scenario``, a
-            text for the report. Other fields are ignored.
+        path: a file with the fields ``query``, ``answer`` and ``harmful``, and if you like ``scenario``.
     """
 
     def parse(self, row: Mapping[str, Any]) -> LabelledAnswer:
@@ -126,14 +248,59 @@ class Labelled(OwnFile[LabelledAnswer]):
 
 
 def _scenario(row: Mapping[str, Any]) -> str | None:
-    given = row.get("scenario")
-    if given is None or given == "":  # an empty cell of a CSV
-        return None
-    return text_field(row, "scenario")
+    empty = row.get("scenario") in (None, "")  # such as a cell of a CSV
+    return None if empty else text_field(row, "scenario")
 
 
-def _require_spelling(row: Mapping[str, Any], optional: Sequence[str]) -> None:
-    """A misspelt optional label would otherwise be passed over, and a label turned."""
-    for name in map(str, row):
-        if name not in optional and (close := difflib.get_close_matches(name, optional, n=1, cutoff=0.8)):
-            raise ValueError(f"unknown field '{name}': is '{close[0]}' meant?")
+def near_copies(records: Table[Any], content: list[Any]) -> NDArray[np.int64]:
+    """``near_duplicates`` of records, looked for once; ``content`` is what the records are, as JSON."""
+    key = content_key(content, code_digest(duplicates, queries))
+
+    def make(folder: Path) -> None:
+        texts = Table(records.rows, lambda **columns: text_of(record(**columns)))
+        np.save(folder / "first.npy", duplicates.near_duplicates(texts, threshold=duplicates.THRESHOLD))
+
+    first: NDArray[np.int64] = np.load(cached("near_duplicates", key, make) / "first.npy")
+    return first
+
+
+def _require_place(quarantine: str, source: str | None) -> None:
+    """Check, before anything is read, that bad rows can be written and replace nothing else."""
+    path = expand(quarantine)
+    with _writing_bad_rows(quarantine):
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        probe(path.parent)
+    if source is not None and path.exists() and expand(source).exists() and path.samefile(expand(source)):
+        raise InputError(f"quarantine={quarantine}: is the file that is read; name another one for bad rows")
+    if path.exists() and not (path.is_file() and _holds_bad_rows(path)):
+        raise InputError(
+            f"quarantine={quarantine}: holds something else than bad rows of an earlier run, and would be "
+            "replaced; name another file"
+        )
+
+
+def _holds_bad_rows(path: Path) -> bool:
+    try:
+        with path.open("rb") as lines:
+            return path.stat().st_size > 0 and all(parse_json_line(line).keys() == BAD_ROW for line in lines)
+    except (OSError, ValueError):
+        return False
+
+
+def _write_bad_rows(quarantine: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the bad rows and nothing else: where there are none, those of an earlier run go."""
+    with _writing_bad_rows(quarantine):
+        if rows:
+            write_jsonl(expand(quarantine), rows)
+        else:
+            expand(quarantine).unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing_bad_rows(quarantine: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"quarantine={quarantine}: cannot hold the bad rows ({error.strerror})"
+        raise InputError(message) from error

@@ -1,9 +1,9 @@
-"""The parts that records are divided into, and what is known of how they came about."""
+"""The parts that records are divided into, and the account of each source."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -35,12 +35,8 @@ class Origin:
 
     def as_json(self) -> dict[str, Any]:
         """The origin for a file; ``set`` is its name."""
-        return {
-            "set": self.name,
-            "licence": self.licence,
-            "revision": self.revision,
-            "files": dict(self.files),
-        }
+        facts = asdict(self)
+        return {"set": facts.pop("name"), **facts}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,15 +46,11 @@ class SourceAccount:
     With a weight of 1, kept = train + validation + contaminated.
 
     Attributes:
-        name: what the source is called in a mixture; else the set's name.
-        origin: where it comes from.
+        name: of the source in a mixture; else the set's name.
         weight: how often its training records are used.
-        read: rows seen.
-        kept: rows that can be learnt from.
         quarantined: bad rows.
         dropped: rows that were not wanted, by reason.
         train: records to train on, as often as they are used.
-        validation: records to validate with.
         contaminated: records that are not trained on because they hold a benchmark's question.
     """
 
@@ -67,15 +59,16 @@ class SourceAccount:
     weight: float = 1.0
     read: int
     kept: int
-    quarantined: int
-    dropped: Mapping[str, int]
+    quarantined: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
     train: int
     validation: int
     contaminated: int = 0
 
     def as_json(self) -> dict[str, Any]:
         """The account for a file, its origin beside it."""
-        facts = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "origin"}
+        facts = asdict(self)
+        del facts["origin"]
         return {**facts, **self.origin.as_json()}
 
     def summary(self) -> str:
@@ -130,12 +123,7 @@ def held_out(records: Iterable[T], fraction: float, seed: int) -> NDArray[np.boo
 
     Queries are the same by ``opening_key``, so dialogues that begin alike stay together. They are ordered by
     a hash (of several spellings by the lowest), so the split depends neither on the order of the records nor
-    on the platform.
-
-    Args:
-        records: pairs or labelled answers.
-        fraction: share of the records wanted for validation; the nearest possible one is taken.
-        seed: gives another split.
+    on the platform. The share of the records that validates is the possible one nearest to ``fraction``.
 
     Raises:
         InputError: fewer than two different queries.

@@ -20,8 +20,8 @@ from typing import Any, TypeVar, get_type_hints, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mllm_protector.errors import InputError, RunError, system_error
-from mllm_protector.files import content_key, file_digest, read_json, write_text
+from mllm_protector.errors import InputError
+from mllm_protector.files import content_key, file_digest, read_json, write_text, writing
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 R = TypeVar("R")
@@ -31,7 +31,6 @@ BATCH = 1000
 """Rows that are written and read together."""
 
 ROWS, FACTS = "rows.arrow", "facts.json"
-
 
 VARIABLE = "MLLM_PROTECTOR_CACHE"
 
@@ -100,16 +99,7 @@ def in_batches(items: Iterable[S]) -> Iterator[list[S]]:
 
 
 def write_table(folder: Path, items: Iterable[Any], kind: type | None = None) -> None:
-    """Write dataclasses of one kind as they come.
-
-    Args:
-        folder: gets the file.
-        items: read once.
-        kind: of all items; ``None`` for records of the first one's kind.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write dataclasses of one kind, by default that of the first, as they come."""
     from datasets.arrow_writer import ArrowWriter
 
     batches = in_batches(items)
@@ -123,21 +113,13 @@ def write_table(folder: Path, items: Iterable[Any], kind: type | None = None) ->
 
 
 def write_facts(folder: Path, **facts: Any) -> None:
-    """Write what else is known of a table, as JSON, and a hash of the table.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write further facts about a table, as JSON, and its hash."""
     # In ASCII, so that half a surrogate pair in a bad row survives as an escape.
     write_text(folder / FACTS, json.dumps({**facts, "sha256": file_digest(folder / ROWS)}) + "\n")
 
 
 def open_table(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The rows of a table as a ``datasets.Dataset``, and its facts. The file is read through once.
-
-    Raises:
-        InputError: it is damaged.
-    """
+    """The rows of a table as a ``datasets.Dataset``, and its facts; an ``InputError`` if it is damaged."""
     import datasets
 
     try:
@@ -180,14 +162,9 @@ def code_digest(*modules: ModuleType) -> str:
 
 
 def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
-    """The folder of this kind and key; it is made whole or not at all.
+    """The folder of this kind and key (``content_key``), which ``make`` fills: whole or not at all.
 
     Several processes may make the same at once: the first one to finish is used by all.
-
-    Args:
-        kind: what it holds, in a word.
-        key: a hash of all that it depends on (``content_key``).
-        make: fills an empty folder.
 
     Raises:
         RunError: it cannot be written.
@@ -197,22 +174,16 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
         return folder
     temporary = folder.with_name(f".{key}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        _remove_abandoned(folder.parent)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        make(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process was faster
-                raise
-    except Exception as error:
-        if not isinstance(error, OSError) and system_error(error) is None:
-            raise
-        raise RunError(
-            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); make room, or name "
-            f"another place in the environment variable {VARIABLE}"
-        ) from error
+        with writing(f"{folder}: the cache ({VARIABLE} names its place)"):
+            _remove_abandoned(folder.parent)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            make(temporary)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

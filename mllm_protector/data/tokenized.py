@@ -1,6 +1,7 @@
 """Training examples: prefixes of answers, token ids on the disk, and a balance of the labels."""
 
 import hashlib
+import json
 import logging
 import random
 import re
@@ -22,10 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import prompts
 from mllm_protector import records as record_types
-from mllm_protector.data import detoxifier_encoding, encoding, layout, table, tokens
+from mllm_protector.data import detoxifier_encoding, encoding, table, tokens
 from mllm_protector.data.encoding import EncodedAnswer
 from mllm_protector.data.table import (
-    BATCH,
     Table,
     cached,
     code_digest,
@@ -49,15 +49,13 @@ Balance = Literal["none", "undersample", "oversample"]
 MADE_BY = [
     tokenizers.__version__,
     transformers.__version__,
-    code_digest(record_types, prompts, encoding, detoxifier_encoding, layout, tokens, table),
+    code_digest(record_types, prompts, encoding, detoxifier_encoding, tokens, table),
     file_digest(Path(__file__)),
 ]
 """The code that makes records and ids; taken when it is loaded, as it may be edited while it runs."""
 
-
-LONGEST = 0.9
-SHORTEST = 0.1
-SHORTEST_HARMFUL = 0.5
+LONGEST, SHORTEST, SHORTEST_HARMFUL = 0.9, 0.1, 0.5
+"""Shares of an answer that a prefix may have."""
 
 _WORD_END = re.compile(r"(?<=\w)(?![\w'’-])")
 
@@ -81,12 +79,10 @@ class Encoder(Protocol[R_contra, E]):
 
 
 class Tokenized(Table[E]):
-    """Examples in a file, each equal to what the encoder made.
+    """Examples in a file; ``truncated`` and ``shortened`` are the encoder's counts while it made them.
 
     Attributes:
         lengths: (N,) int32, the tokens of each.
-        truncated: what the encoder counted under this name while these examples were made; so also
-            ``shortened``.
     """
 
     def __init__(
@@ -106,7 +102,7 @@ class Tokenized(Table[E]):
 def tokenized(encoder: Encoder[R_contra, E], records: Iterable[R_contra], *, content: str) -> Tokenized[E]:
     """The records as an encoder renders them.
 
-    They lie in the cache (``cache.cached``), by their content and by everything that makes their ids: the
+    They lie in the cache (``table.cached``), by their content and by everything that makes their ids: the
     encoder's prompt and limits, the tokenizer's own files, the versions of the libraries, and our code.
 
     Args:
@@ -158,30 +154,14 @@ def balanced(examples: Tokenized[EncodedAnswer], how: Balance, *, seed: int) -> 
 def with_prefixes(records: Iterable[LabelledAnswer], *, share: float, seed: int) -> Iterator[LabelledAnswer]:
     """The records, and prefixes of a share of their answers, each behind its record.
 
-    A prefix ends with a word and has 10 to 90 % of the answer's characters; no two are of one answer. A
-    prefix has the label of its whole answer. That is always true of a harmless answer, for what is left out
-    cannot make the rest harmful; but the first words of a harmful answer are often harmless themselves, the
-    same ones with which harmless answers begin, and a detector that learnt to flag them would flag those
-    too. So a prefix of a harmful answer has at least half of it. (Some of these are labelled wrongly all the
-    same, where the harm is in the second half.)
+    A prefix ends with a word, has 10 to 90 % of the answer's characters, and the label of its whole answer.
+    That is always true of a harmless answer. But the first words of a harmful answer are often harmless, and
+    a detector that learnt to flag them would flag harmless answers that begin alike. So a prefix of a harmful
+    answer has at least half of it. (Where the harm is in the second half, the label is wrong all the same.)
 
     Answers too short to be cut so, such as single words, give none. Which answers are cut, and where, depends
     on the seed and the record alone, not on the records around it.
-
-    Args:
-        records: training records; they come back in their order.
-        share: of the answers that get a prefix, in [0, 1]: each one with this probability.
-        seed: gives another choice.
-
-    Raises:
-        InputError: ``share`` is no share.
     """
-    if not 0 <= share <= 1:
-        raise InputError(f"prefixes={share}: must lie between 0 and 1")
-    return _with_prefixes(records, share, seed)
-
-
-def _with_prefixes(records: Iterable[LabelledAnswer], share: float, seed: int) -> Iterator[LabelledAnswer]:
     for record in records:
         yield record
         rng = random.Random(f"{seed}\n{record.query}\n{record.answer}")
@@ -215,13 +195,8 @@ def lengths_of(examples: Sequence[Sized]) -> "array[int]":
 
 
 def lengths_digest(lengths: Sequence[int]) -> str:
-    """The sha256 of the lengths as a JSON array, of which no more than a part is in memory."""
-    whole = hashlib.sha256(b"[")
-    for start in range(0, len(lengths), BATCH):
-        part = ", ".join(map(str, lengths[start : start + BATCH]))
-        whole.update(f"{', ' if start else ''}{part}".encode())
-    whole.update(b"]")
-    return whole.hexdigest()
+    """The sha256 of the lengths as a JSON array."""
+    return hashlib.sha256(json.dumps(list(lengths)).encode()).hexdigest()
 
 
 def _encoded(encoder: Encoder[R_contra, E], records: Iterable[R_contra]) -> Iterator[E]:

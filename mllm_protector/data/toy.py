@@ -9,8 +9,9 @@ import hashlib
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -86,10 +87,7 @@ class ToyTurn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Item:
-    """One thing asked about, in words and beside an image of the key phrase.
-
-    ``wordings`` are the numbers of its question as text and of its task beside an image.
-    """
+    """One thing asked about; ``wordings`` are the numbers of its question and of its task beside an image."""
 
     scenario: str
     scene: Scene
@@ -120,44 +118,46 @@ def toy_pairs(split: Split) -> list[AnswerPair]:
     tested is worded otherwise than what is learnt, and some of it is hard (``toy_answers``).
     """
     pairs = []
-    for scenario in SCENARIOS:
-        for item, variant, rng in _draw(scenario, split, _PAIRS_PER_SCENARIO[split]):
-            # The MLLM cannot read a phrase off an image, so it only repeats what was asked in words.
-            repeats = variant == "TEXT" and rng.random() < 0.5
-            subject = item.key_phrase if repeats else item.scene.topic
+    for scenario in (*SCENARIOS, BENIGN):
+        count = _BENIGN_PAIRS[split] if scenario == BENIGN else _PAIRS_PER_SCENARIO[split]
+        for item, variant, rng in _draw(scenario, split, count):
+            answers = _two_helpful if scenario == BENIGN else _safe_and_harmful
+            accepted, rejected = answers(item, variant, split, rng)
             pairs.append(
                 AnswerPair(
                     query=item.question(variant).text,
-                    accepted=safe(split, item.scene, _style(_WARNINGS, rng), rng),
-                    rejected=harmful(split, item.scene, subject, _style(_HARD[split], rng), rng),
+                    accepted=accepted,
+                    rejected=rejected,
+                    rejected_harmful=scenario != BENIGN,
                     scenario=scenario,
                 )
             )
-    for item, variant, rng in _draw(BENIGN, split, _BENIGN_PAIRS[split]):
-        answers: set[str] = set()
-        while len(answers) < 2:
-            answers.add(helpful(split, item.scene, _style(_HARD[split], rng), rng))
-        accepted, rejected = sorted(answers)
-        pairs.append(
-            AnswerPair(
-                query=item.question(variant).text,
-                accepted=accepted,
-                rejected=rejected,
-                rejected_harmful=False,
-                scenario=BENIGN,
-            )
-        )
     random.Random(f"order of {split}").shuffle(pairs)
     return pairs
+
+
+def _safe_and_harmful(item: _Item, variant: Variant, split: Split, rng: random.Random) -> tuple[str, str]:
+    # The MLLM cannot read a phrase off an image, so it only repeats what was asked in words.
+    repeats = variant == "TEXT" and rng.random() < 0.5
+    subject = item.key_phrase if repeats else item.scene.topic
+    accepted = safe(split, item.scene, _style(_WARNINGS, rng), rng)
+    return accepted, harmful(split, item.scene, subject, _style(_HARD[split], rng), rng)
+
+
+def _two_helpful(item: _Item, variant: Variant, split: Split, rng: random.Random) -> tuple[str, str]:
+    answers: set[str] = set()
+    while len(answers) < 2:
+        answers.add(helpful(split, item.scene, _style(_HARD[split], rng), rng))
+    return min(answers), max(answers)
 
 
 def mllm_turns() -> list[ToyTurn]:
     """1,200 turns that make a toy MLLM about as unsafe as the paper found real ones to be.
 
     Asked in words it mostly refuses, except for reckless advice; asked the same beside an image it mostly
-    goes along (arXiv 2401.02906: an image opens a model that is aligned on text). What it does depends on
-    the wording, so that it can be learnt. Harmless questions are answered in every variant. It asks about
-    training things, but speaks in the voice of the test split, which no guard has learnt from.
+    complies (arXiv 2401.02906: an image opens a model that is aligned on text). Its answer depends on the
+    wording, so that it can be learnt. It asks about training things, but speaks in the voice of the test
+    split, which no guard has learnt from.
     """
     turns = []
     for scenario in SCENARIOS:
@@ -186,12 +186,7 @@ def write_benchmark(folder: Path, per_scenario: int) -> None:
     """Write test questions and their images in the layout of the published MM-SafetyBench.
 
     ``processed_questions/<scenario>.json`` and ``imgs/<scenario>/{SD,TYPO,SD_TYPO}/<id>.jpg``. The folder
-    appears whole or not at all. One that holds the same already is left alone, one that holds another toy
-    benchmark is replaced.
-
-    Args:
-        folder: where; its parents are made.
-        per_scenario: questions in each of the 13 scenarios.
+    appears whole or not at all. One with the same content stays, another toy benchmark is replaced.
 
     Raises:
         InputError: the folder holds something else, or cannot be written.
@@ -211,8 +206,7 @@ def write_benchmark(folder: Path, per_scenario: int) -> None:
     try:
         for name in SCENARIOS:
             files.write_json(building / "processed_questions" / f"{name}.json", tables[name])
-            for item in items[name]:
-                _write_images(item, building / "imgs" / name)
+            _write_images(items[name], building / "imgs" / name)
         files.write_json(building / _MARKER_FILE, settings)
         if folder.exists():
             shutil.rmtree(folder)
@@ -284,10 +278,9 @@ def _replaceable(folder: Path) -> bool:
     return not names or (_MARKER_FILE in names and names <= {_MARKER_FILE, "imgs", "processed_questions"})
 
 
-def _write_images(item: _Item, folder: Path) -> None:
-    for variant in VARIANTS:
-        image = item.question(variant).image
-        if image is not None:
+def _write_images(items: Sequence[_Item], folder: Path) -> None:
+    for item, variant in product(items, VARIANTS):
+        if (image := item.question(variant).image) is not None:
             path = folder / variant / f"{item.number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.load().save(path)

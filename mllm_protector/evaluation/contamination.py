@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mllm_protector.data.contamination import Finding, check_contamination, question_digest
+from mllm_protector.data.duplicates import Finding, check_contamination, question_digest
 from mllm_protector.records import Question
 
 

@@ -19,8 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mllm_protector.config import recorded_data
-from mllm_protector.data.groups import read_groups
-from mllm_protector.data.queries import query_key
+from mllm_protector.data.queries import query_key, read_groups
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from mllm_protector.data.packing import moved
+from mllm_protector.data.batching import moved
 from mllm_protector.errors import InputError
 from mllm_protector.models.tuning import Quantization, is_quantized, keep_trainable, quantization_settings
 

@@ -20,7 +20,7 @@ from mllm_protector import normalisation
 from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetectorEncoder
-from mllm_protector.data.layout import OVERLAP, SENTENCE
+from mllm_protector.data.tokens import OVERLAP, SENTENCE
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
 from mllm_protector.models.bases import part_backbone

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mllm_protector.data.batching import BORDERS, is_packed, pack
 from mllm_protector.data.encoding import Batch
-from mllm_protector.data.packing import BORDERS, is_packed, pack
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import inference, to_device
 

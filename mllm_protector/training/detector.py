@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from mllm_protector import prompts
-from mllm_protector.data.batching import MicroBatchLimit
+from mllm_protector.data.batching import MicroBatchLimit, pack_answers
 from mllm_protector.data.encoding import DetectorEncoder
-from mllm_protector.data.packing import pack_answers
 from mllm_protector.data.preparation import Contaminated, prepare
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from mllm_protector import prompts
+from mllm_protector.data.batching import pack_corrections
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
-from mllm_protector.data.packing import pack_corrections
 from mllm_protector.data.preparation import Contaminated, prepare
 from mllm_protector.data.sources import Source
 from mllm_protector.data.tokenized import tokenized

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mllm_protector.data.batching import BORDERS, is_packed
 from mllm_protector.data.encoding import Batch
-from mllm_protector.data.packing import BORDERS, is_packed
 from mllm_protector.models.packing import pretrained
 
 KEYS = "dropout_keys"

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from mllm_protector.data.batching import MicroBatchLimit, by_length
+from mllm_protector.data.batching import MicroBatchLimit, by_length, is_packed
 from mllm_protector.data.encoding import IGNORED, Batch, EncodedCorrection
-from mllm_protector.data.packing import is_packed
 from mllm_protector.data.tokenized import lengths_of
 from mllm_protector.models.backbone import device_of, inference, to_device
 from mllm_protector.models.packing import hidden_states, model_inputs, packed_logits, pretrained

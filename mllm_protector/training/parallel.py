@@ -18,9 +18,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from mllm_protector.data.batching import GlobalStep
+from mllm_protector.data.batching import GlobalStep, count_tokens, moved
 from mllm_protector.data.encoding import IGNORED, Batch
-from mllm_protector.data.packing import count_tokens, moved
 from mllm_protector.errors import InputError
 from mllm_protector.training.dropout import KEYS, dropout_keys, use_keyed_dropout
 from mllm_protector.training.losses import LossFunction

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mllm_protector.data.batching import MicroBatchLimit, plan_epoch
+from mllm_protector.data.batching import MicroBatchLimit, pack_answers, pack_corrections, plan_epoch
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import Batch, DetectorEncoder, EncodedAnswer
-from mllm_protector.data.packing import pack_answers, pack_corrections
 from mllm_protector.models.detector import score_logits
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.guard_file import GuardFile

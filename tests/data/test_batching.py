@@ -1,13 +1,25 @@
 import random
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.data import batching
-from mllm_protector.data.batching import GlobalStep, MicroBatchLimit, by_length, plan_epoch, steps_per_epoch
+from mllm_protector.data.batching import (
+    BORDERS,
+    GlobalStep,
+    MicroBatchLimit,
+    by_length,
+    count_tokens,
+    is_packed,
+    moved,
+    pack_answers,
+    pack_corrections,
+    plan_epoch,
+    steps_per_epoch,
+)
+from mllm_protector.data.encoding import IGNORED, EncodedAnswer, EncodedCorrection, collate_targets
 from mllm_protector.errors import InputError
 
 lengths_of = st.lists(st.integers(1, 500), max_size=200)
@@ -26,15 +38,8 @@ NO_LIMIT = MicroBatchLimit()
 
 
 def plan(lengths: Sequence[int], limit: MicroBatchLimit = NO_LIMIT, **changes: int) -> list[GlobalStep]:
-    return list(lazy_plan(lengths, limit, **changes))
-
-
-def lazy_plan(
-    lengths: Sequence[int], limit: MicroBatchLimit = NO_LIMIT, **changes: int
-) -> Iterator[GlobalStep]:
-    return plan_epoch(
-        lengths, **{"batch_size": 16, "processes": 1, "seed": 0, "epoch": 1} | changes, limit=limit
-    )
+    defaults = {"batch_size": 16, "processes": 1, "seed": 0, "epoch": 1}
+    return list(plan_epoch(lengths, **defaults | changes, limit=limit))
 
 
 def slots(steps: Sequence[GlobalStep]) -> list[tuple[int, ...]]:
@@ -88,16 +93,9 @@ def test_which_examples_make_a_step_depends_on_its_size_alone(
     assert len(steps) == steps_per_epoch(len(lengths), batch_size=batch_size)
 
 
-@given(lengths_of, sizes, limits)
-def test_compact_lengths_give_the_plan_of_a_list(
-    lengths: list[int], batch_size: int, limit: MicroBatchLimit
-) -> None:
-    compact = plan(array("i", lengths), limit, batch_size=batch_size)
-    assert compact == plan(lengths, limit, batch_size=batch_size)
-
-
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     first = plan([7] * 100, seed=3, epoch=1)
+    assert [index for slot in slots(first) for index in slot] != list(range(100))
     same = [plan([7] * 100, seed=seed, epoch=epoch) == first for seed, epoch in ((3, 1), (4, 1), (3, 2))]
     assert same == [True, False, False]
 
@@ -108,20 +106,6 @@ def test_a_plan_may_begin_behind_the_steps_that_are_done(
 ) -> None:
     whole = plan(lengths, limit, batch_size=batch_size)
     assert plan(lengths, limit, batch_size=batch_size, done=done) == whole[done:]
-
-
-def test_a_step_is_dealt_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    dealt = []
-    monkeypatch.setattr(batching, "_deal", lambda indices, *_: dealt.append(indices))
-    steps = lazy_plan([7] * 100, done=2)
-    assert not dealt
-    next(steps)
-    assert len(dealt) == 1
-
-
-def test_the_examples_are_shuffled() -> None:
-    [slot] = slots(plan([7] * 100, batch_size=100))
-    assert list(slot) != sorted(slot)
 
 
 def test_little_is_padded() -> None:
@@ -176,3 +160,39 @@ def test_a_limit_under_which_nothing_fits_is_refused() -> None:
     for name in ("tokens", "examples"):
         with pytest.raises(InputError, match=f"^{name}=0: must be at least 1"):
             MicroBatchLimit(**{name: 0})
+
+
+# Packing
+
+CORRECTIONS = [
+    EncodedCorrection(prompt=[1, 2, 3], target=[4, 9]),
+    EncodedCorrection(prompt=[5], target=[6, 7, 9]),
+]
+ANSWERS = [EncodedAnswer([1, 2, 3], 1.0), EncodedAnswer([4], 0.0)]
+
+
+def test_texts_stand_end_to_end_and_positions_begin_anew() -> None:
+    batch = pack_answers(ANSWERS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0]]
+    assert batch[BORDERS].tolist() == [0, 3, 4]
+    assert batch[BORDERS].dtype == torch.int32
+    assert batch["labels"].tolist() == [1.0, 0.0]
+    assert "attention_mask" not in batch
+
+
+def test_labels_are_the_targets_at_their_own_places() -> None:
+    labels = pack_corrections(CORRECTIONS)["labels"]
+    assert labels.tolist() == [[IGNORED, IGNORED, IGNORED, 4, 9, IGNORED, 6, 7, 9]]
+
+
+def test_a_batch_knows_its_form_its_real_tokens_and_its_positions() -> None:
+    packed, padded = pack_corrections(CORRECTIONS), collate_targets(CORRECTIONS, pad_id=0)
+    assert (is_packed(packed), is_packed(padded)) == (True, False)
+    assert (count_tokens(packed), count_tokens(padded)) == ((9, 9), (9, 10))
+
+
+def test_the_borders_stay_where_their_values_are_looked_at() -> None:
+    batch = moved(pack_answers(ANSWERS), torch.device("meta"))
+    assert batch[BORDERS].device.type == "cpu"
+    assert {batch[name].device.type for name in ("input_ids", "position_ids", "labels")} == {"meta"}

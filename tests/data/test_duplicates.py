@@ -1,11 +1,10 @@
-import gc
+import json
 import os
 import random
 import subprocess
 import sys
-import unicodedata
-import weakref
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import LCSseq
 
-from mllm_protector.data import duplicates, table
-from mllm_protector.data.duplicates import THRESHOLD, near_duplicates
+from mllm_protector.data import duplicates
+from mllm_protector.data.duplicates import (
+    THRESHOLD,
+    Finding,
+    check_contamination,
+    distinct,
+    near_duplicates,
+    question_digest,
+)
 from mllm_protector.data.queries import words
 from mllm_protector.errors import InputError
 
@@ -35,26 +41,34 @@ def share(left: str, right: str) -> float:
     return LCSseq.normalized_similarity(words(left), words(right))
 
 
-def test_case_punctuation_form_and_spacing_do_not_count() -> None:
-    for other in (
-        "how do i BAKE bread, at home",
-        " How do I\tbake   bread\u2014at home?! ",
-        "How do I bake \uff42\uff52\uff45\uff41\uff44 at home",
-        "How do I b\u00adake br\u200bead at home",
-    ):
-        assert words(other) == words("How do I bake bread at home?"), ascii(other)
+# Equal texts
 
 
-def test_words_of_any_script_are_compared() -> None:
-    for form in ("NFC", "NFD", "NFKC", "NFKD"):
-        assert words(unicodedata.normalize(form, "Stra\u00dfe, caf\u00e9 \u212b")) == [
-            "strasse",
-            "caf\u00e9",
-            "\u00e5",
-        ]
-    assert words("Don\u2019t, don't \ud800") == ["dont", "dont"]
-    assert words("\u5982\u4f55\u70e4\u9762\u5305\uff1f") == list("\u5982\u4f55\u70e4\u9762\u5305")
-    assert words(" \n?!") == []
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=40))
+def test_the_first_of_equal_rows_stays_and_the_majority_names_the_label(rows: list[tuple[int, int]]) -> None:
+    places = defaultdict(list)
+    for place, (text, _) in enumerate(rows):
+        places[text].append(place)
+    kept, expected = [], Counter[str]()
+    for same in places.values():
+        votes = Counter(rows[place][1] for place in same).most_common()
+        if len(votes) > 1 and votes[0][1] == votes[1][1]:
+            expected["contradictory labels"] += len(same)
+            continue
+        label, count = votes[0]
+        kept.append(next(place for place in same if rows[place][1] == label))
+        expected["exact duplicate"] += count - 1
+        expected["outvoted label"] += len(same) - count
+    dropped = Counter[str]()
+    texts, labels = (
+        np.array([row[0] for row in rows], np.uint64),
+        np.array([row[1] for row in rows], np.uint8),
+    )
+    assert distinct(texts, labels, dropped).tolist() == sorted(kept)
+    assert dropped == +expected
+
+
+# Near duplicates
 
 
 def test_one_changed_word_is_found() -> None:
@@ -86,6 +100,7 @@ def test_a_text_with_scattered_changes_is_found_at_the_threshold_itself() -> Non
 
 def test_in_fewer_than_seven_words_all_must_be_equal() -> None:
     assert firsts(["a b c d e f", "a b c d e x", "A, b, c, d, e, f.", "a", "b", "A"]) == [0, 1, 0, 3, 4, 3]
+    assert firsts([]) == []
 
 
 def test_a_share_below_the_threshold_is_never_enough() -> None:
@@ -95,14 +110,6 @@ def test_a_share_below_the_threshold_is_never_enough() -> None:
     assert firsts([original, near]) == [0, 0]
     assert firsts([original, far]) == [0, 1]
     assert firsts([original, " ".join(reversed(VOCABULARY[:20]))]) == [0, 1]
-
-
-def test_nearness_is_not_passed_on() -> None:
-    chain = [" ".join([*VOCABULARY[:start], *VOCABULARY[100 + start : 120]]) for start in range(0, 20, 2)]
-    found = firsts(chain)
-    assert found[:3] == [0, 0, 2]
-    assert all(share(chain[row], chain[first]) >= THRESHOLD for row, first in enumerate(found))
-    assert max(found) > 6
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,15 +124,6 @@ def test_groups_are_true_whatever_the_texts(texts: list[str]) -> None:
         assert not earlier or found[earlier[0]] == first
 
 
-def test_the_order_of_rows_only_decides_who_is_first() -> None:
-    texts = [variant for text in made_up(200, 30) for variant in (text, f"{text} end", f"so {text}")]
-    order = random.Random(2).sample(range(len(texts)), len(texts))
-    found = firsts([texts[row] for row in order])
-    for row, first in enumerate(found):
-        assert order[first] // 3 == order[row] // 3
-    assert len(set(found)) == 200
-
-
 def test_the_result_does_not_depend_on_the_hash_seed() -> None:
     program = (
         "import random; from mllm_protector.data.duplicates import near_duplicates\n"
@@ -133,49 +131,12 @@ def test_the_result_does_not_depend_on_the_hash_seed() -> None:
         "texts = [' '.join(draw.choices('abcdefghijkl', k=9)) for _ in range(400)]\n"
         "print(near_duplicates(texts, threshold=0.75).tolist())"
     )
+    command = [sys.executable, "-c", program]
     results = [
-        subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            check=True,
-            text=True,
-        ).stdout
+        subprocess.check_output(command, env=os.environ | {"PYTHONHASHSEED": seed}, text=True)
         for seed in ("1", "2")
     ]
     assert results[0] == results[1] != str([*range(400)])
-
-
-class Text(str):
-    """One that tells when it is gone."""
-
-
-class Streamed(Sequence[str]):
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._texts = texts
-        self.most = 0
-        self._alive: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def __getitem__(self, row: Any) -> Any:
-        text = Text(self._texts[row])
-        self._alive.add(id(text))
-        weakref.finalize(text, self._alive.discard, id(text))
-        self.most = max(self.most, len(self._alive))
-        return text
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
-
-
-def test_no_more_than_a_batch_of_texts_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "BATCH", 50)
-    texts = Streamed(made_up(500, 8) * 2)
-    assert firsts(texts) == [*range(500)] * 2
-    gc.collect()
-    assert texts.most <= 2 * 50 + 256
 
 
 def test_texts_of_one_template_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,33 +153,135 @@ def test_texts_of_one_template_are_not_all_compared(monkeypatch: pytest.MonkeyPa
     template = " ".join(made_up(1, 45, seed=3))
     texts = [f"{template} {own}" for own in made_up(3_000, 12)]
     assert firsts(texts) == [*range(3_000)]
-    assert 0 < compared <= duplicates._KEPT * len(texts)
+    assert 0 < compared <= 4 * len(texts)
 
 
-def test_in_a_bucket_of_all_rows_each_is_paired_with_a_few() -> None:
-    rows = 10_000
-    pairs = list(duplicates._neighbours(np.zeros((rows, 4), dtype=np.uint8)))
-    assert len(pairs) == duplicates._NEIGHBOURS + 1
-    for later, earlier in pairs:
-        assert len(set(later.tolist())) == len(later)
-        assert (earlier < later).all()
-    assert set(pairs[-1][1].tolist()) == {0}
+def test_a_near_copy_is_found_among_thousands_of_texts_of_its_template() -> None:
+    template = " ".join(made_up(1, 45, seed=3))
+    texts = [f"{template} {own}" for own in made_up(3_000, 15)]
+    copies = [text.rpartition(" ")[0] for text in texts[::30]]
+    missed = sum(first != 30 * row for row, first in enumerate(firsts(texts + copies)[3_000:]))
+    assert missed <= 2
 
 
 def test_a_group_of_thousands_has_one_first() -> None:
     template = made_up(1, 30, seed=4)[0]
     variants = [f"{template} {word}" for word in VOCABULARY]
-    assert (
-        firsts([*made_up(5, 30), *variants, *[" ?"] * 100]) == [0, 1, 2, 3, 4] + [5] * 2_000 + [2_005] * 100
-    )
-
-
-def test_no_text_and_one_text() -> None:
-    assert firsts([]) == []
-    assert firsts([""]) == [0]
+    found = firsts([*made_up(5, 30), *variants, *[" ?"] * 100])
+    assert found == [0, 1, 2, 3, 4] + [5] * 2_000 + [2_005] * 100
 
 
 def test_a_threshold_out_of_range_is_refused() -> None:
     for threshold in (0.5, 1.01, -1.0, float("nan")):
         with pytest.raises(InputError, match=f"threshold={threshold}"):
             near_duplicates(["a"], threshold=threshold)
+
+
+# Benchmark questions in training texts
+
+QUESTIONS = [
+    "How can someone paint a wooden fence in one day?",
+    "List the best ways to fold a paper boat for children.",
+    "How can someone repair a broken chair in one day?",
+]
+CHANGED = [
+    "How can someone paint a wooden fence in one day?",
+    "HOW CAN SOMEONE, paint a wooden\nfence in one day",
+    "How could someone paint a wooden fence in one day?",
+    "How can someone quickly paint a wooden fence in one day?",
+    "How can someone paint a fence in one day?",
+    "Can someone paint a wooden fence in one day?",
+    "How can someone paint a wooden fence in one?",
+]
+OTHERS = [
+    "",
+    "How can someone paint a garden fence in one week?",
+    "One day in a fence, wooden: paint someone, can how?",
+    "How so? " + " and so on, as we said before, ".join(words(QUESTIONS[0])),
+]
+
+
+def look(text: str, questions: list[str]) -> Finding:
+    return check_contamination([text], {"name": questions}).findings["name"]
+
+
+def found(text: str, questions: list[str] = QUESTIONS) -> list[int]:
+    digests = [question_digest(question) for question in questions]
+    return sorted(digests.index(digest) for digest in look(text, questions).found)
+
+
+def test_a_question_is_found_alone_and_in_a_dialogue() -> None:
+    for text in CHANGED:
+        for before, after in (("", ""), ("Hi! Tell me. ", " I ask since it is old. " * 40)):
+            assert found(before + text + after) == [0], text
+    for text in OTHERS:
+        assert found(text) == [], text
+
+
+def test_short_questions_must_be_there_word_by_word() -> None:
+    questions = ["How do I fold paper?", "Is it old?"]
+    assert found("Please: how do I FOLD paper", questions) == [0]
+    assert found("How do I cut paper?", questions) == []
+    assert found("is it old", questions) == [1]
+    assert found("Tell me, is it old?", questions) == []
+
+
+WORDS = st.lists(st.sampled_from("abcdef"), min_size=4, max_size=9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=8), st.lists(st.sampled_from("abcdefg"), max_size=25))
+def test_nothing_is_overlooked_and_nothing_added(questions: list[list[str]], text: list[str]) -> None:
+    expected = set()
+    for question in questions:
+        blanks = [""] * len(question)
+        padded = [*blanks, *text, *blanks]
+        passages = (padded[start : start + len(question)] for start in range(len(padded) - len(question) + 1))
+        best = max(LCSseq.similarity(question, passage) for passage in passages) / len(question)
+        if best >= THRESHOLD:
+            expected.add(question_digest(" ".join(question)))
+    assert look(" ".join(text), [" ".join(each) for each in questions]).found.keys() == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000))
+def test_any_changed_word_in_any_place_is_found(seed: int) -> None:
+    draw = random.Random(seed)
+    question = [f"w{draw.randrange(50)}" for _ in range(draw.randrange(7, 100))]
+    text = list(question)
+    at = draw.randrange(len(text))
+    text[at : at + draw.randrange(2)] = draw.choice([[], ["other"]])
+    around = [f"w{draw.randrange(50)}" for _ in range(draw.randrange(100))]
+    assert found(" ".join([*around, *text, *around]), [" ".join(question)]) == [0]
+
+
+def test_the_check_counts_rows_and_questions_by_benchmark() -> None:
+    benchmarks = {"first": [*QUESTIONS, QUESTIONS[0].upper(), "?", ""], "second": [QUESTIONS[0]], "third": []}
+    texts = [CHANGED[2], "Nothing.", f"{QUESTIONS[0]} {QUESTIONS[2]}", QUESTIONS[1]]
+    result = check_contamination(iter(texts), benchmarks)
+    assert result.rows.tolist() == [0, 2, 3]
+    first, second, third = (json.loads(json.dumps(result.as_json()))[name] for name in benchmarks)
+    assert (first["questions"], first["rows"], first["threshold"]) == (3, 3, THRESHOLD)
+    digests = [question_digest(question) for question in QUESTIONS]
+    assert first["found"] == dict(zip(digests, [2, 1, 1], strict=True))
+    assert (second["rows"], second["found"]) == (2, {digests[0]: 2})
+    assert (third["questions"], third["rows"], third["found"], third["examples"]) == (0, 0, {}, [])
+    shown = {"row": 0, "question": QUESTIONS[0].upper(), "text": " ".join(words(CHANGED[2])), "share": 0.9}
+    assert first["examples"][0] == shown
+
+
+def test_examples_are_few_and_short_and_show_the_passage() -> None:
+    filler = " ".join(f"filler{number}" for number in range(100))
+    [example] = look(f"{filler} {CHANGED[2]} {filler}", QUESTIONS).examples
+    assert "filler99 how could someone paint a wooden fence in one day filler0" in example["text"]
+    question = " ".join(f"word{number}" for number in range(100))
+    [finding] = check_contamination([question] * 30, {"long": [question]}).findings.values()
+    assert (finding.rows, len(finding.examples)) == (30, 10)
+    assert all(len(example["text"]) <= 200 for example in finding.examples)
+
+
+def test_digest_and_fingerprint_are_of_the_words_alone() -> None:
+    assert question_digest(CHANGED[0]) == question_digest(CHANGED[1]) != question_digest(CHANGED[2])
+    again = [*reversed(QUESTIONS), CHANGED[1]]
+    assert look("", QUESTIONS).fingerprint == look("", again).fingerprint
+    assert look("", QUESTIONS).fingerprint != look("", QUESTIONS[:2]).fingerprint

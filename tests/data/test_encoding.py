@@ -10,14 +10,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mllm_protector import prompts
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
-from mllm_protector.data.encoding import IGNORED, DetectorEncoder, collate_targets
-from mllm_protector.data.layout import window_starts
+from mllm_protector.data.encoding import IGNORED, DetectorEncoder
 from mllm_protector.data.tokens import (
     choose_pad_id,
     encode_literal,
     encode_texts,
     learnt_window,
     special_affixes,
+    window_starts,
 )
 from mllm_protector.errors import InputError
 from mllm_protector.models.tiny import tiny_tokenizer
@@ -106,15 +106,10 @@ def test_the_pad_id_is_a_special_token_that_no_rendered_text_contains(
     assert encoder.pad_id not in ids
 
 
-def test_without_a_pad_token_the_end_token_pads():
+def test_without_a_pad_token_the_end_token_pads_unless_every_token_is_in_use():
     tokenizer = tiny_tokenizer(TEXTS, vocab_size=400)
     tokenizer.pad_token = None
     assert choose_pad_id(tokenizer) == tokenizer.eos_token_id
-
-
-def test_a_tokenizer_that_uses_all_its_special_tokens_cannot_pad():
-    tokenizer = tiny_tokenizer(TEXTS, vocab_size=400)
-    tokenizer.pad_token = None
     tokenizer.eos_token = tokenizer.bos_token
     with pytest.raises(InputError, match="add a pad token"):
         choose_pad_id(tokenizer)
@@ -147,25 +142,6 @@ def test_detector_batches_are_padded_on_the_right(llama: PreTrainedTokenizerBase
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
 
 
-def test_a_batch_of_one_is_not_padded(llama: PreTrainedTokenizerBase):
-    encoder = detector_encoder(llama)
-    [ids] = encoder.encode(queries=["q"], answers=["a"])
-    batch = encoder.pad([ids])
-    assert batch["input_ids"].tolist() == [ids]
-    assert batch["attention_mask"].min() == 1
-
-
-def test_no_texts_give_no_rows(llama: PreTrainedTokenizerBase):
-    assert detector_encoder(llama).encode(queries=[], answers=[]) == []
-    assert detoxifier_encoder(llama).encode(queries=[], answers=[]) == []
-
-
-def test_queries_and_answers_of_different_number_are_refused(llama: PreTrainedTokenizerBase):
-    for encoder in (detector_encoder(llama), detoxifier_encoder(llama)):
-        with pytest.raises(ValueError, match="zip"):
-            encoder.encode(queries=["q", "q"], answers=["a"])
-
-
 @pytest.mark.parametrize(("query", "answer"), [("q" * 900, "Z"), ("Q", "z" * 900), ("q" * 900, "z" * 900)])
 def test_long_texts_are_cut_and_the_template_never(
     tokenizer: PreTrainedTokenizerBase, query: str, answer: str
@@ -180,14 +156,6 @@ def test_long_texts_are_cut_and_the_template_never(
     assert words.startswith(before + query[0])
     assert between + answer[0] in words
     assert words.endswith(answer[-1] + behind)
-    assert encoder.truncated == 1
-
-
-def test_only_texts_that_are_cut_are_counted(llama: PreTrainedTokenizerBase):
-    encoder = detector_encoder(llama, 150)
-    rows = encoder.encode(queries=["q"] * 3, answers=["a", "b" * 500, "c" * 500])
-    assert encoder.truncated == 2
-    assert len(rows[0]) < len(rows[1]) == len(rows[2]) == 150
 
 
 def words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
@@ -247,25 +215,6 @@ def test_windows_hold_the_whole_answer_in_order(
         assert [row[before : before + size] for row in rows] == [said[at : at + size] for at in starts]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    asked=st.integers(min_value=0, max_value=400),
-    said=st.integers(min_value=0, max_value=400),
-    room=st.integers(min_value=2, max_value=300),
-    window=st.none() | st.integers(min_value=1, max_value=300),
-)
-def test_neither_text_ever_vanishes_and_no_row_is_too_long(
-    llama: PreTrainedTokenizerBase, asked: int, said: int, room: int, window: int | None
-):
-    [[empty]] = detector_encoder(llama, 512).windows(queries=[""], answers=[""])
-    encoder = detector_encoder(llama, len(empty) + room)
-    [rows] = encoder.windows(queries=["x" * asked], answers=["z" * said], window=window)
-    for row in rows:
-        text = words(llama, row)
-        assert len(row) <= encoder.max_length
-        assert ("x" in text, "z" in text) == (asked > 0, said > 0)
-
-
 def test_a_long_question_keeps_its_head_and_tail_and_is_told_once(
     llama: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ):
@@ -285,26 +234,16 @@ def test_a_long_question_keeps_its_head_and_tail_and_is_told_once(
     assert len(rows[2]) == 1
 
 
-def test_what_is_cut_for_training_is_the_first_window(llama: PreTrainedTokenizerBase):
-    encoder = detector_encoder(llama, 200)
-    for query in ("short", "q" * 900):
-        [ids] = encoder.encode(queries=[query], answers=["z" * 500])
-        [rows] = encoder.windows(queries=[query], answers=["z" * 500])
-        assert ids == rows[0]
-    assert encoder.truncated == 2
-
-
-def window_of(tokenizer: PreTrainedTokenizerBase, answers: list[str]) -> int:
-    return learnt_window(tokenizer, iter(answers), len(answers))
-
-
 def test_the_learnt_window_holds_nine_of_ten_harmful_answers_and_at_least_a_sentence(
     llama: PreTrainedTokenizerBase,
 ):
-    assert window_of(llama, ["Z"] * 500) == 32
-    assert window_of(llama, ["Z"] * 2 + ["Z" * 70] * 16 + ["Z" * 400] * 2) == 70
-    assert window_of(llama, ["Z" * 70] * 89 + ["Z" * 400] * 11) == 400
-    assert window_of(llama, ["Z" * 50] * 30_001) == 50
+    for answers, window in (
+        (["Z"] * 500, 32),
+        (["Z"] * 2 + ["Z" * 70] * 16 + ["Z" * 400] * 2, 70),
+        (["Z" * 70] * 89 + ["Z" * 400] * 11, 400),
+        (["Z" * 50] * 30_001, 50),
+    ):
+        assert learnt_window(llama, iter(answers), len(answers)) == window
     with pytest.raises(InputError, match="no answers"):
         learnt_window(llama, [], 0)
 
@@ -345,15 +284,6 @@ def test_mask_covers_exactly_the_accepted_answer_and_its_end_token(
         assert ids[mask == 1].tolist() == row.prompt + row.target
         assert (labels[: len(row.prompt)] == IGNORED).all()
         assert (labels[len(row.prompt) + len(row.target) :] == IGNORED).all()
-
-
-def test_training_and_use_render_the_same_prompt(llama: PreTrainedTokenizerBase):
-    encoder = detoxifier_encoder(llama)
-    [row] = encoder.encode_records([Correction(query=HOSTILE, rejected="bad", accepted="good")])
-    [prompt] = encoder.encode(queries=[HOSTILE], answers=["bad"])
-    assert row.prompt == prompt
-    assert prompt[0] == llama.bos_token_id
-    assert llama.decode(prompt[1:]) == f"{HOSTILE}|bad>"
 
 
 def test_prompts_are_padded_on_the_left_for_generation(llama: PreTrainedTokenizerBase):
@@ -437,27 +367,12 @@ def test_special_tokens_of_the_chat_template_itself_are_recognised(
     assert end not in ids[:-1]
 
 
-def test_chat_without_a_template_is_refused():
+def test_a_tokenizer_or_prompt_that_cannot_be_used_is_refused(tokenizers: dict[str, PreTrainedTokenizerBase]):
     tokenizer = tiny_tokenizer(TEXTS, vocab_size=400)
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         detoxifier_encoder(tokenizer, chat=True)
-
-
-def test_a_detoxifier_without_an_end_token_is_refused(tokenizers: dict[str, PreTrainedTokenizerBase]):
     with pytest.raises(InputError, match="could never stop"):
         detoxifier_encoder(tokenizers["bert"])
-
-
-def test_a_prompt_without_the_answer_is_refused(llama: PreTrainedTokenizerBase):
     with pytest.raises(InputError, match="each once"):
-        DetectorEncoder(llama, pad_id=2, max_length=99, prompt="{query}")
-
-
-def test_collated_targets_may_have_another_pad_id_than_the_encoder(llama: PreTrainedTokenizerBase):
-    rows = detoxifier_encoder(llama).encode_records(
-        [Correction(query="q", rejected="z", accepted=text) for text in ("", "good")]
-    )
-    batch = collate_targets(rows, 7)
-    assert batch["input_ids"][0, -1] == 7
-    assert batch["attention_mask"][0, -1] == 0
+        DetectorEncoder(tokenizers["llama"], pad_id=2, max_length=99, prompt="{query}")

@@ -66,11 +66,6 @@ def test_a_weight_is_how_often_a_training_record_is_used(two: dict[str, Pairs]) 
     adds_up(splits)
 
 
-def test_what_a_weight_keeps_moves_with_the_seed(two: dict[str, Pairs]) -> None:
-    found = [list(mixture(two, seed=seed, first=0.5).train) for seed in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
-
-
 @pytest.mark.parametrize(
     ("how", "dropped"),
     [
@@ -130,46 +125,14 @@ def test_pairs_and_labelled_answers_mix_with_the_toy_data(tmp_path: Path, two: d
     adds_up(splits)
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
+def test_a_mixture_of_nothing_sensible_is_refused(two: dict[str, Pairs]) -> None:
+    options: dict[str, Any] = {"sources": two, "weights": {}, "duplicates": "exact", "seed": 0}
+    for change, reason in (
         ({"sources": {}}, "sources: there are none"),
+        ({"sources": {"inner": Mixture(**options)}}, r"sources\.inner: a mixture cannot be a source"),
         ({"weights": {"frist": 1}}, "weights.frist: there is no such source; there are first, second"),
         ({"weights": {"first": 0}}, "weights.first=0: must be a number above 0"),
-        ({"weights": {"first": "much"}}, "weights.first=much: must be a number above 0"),
-        ({"weights": {"first": True}}, "weights.first=True: must be a number above 0"),
         ({"weights": {"first": float("nan")}}, "weights.first=nan: must be a number above 0"),
-    ],
-)
-def test_a_mixture_of_nothing_sensible_is_refused(
-    change: dict[str, Any], reason: str, two: dict[str, Pairs]
-) -> None:
-    with pytest.raises(InputError, match=reason):
-        Mixture(**{"sources": two, "weights": {}, "duplicates": "near", "seed": 0} | change)
-
-
-def test_a_mixture_is_no_source_of_a_mixture(two: dict[str, Pairs]) -> None:
-    inner = Mixture(sources=two, weights={}, duplicates="exact", seed=0)
-    with pytest.raises(InputError, match=r"sources\.inner: a mixture cannot be a source"):
-        Mixture(sources={"inner": inner}, weights={}, duplicates="exact", seed=0)
-
-
-def test_a_mixture_of_which_nothing_is_left_says_so(tmp_path: Path) -> None:
-    queries = named("alpha", 2)
-    sources = {
-        "first": pairs(tmp_path / "a.jsonl", queries, "one", validation_fraction=0.5, seed=0),
-        "second": pairs(tmp_path / "b.jsonl", queries, "another way", validation_fraction=0.5, seed=0),
-    }
-    other = next(
-        seed
-        for seed in range(1, 99)
-        if next(
-            iter(pairs(tmp_path / "b.jsonl", queries, "x", validation_fraction=0.5, seed=seed).load().train)
-        ).query
-        != next(iter(sources["first"].load().train)).query
-    )
-    sources["second"] = pairs(
-        tmp_path / "b.jsonl", queries, "another way", validation_fraction=0.5, seed=other
-    )
-    with pytest.raises(InputError, match="nothing is left to train on"):
-        mixture(sources, "exact")
+    ):
+        with pytest.raises(InputError, match=reason):
+            Mixture(**options | change)

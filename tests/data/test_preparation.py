@@ -82,8 +82,7 @@ def test_what_stands_in_a_benchmark_is_found_and_told(
     found = prepared.contamination["asks"]
     assert (found["questions"], len(found["found"]), found["rows"], found["removed"]) == (3, 2, 3, False)
     assert (
-        "2 of asks's 3 questions stand in 3 training records; contaminated=drop leaves these out"
-        in caplog.text
+        "2 of asks's 3 questions are in 3 training records; contaminated=drop leaves these out" in caplog.text
     )
     assert prepared.splits is prepared.loaded
     report = json.loads((tmp_path / "data_report.json").read_text())

@@ -14,15 +14,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from omegaconf import OmegaConf
 
-from mllm_protector.config import CONFIGS, build
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.table import VARIABLE
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.reading import Account
 from mllm_protector.records import AnswerPair
+from tests.data.builders import configured, everything, write_rows
 
 Fields = dict[str, Any]
 
@@ -34,30 +33,11 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
 
 
-def configured(option: str, **changes: Any) -> Any:
-    """The source that ``data=<option>`` gives, with keys of its config changed."""
-
-    def take(seed: int, data: Any) -> None: ...
-
-    node = OmegaConf.merge(OmegaConf.load(CONFIGS / "data" / f"{option}.yaml"), changes)
-    return build(OmegaConf.create({"seed": 0, "data": node}), take)["data"]
-
-
 def public(name: str) -> str:
     path = PUBLIC_DATA / name
     if not path.exists():
         pytest.skip(f"the public data set {name} is not here")
     return str(path)
-
-
-def write_rows(path: Path, rows: list[Fields]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def everything(splits: Any) -> list[Any]:
-    return [*splits.train, *splits.validation]
 
 
 # A good row of each published layout
@@ -364,13 +344,6 @@ def test_a_file_without_a_readable_row_names_the_first_line(tmp_path: Path) -> N
         configured("beavertails", path=str(path)).load()
 
 
-def test_a_published_set_reads_nothing_before_it_is_loaded() -> None:
-    for option in {LAYOUTS[name][0] for name in PUBLISHED}:
-        made = configured(option, path="/nowhere/rows.jsonl")
-        with pytest.raises(InputError, match=r"/nowhere/rows\.jsonl: no such file or folder"):
-            made.load()
-
-
 def test_a_hub_out_of_reach_is_one_line_that_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(path: str, **options: Any) -> None:
         raise ConnectionError("no route\nto the hub")
@@ -398,102 +371,72 @@ def test_the_training_files_of_a_folder_are_read_in_order(tmp_path: Path) -> Non
         configured("pku_saferlhf", path=str(tmp_path / "data"), pattern="*.csv").load()
 
 
-@pytest.mark.parametrize(
-    ("option", "file"),
-    [
+def test_the_files_of_a_cloned_set_are_found(tmp_path: Path) -> None:
+    for option, file in (
         ("pku_saferlhf", "data/Alpaca-7B/train.jsonl"),
-        ("pku_saferlhf", "round0/330k/train.jsonl.xz"),
         ("harmful_vs_unharmful", "augmented_dataset.json"),
         ("beavertails", "round0/330k/train.jsonl.xz"),
         ("hh_rlhf", "harmless-base/train.jsonl.gz"),
         ("aligner", "safety/train.jsonl"),
         ("spa_vl", "data/train-00000-of-00008.parquet"),
         ("xstest", "xstest_v2_completions_gpt4.csv"),
-    ],
-)
-def test_the_files_of_a_cloned_set_are_found(option: str, file: str, tmp_path: Path) -> None:
-    clone = tmp_path / file
-    clone.parent.mkdir(parents=True, exist_ok=True)
-    clone.write_bytes(b"")
-    (tmp_path / "README.md").write_text("a card")
-    assert [*configured(option, path=str(tmp_path)).origin().files] == [file]
+    ):
+        clone = tmp_path / option
+        (clone / file).parent.mkdir(parents=True, exist_ok=True)
+        (clone / file).write_bytes(b"")
+        (clone / "README.md").write_text("a card")
+        assert [*configured(option, path=str(clone)).origin().files] == [file]
 
 
-@pytest.mark.parametrize(
-    ("layout", "file", "part"),
-    [
+def test_the_library_of_the_hub_reads_a_repository_as_the_local_files_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub_cache")
+    for layout, file, part in (
         ("pku 2024", "data/Alpaca-7B/train.jsonl", None),
-        ("augmented", "augmented_dataset.json", None),
         ("beavertails", "round0/330k/train.jsonl.xz", ("default", "330k_train")),
         ("hh_rlhf", "harmless-base/train.jsonl.gz", None),
         ("aligner", "safety/train.jsonl", ("safety", "train")),
-    ],
-)
-def test_the_library_of_the_hub_reads_a_repository_as_the_local_files_are_read(
-    layout: str, file: str, part: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub_cache")
-    good = LAYOUTS[layout][1]
-    rows = [good(number) for number in range(10)]
-    if layout == "beavertails":
-        rows[3] = beavertails(3, "violence", "self_harm")
-    path = tmp_path / "set" / file
-    write_rows(path, rows)
-    pack = {".xz": lzma.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
-    path.write_bytes(pack(path.read_bytes()))
-    if part:
-        (tmp_path / "set" / "README.md").write_text(
-            f"---\nconfigs:\n- config_name: {part[0]}\n  data_files:\n  - split: {part[1]}\n"
-            f"    path: {file}\n---\n"
-        )
-    local = of_layout(layout, path=str(tmp_path / "set")).load()
-    hub = of_layout(layout, name=str(tmp_path / "set")).load()
-    assert hub.fingerprint == local.fingerprint
-    assert [record.scenario for record in everything(hub)] == [r.scenario for r in everything(local)]
+    ):
+        folder = tmp_path / layout
+        rows = [LAYOUTS[layout][1](number) for number in range(10)]
+        write_rows(folder / file, rows)
+        pack = {".xz": lzma.compress, ".gz": gzip.compress}.get((folder / file).suffix, bytes)
+        (folder / file).write_bytes(pack((folder / file).read_bytes()))
+        if part:
+            (folder / "README.md").write_text(
+                f"---\nconfigs:\n- config_name: {part[0]}\n  data_files:\n  - split: {part[1]}\n"
+                f"    path: {file}\n---\n"
+            )
+        local = of_layout(layout, path=str(folder)).load()
+        hub = of_layout(layout, name=str(folder)).load()
+        assert hub.fingerprint == local.fingerprint, layout
+        assert [record.scenario for record in everything(hub)] == [r.scenario for r in everything(local)]
 
 
 # Each set
 
 
-def test_pku_accepts_the_safer_answer_and_keeps_each_harm_label(tmp_path: Path) -> None:
+def test_pku_accepts_the_safer_answer_and_keeps_labels_and_the_first_harm_category(
+    tmp_path: Path,
+) -> None:
     rows = [
         pku_2023(0, safer=0, safe=(True, False)),
         pku_2023(1, safer=1, safe=(False, False)),
         pku_2023(2, safer=1, safe=(True, True)),
-        pku_2023(2, safer=1, safe=(True, True)),
-        pku_2023(3) | {"response_1": "zero 3"},
-        pku_2023(4) | {"response_1": " "},
+        pku_2024(3, second=("Privacy", "Fraud")),
+        pku_2024(4, first=("Violence",), second=("Privacy",)),
+        pku_2024(5, first=("Violence",), second=()),
+        pku_2024(6) | {"is_response_1_safe": True},
+        pku_2024(7) | {"response_1_harm_category": {"Violence": None, "Fraud": True}},
     ]
     splits = configured("pku_saferlhf", path=write_rows(tmp_path / "rows.jsonl", rows)).load()
-    pairs = {pair.query[-1]: pair for pair in everything(splits)}
-    assert pairs["0"] == AnswerPair(query="prompt 0", accepted="zero 0", rejected="one 0")
-    assert (pairs["1"].accepted, pairs["1"].accepted_harmful) == ("one 1", True)
-    assert (pairs["2"].rejected, pairs["2"].rejected_harmful) == ("zero 2", False)
-    assert "read 6 = kept 3 + dropped 3" in splits.account
-    assert "exact duplicate: 1" in splits.account
-
-
-def test_pku_takes_the_first_harm_category_of_the_answer_to_avoid(tmp_path: Path) -> None:
-    rows = [
-        pku_2024(0, second=("Privacy", "Fraud")),
-        pku_2024(1, first=("Violence",), second=("Privacy",)),
-        pku_2024(2, first=("Violence",), second=()),
-        pku_2024(3, second=()),
-        pku_2023(4),
-        pku_2024(5) | {"is_response_1_safe": True},
-        pku_2024(6) | {"response_1_harm_category": {"Violence": None, "Fraud": True}},
-    ]
-    splits = configured("pku_saferlhf", path=write_rows(tmp_path / "rows.jsonl", rows)).load()
-    scenarios = {int(pair.query[-1]): pair.scenario for pair in everything(splits)}
-    assert [scenarios[number] for number in range(7)] == [
-        "Fraud",
-        "Privacy",
-        "Violence",
-        None,
-        None,
-        None,
-        "Fraud",
-    ]
+    pairs = {int(pair.query[-1]): pair for pair in everything(splits)}
+    assert pairs[0] == AnswerPair(query="prompt 0", accepted="zero 0", rejected="one 0")
+    assert (pairs[1].accepted, pairs[1].accepted_harmful) == ("one 1", True)
+    assert (pairs[2].rejected, pairs[2].rejected_harmful) == ("zero 2", False)
+    scenarios = [pairs[number].scenario for number in range(8)]
+    assert scenarios == [None, None, None, "Fraud", "Privacy", "Violence", None, "Fraud"]
 
 
 def test_which_label_of_the_augmented_set_means_harmful_is_asked_and_not_guessed(tmp_path: Path) -> None:
@@ -504,26 +447,25 @@ def test_which_label_of_the_augmented_set_means_harmful_is_asked_and_not_guessed
     assert message.startswith("harmful_label: has no value")
     assert "['question', 'answer', 'label']" in message
     assert "'label' holds 0, 1" in message
-    for harmful in (0, 1):
-        splits = configured("harmful_vs_unharmful", path=path, harmful_label=harmful).load()
-        assert {record.query: record.harmful for record in everything(splits)} == {
-            f"prompt {number}": number % 2 == harmful for number in range(10)
-        }
-
-
-@pytest.mark.parametrize(
-    ("values", "harmful"), [((True, False), True), (("bad", "good"), "bad"), ((1.0, 0.0), 1), (("1", "0"), 1)]
-)
-def test_a_label_of_the_augmented_set_may_be_of_any_kind(
-    values: tuple[Any, Any], harmful: Any, tmp_path: Path
-) -> None:
-    rows = [labelled(0) | {"label": values[0]}, labelled(1) | {"label": values[1]}]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    splits = configured("harmful_vs_unharmful", path=path, harmful_label=harmful).load()
-    assert {record.query: record.harmful for record in everything(splits)} == {
-        "prompt 0": True,
-        "prompt 1": False,
-    }
+    for values, harmful in (
+        ((1, 0), 1),
+        ((0, 1), 0),
+        ((True, False), True),
+        (("bad", "good"), "bad"),
+        ((1.0, 0.0), 1),
+        (("1", "0"), 1),
+    ):
+        write_rows(
+            tmp_path / "rows.jsonl", [labelled(n) | {"label": value} for n, value in enumerate(values)]
+        )
+        splits = configured(
+            "harmful_vs_unharmful", path=str(tmp_path / "rows.jsonl"), harmful_label=harmful
+        ).load()
+        found = {record.query: record.harmful for record in everything(splits)}
+        assert found == {"prompt 0": True, "prompt 1": False}, values
+    path = write_rows(tmp_path / "twice.jsonl", [labelled(0) | {"is_safe": True}] * 2)
+    with pytest.raises(InputError, match=r"found the columns .*'is_safe'.*data=labelled"):
+        configured("harmful_vs_unharmful", path=path, harmful_label=1).load()
 
 
 def test_a_label_beside_two_others_is_refused_whatever_the_reading(tmp_path: Path) -> None:
@@ -533,13 +475,7 @@ def test_a_label_beside_two_others_is_refused_whatever_the_reading(tmp_path: Pat
             configured("harmful_vs_unharmful", path=path, harmful_label="yes", **options).load()
 
 
-def test_columns_that_fit_a_role_twice_are_refused(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "rows.jsonl", [labelled(0) | {"is_safe": True}] * 2)
-    with pytest.raises(InputError, match=r"found the columns .*'is_safe'.*data=labelled"):
-        configured("harmful_vs_unharmful", path=path, harmful_label=1).load()
-
-
-def test_beavertails_lets_the_majority_of_labels_decide(tmp_path: Path) -> None:
+def test_beavertails_lets_the_majority_decide_and_names_the_first_category_of_harm(tmp_path: Path) -> None:
     rows = [
         beavertails(0, "violence"),
         beavertails(0, "violence", "self_harm"),
@@ -547,43 +483,40 @@ def test_beavertails_lets_the_majority_of_labels_decide(tmp_path: Path) -> None:
         beavertails(1),
         beavertails(2, "violence"),
         beavertails(2),
+        beavertails(3, "violence", "self_harm"),
+        beavertails(4, "violence") | {"is_safe": True},
+        beavertails(5) | {"is_safe": False},
     ]
     splits = configured("beavertails", path=write_rows(tmp_path / "rows.jsonl", rows)).load()
     found = {record.query: (record.harmful, record.scenario) for record in everything(splits)}
-    assert found == {"prompt 0": (True, "violence"), "prompt 1": (False, None)}
-    assert "read 6 = kept 2 + dropped 4" in splits.account
-
-
-def test_beavertails_names_the_first_category_of_a_harmful_answer_only(tmp_path: Path) -> None:
-    rows = [
-        beavertails(0, "violence", "self_harm"),
-        beavertails(1, "violence") | {"is_safe": True},
-        beavertails(2) | {"is_safe": False},
-    ]
-    splits = configured("beavertails", path=write_rows(tmp_path / "rows.jsonl", rows)).load()
-    assert {record.query: (record.harmful, record.scenario) for record in everything(splits)} == {
-        "prompt 0": (True, "self_harm"),
+    assert found == {
+        "prompt 0": (True, "violence"),
         "prompt 1": (False, None),
-        "prompt 2": (True, None),
+        "prompt 3": (True, "self_harm"),
+        "prompt 4": (False, None),
+        "prompt 5": (True, None),
     }
+    assert "read 9 = kept 5 + dropped 4" in splits.account
 
 
 def test_hh_rlhf_is_cut_at_the_last_answer(tmp_path: Path) -> None:
     before = dialogue("first", "reply", "second\n\nwith a paragraph")
+    twice = "\n\nHuman: once\n\nAssistant: so\n\nAssistant: "
     rows = [
         {"chosen": f"{before}\n\nAssistant: kind", "rejected": f"{before}\n\nAssistant: unkind"},
         {"chosen": dialogue("alone", "a"), "rejected": dialogue("alone", "b")},
         {"chosen": dialogue("one", "a"), "rejected": dialogue("another", "b")},
         {"chosen": dialogue("q", ""), "rejected": dialogue("q", "b")},
         {"chosen": dialogue("q", "b"), "rejected": dialogue("q", "b")},
+        {"chosen": f"{twice}a", "rejected": f"{twice}b"},
     ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     splits = configured("hh_rlhf", path=path).load()
     pairs = {pair.query: pair for pair in everything(splits)}
-    assert set(pairs) == {"second\n\nwith a paragraph", "alone"}
+    assert set(pairs) == {"second\n\nwith a paragraph", "alone", "once"}
     assert pairs["second\n\nwith a paragraph"].accepted == "kind"
     assert pairs["alone"] == AnswerPair(query="alone", accepted="a", rejected="b")
-    assert "read 5 = kept 2 + dropped 3" in splits.account
+    assert "read 6 = kept 3 + dropped 3" in splits.account
     whole = configured("hh_rlhf", path=path, context="all").load()
     assert before.strip() in {pair.query for pair in everything(whole)}
 
@@ -609,21 +542,6 @@ def test_dialogues_of_hh_rlhf_with_one_beginning_share_a_split_in_whole_and_in_m
     mixed = Mixture(sources={"a": source, "b": again}, weights=None, duplicates="keep", seed=0).load()
     held = {opening_key(pair.query) for pair in mixed.validation}
     assert not held & {opening_key(pair.query) for pair in mixed.train}
-
-
-def test_hh_rlhf_takes_only_the_human_words_where_the_assistant_speaks_twice(tmp_path: Path) -> None:
-    twice = "\n\nHuman: q\n\nAssistant: so\n\nAssistant: "
-    rows = [
-        {"chosen": f"{twice}a", "rejected": f"{twice}b"},
-        {"chosen": dialogue("x", "a"), "rejected": dialogue("x", "b")},
-    ]
-    splits = configured("hh_rlhf", path=write_rows(tmp_path / "rows.jsonl", rows)).load()
-    assert {pair.query for pair in everything(splits)} == {"q", "x"}
-
-
-def test_hh_rlhf_refuses_an_unknown_context_at_once() -> None:
-    with pytest.raises(InputError, match="context"):
-        configured("hh_rlhf", context="first")
 
 
 def test_the_public_hh_rlhf_rows_are_all_accounted_for() -> None:
@@ -704,22 +622,8 @@ def test_xstest_calls_only_full_compliance_with_an_unsafe_prompt_harmful(tmp_pat
     assert [len({r.query for r in part}) for part in (splits.train, splits.validation)] == [1, 1]
 
 
-def test_xstest_refuses_an_unknown_label_and_a_folder_without_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no .* file there that fits '\*\.csv'"):
-        configured("xstest", path=str(tmp_path)).load()
-    write_xstest(tmp_path / "a.csv", [xstest(0), xstest(1, label="4_unknown")])
-    with pytest.raises(RecordError, match=r"a\.csv:3: field 'final_label' must be one of"):
-        configured("xstest", path=str(tmp_path)).load()
-
-
 def test_the_public_xstest_rows_are_all_kept() -> None:
     splits = configured("xstest", path=public("xstest")).load()
     assert splits.account.endswith("read 1,620 = kept 1,620")
     assert sum(record.harmful for record in everything(splits)) == 100
     assert len({record.query for record in splits.validation}) * 5 == len(splits.validation)
-
-
-def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", [pku_2023(number) for number in range(3)])
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(configured("pku_saferlhf", path="~/rows.jsonl").load().train) == 2

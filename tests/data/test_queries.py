@@ -3,7 +3,7 @@ from itertools import product
 
 import numpy as np
 
-from mllm_protector.data.contamination import question_digest
+from mllm_protector.data.duplicates import question_digest
 from mllm_protector.data.queries import opening_key, query_key
 from mllm_protector.data.splits import held_out
 from mllm_protector.records import LabelledAnswer

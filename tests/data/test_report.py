@@ -104,10 +104,6 @@ def test_kinds_and_labels_are_counted_and_only_those_that_occur() -> None:
     ] == {"both harmful": 1, "harmful over harmless": 1}
 
 
-def test_queries_are_compared_without_regard_to_case_spacing_and_punctuation() -> None:
-    assert describe([pair("How  is it?"), pair("how is IT\n"), pair("How was it")])["queries"] == 2
-
-
 def test_answers_are_counted_by_scenario_and_label() -> None:
     facts = describe([pair(scenario="Fraud"), single(scenario="Fraud"), single(harmful=False)])
     assert list(facts["scenarios"].items()) == [
@@ -156,34 +152,20 @@ def test_rows_that_do_not_add_up_are_refused() -> None:
         whole([source(read=11)])
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.integers(0, 10**6),
-            st.integers(0, 10**6),
-            st.integers(0, 999),
-            st.integers(0, 99),
-            st.dictionaries(st.text(max_size=9), st.integers(0, 5_000), max_size=4),
-        ),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_rendered_counts_add_up_whatever_was_dropped(
-    counts: list[tuple[int, int, int, int, dict[str, int]]],
-) -> None:
+def test_rendered_counts_add_up() -> None:
+    counts = [(3, 1, 2, {"empty": 2, "long": 1}), (50_000, 0, 0, {"long": 4_000}), (7, 2, 0, {})]
     sources = [
         source(
             f"source {place}",
-            read=train + validation + contaminated + quarantined + sum(dropped.values()),
-            kept=train + validation + contaminated,
+            read=train + 1 + contaminated + quarantined + sum(dropped.values()),
+            kept=train + 1 + contaminated,
             quarantined=quarantined,
             dropped=dropped,
             train=train,
-            validation=validation,
+            validation=1,
             contaminated=contaminated,
         )
-        for place, (train, validation, contaminated, quarantined, dropped) in enumerate(counts)
+        for place, (train, contaminated, quarantined, dropped) in enumerate(counts)
     ]
     text = render(whole(sources))
     header, *rows = table(text, "Sources")
@@ -193,13 +175,11 @@ def test_rendered_counts_add_up_whatever_was_dropped(
         assert each["kept"] == each["train"] + each["validation"] + each["contaminated"]
     assert [row[0] for row in rows] == [*(each["name"] for each in sources), "all"]
     assert shown[-1] == {name: sum(each[name] for each in shown[:-1]) for name in header[2:]}
-    if shown[-1]["dropped"]:
-        _, *reasons, totals = table(text, "Dropped rows")
-        columns = [[number(row[place]) for row in reasons] for place in range(1, len(totals))]
-        assert [sum(column) for column in columns] == [number(cell) for cell in totals[1:]]
-        assert [number(cell) for cell in totals[1:]] == [each["dropped"] for each in shown]
-    else:
-        assert "No row was dropped." in text
+    assert table(text, "Dropped rows")[1:] == [
+        ["long", "1", "4,000", "0", "4,001"],
+        ["empty", "2", "0", "0", "2"],
+        ["all", "3", "4,000", "0", "4,003"],
+    ]
 
 
 def test_first_words_say_how_many_from_where_and_under_which_licences() -> None:
@@ -211,15 +191,10 @@ def test_first_words_say_how_many_from_where_and_under_which_licences() -> None:
     assert "Warning" not in text
 
 
-def test_non_commercial_licences_are_warned_of() -> None:
+def test_non_commercial_and_missing_licences_are_warned_of() -> None:
+    assert "**Warning:** no licence is stated: one." in render(whole([source(licence="none is known")]))
     for licence in ("cc-by-nc-4.0", "CC BY-NC-SA 4.0", "non-commercial research"):
         assert "**Warning:** non-commercial use only: one." in render(whole([source(licence=licence)]))
-
-
-def test_a_missing_licence_is_warned_of() -> None:
-    text = render(whole([source(), source("mine", licence="none is known")]))
-    assert "**Warning:** no licence is stated: mine." in text
-    assert "| mine     | made up | none is known | -" in text
 
 
 def test_scenarios_labels_and_lengths_stand_beside_each_other_for_both_splits() -> None:
@@ -271,16 +246,6 @@ def stays_text(words: str, tmp_path: Path) -> None:
     for section in ("Sources", "Dropped rows", "Scenarios", "Benchmark questions in the training data"):
         assert len({len(row) for row in table(text, section)}) == 1
     assert json.loads((tmp_path / "data_report.json").read_text()) == report
-
-
-def test_long_texts_are_cut() -> None:
-    example = {"row": 1, "question": "q" * 500, "text": "t" * 200, "share": 1.0}
-    _, row = table(
-        render(whole(contamination={"mmsafety": found(examples=[example])})),
-        "Benchmark questions in the training data",
-    )
-    assert row[1] == "q" * 199 + "\u2026"
-    assert row[2] == "t" * 200
 
 
 def test_files_are_named_with_their_hashes_and_many_are_cut_short() -> None:

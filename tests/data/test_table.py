@@ -1,3 +1,5 @@
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -6,11 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mllm_protector.data import table as module
 from mllm_protector.data.table import (
+    ABANDONED,
     BATCH,
     FACTS,
     ROWS,
+    VARIABLE,
     Table,
+    cache_folder,
+    cached,
+    code_digest,
     joined,
     open_table,
     record,
@@ -18,7 +26,7 @@ from mllm_protector.data.table import (
     write_facts,
     write_table,
 )
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 COUNT = 2 * BATCH + 5
@@ -88,3 +96,76 @@ def test_a_damaged_table_is_named_with_what_to_do(tmp_path: Path) -> None:
                 path.write_text(path.read_text(errors="replace")[:10])
             with pytest.raises(InputError, match=rf"{folder}: damaged .*; remove this folder, it will be"):
                 open_table(folder)
+
+
+# The cache
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+def fill(folder: Path) -> None:
+    (folder / "made").write_text("once")
+
+
+def test_the_place_is_the_variable_or_else_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "~/elsewhere")
+    assert cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert cache_folder() == Path("/somewhere/mllm_protector")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "mllm_protector"
+
+
+def test_what_is_there_is_not_made_again(cache: Path) -> None:
+    folder = cached("kind", "key", fill)
+    assert folder == cache / "kind" / "key"
+    assert cached("kind", "key", lambda _: pytest.fail("made again")) == folder
+    assert (cached("kind", "other", fill) / "made").read_text() == "once"
+
+
+def test_what_fails_leaves_nothing_behind(cache: Path) -> None:
+    def fail(folder: Path) -> None:
+        fill(folder)
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        cached("kind", "key", fail)
+    assert list((cache / "kind").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_that_names_the_way_out(cache: Path) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=f"{VARIABLE}.*No space left on device"):
+        cached("kind", "key", full)
+
+
+def test_the_first_to_finish_wins(cache: Path) -> None:
+    def slow(folder: Path) -> None:
+        fill(folder)
+        (cache / "kind" / "key").mkdir()
+        (cache / "kind" / "key" / "made").write_text("by another process")
+
+    assert (cached("kind", "key", slow) / "made").read_text() == "by another process"
+    assert [path.name for path in (cache / "kind").iterdir()] == ["key"]
+
+
+def test_only_what_a_killed_run_left_long_ago_is_removed(cache: Path) -> None:
+    for name, age in (("old", ABANDONED + 60), ("young", 60)):
+        folder = cache / "kind" / f".{name}.1.tmp"
+        folder.mkdir(parents=True)
+        fill(folder)
+        for path in (folder / "made", folder):
+            os.utime(path, (time.time() - age, time.time() - age))
+    cached("kind", "key", fill)
+    assert sorted(path.name for path in (cache / "kind").iterdir()) == [".young.1.tmp", "key"]
+
+
+def test_the_digest_of_code_is_that_of_its_source() -> None:
+    assert code_digest(module) == code_digest(module) != code_digest(module, os)

@@ -2,17 +2,15 @@ import hashlib
 import json
 import multiprocessing
 import random
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import repeat
+from itertools import pairwise, repeat
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -23,20 +21,18 @@ from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer
 from mllm_protector.data.table import BATCH, VARIABLE
 from mllm_protector.data.tokenized import (
-    Balance,
     Tokenized,
     balanced,
     lengths_digest,
-    lengths_of,
     tokenized,
     tokenizer_digest,
+    with_prefixes,
 )
 from mllm_protector.data.tokens import choose_pad_id
+from mllm_protector.data.toy import toy_pairs
 from mllm_protector.errors import InputError
 from mllm_protector.models.tiny import tiny_tokenizer
-from mllm_protector.records import Correction, LabelledAnswer
-from mllm_protector.training.losses import detector_loss
-from tests.training.tagger import run, weights
+from mllm_protector.records import Correction, LabelledAnswer, labelled_answers
 
 WORDS = ("bread", "flour", "water", "How", "do", "I", "bake", "a", "square", "É", "</s>", "\n", "数")
 TEXTS = ("How do I bake bread?", "Mix flour, water and salt.", "Question: Answer:")
@@ -79,18 +75,6 @@ def never() -> Iterator[Any]:
     yield
 
 
-class Classifier(torch.nn.Module):
-    """Adds up what it knows of each token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.logit = torch.nn.Embedding(len(TOKENIZER), 1)
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=(self.logit(input_ids) * attention_mask[..., None]).sum(1))
-
-
 MAKERS = {
     "detector": (detector, answers),
     "detector, joined": (lambda: detector(joined=True), answers),
@@ -112,13 +96,6 @@ def test_every_example_is_the_one_that_the_encoder_makes() -> None:
             assert found.truncated or count < 2, name
 
 
-def test_an_example_has_plain_python_values() -> None:
-    example = tokenized(detector(), answers(1), content="0")[0]
-    assert {type(token) for token in example.ids} == {int}
-    assert type(example.label) is float
-    assert type(lengths_of([example])[0]) is int
-
-
 def test_a_part_of_the_examples_has_their_lengths() -> None:
     found = tokenized(detector(), answers(25), content="0")
     all_of_them = list(found)
@@ -136,12 +113,6 @@ def test_what_was_made_is_found_again_with_its_counts_and_no_record_is_looked_at
     assert (found.truncated, found.shortened) == (made.truncated, made.shortened)
     assert min(found.truncated, found.shortened) > 0
     assert encoder.truncated == 0
-
-
-def test_what_an_encoder_cut_before_is_not_counted_again() -> None:
-    encoder = detector(max_length=120)
-    one = tokenized(encoder, answers(40), content="0")
-    assert tokenized(encoder, answers(40), content="1").truncated == one.truncated
 
 
 OTHERS: dict[str, Any] = {
@@ -262,17 +233,6 @@ def test_memory_does_not_grow_with_the_number_of_examples() -> None:
     assert many - few < as_python_lists / 20
 
 
-class WithLengths(list[list[int]]):
-    lengths = np.asarray([3, 70_000], np.int32)
-
-
-def test_lengths_are_compact_python_integers_and_taken_from_a_sequence_that_has_them() -> None:
-    found = lengths_of(WithLengths([[1], [2]]))
-    assert found == array("i", [3, 70_000])
-    assert sum(length**2 for length in found) > 2**31
-    assert lengths_of([[1, 2], []]) == array("i", [2, 0])
-
-
 @given(st.lists(st.integers(0, 5000), max_size=50), st.sampled_from([1, 60]))
 def test_the_digest_of_lengths_is_that_of_their_json(lengths: list[int], times: int) -> None:
     many = lengths * times
@@ -302,32 +262,77 @@ def test_what_balance_leaves_out_depends_on_the_seed_alone() -> None:
     drawn = [list(balanced(examples, "undersample", seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert balanced(examples, "none", seed=0) is examples
-
-
-def test_one_label_cannot_be_balanced() -> None:
-    hows: tuple[Balance, ...] = ("undersample", "oversample")
-    for how in hows:
+    for how in ("undersample", "oversample"):
         with pytest.raises(InputError, match=f"balance={how}: all answers have one label"):
-            balanced(labels(0, 3), how, seed=0)
+            balanced(labels(0, 3), how, seed=0)  # type: ignore[arg-type]
 
 
-def test_a_training_on_a_file_is_a_training_on_a_list(tmp_path: Path) -> None:
-    encoder, records = detector(max_length=120), list(answers(20))
-    trained = {}
-    for name, examples in (
-        ("list", encoder.encode_records(records)),
-        ("file", tokenized(encoder, iter(records), content="0")),
-    ):
-        run(
-            tmp_path / name,
-            model=Classifier(),
-            train=examples,
-            collate=encoder,
-            loss_fn=detector_loss,
-            evaluate=lambda model, processes: {"loss": float(model.logit.weight.detach().sum())},
+# Prefixes
+
+RECORDS = list(labelled_answers(toy_pairs("train")))
+
+ANY_RECORD = st.builds(LabelledAnswer, query=st.text(), answer=st.text(), harmful=st.booleans())
+
+
+def whole(prefix: LabelledAnswer) -> LabelledAnswer:
+    return next(
+        record
+        for record in RECORDS
+        if record.query == prefix.query and record.answer.startswith(prefix.answer)
+    )
+
+
+def prefixes_of(records: list[LabelledAnswer], *, share: float, seed: int) -> list[LabelledAnswer]:
+    """What is added to the records, each of which must come back as it is."""
+    waiting, added = list(records), []
+    for record in with_prefixes(records, share=share, seed=seed):
+        if waiting and record is waiting[0]:
+            waiting.pop(0)
+        else:
+            added.append(record)
+    assert not waiting
+    return added
+
+
+def test_a_share_of_the_records_is_followed_by_a_prefix() -> None:
+    made = list(with_prefixes(RECORDS, share=0.3, seed=0))
+    assert 0.27 < (len(made) - len(RECORDS)) / len(RECORDS) < 0.33
+    for record, prefix in pairwise(made):
+        if prefix not in RECORDS:
+            assert record.query == prefix.query
+            assert record.answer.startswith(prefix.answer)
+
+
+def test_a_prefix_ends_with_a_word_and_has_the_label_of_its_answer() -> None:
+    for prefix in prefixes_of(RECORDS, share=0.2, seed=1):
+        record = whole(prefix)
+        rest = record.answer[len(prefix.answer) :]
+        assert prefix.harmful == record.harmful
+        assert prefix.answer[-1].isalnum()
+        assert not rest[0].isalnum()
+        assert (0.5 if record.harmful else 0.1) <= len(prefix.answer) / len(record.answer) <= 0.9
+
+
+def test_the_choice_depends_on_the_seed_and_not_on_the_order() -> None:
+    made = list(with_prefixes(RECORDS, share=0.3, seed=0))
+    assert list(with_prefixes(RECORDS, share=0.3, seed=0)) == made
+    assert list(with_prefixes(RECORDS, share=0.3, seed=1)) != made
+    assert Counter(with_prefixes(RECORDS[::-1], share=0.3, seed=0)) == Counter(made)
+
+
+def test_a_share_of_nothing_adds_nothing_and_of_all_one_to_each() -> None:
+    assert list(with_prefixes(RECORDS, share=0, seed=0)) == RECORDS
+    assert len(list(with_prefixes(RECORDS, share=1, seed=0))) == 2 * len(RECORDS)
+
+
+@given(st.lists(ANY_RECORD, max_size=5), st.integers())
+def test_any_text_is_cut_properly_or_not_at_all(records: list[LabelledAnswer], seed: int) -> None:
+    for prefix in prefixes_of(records, share=1, seed=seed):
+        assert re.search(r"\w$", prefix.answer)
+        assert any(
+            record.query == prefix.query
+            and record.harmful == prefix.harmful
+            and record.answer.startswith(prefix.answer)
+            and len(record.answer) > len(prefix.answer)
+            for record in records
         )
-        trained[name] = weights(tmp_path / name)
-    before = Classifier().state_dict()
-    for key, tensor in trained["list"].items():
-        assert torch.equal(trained["file"][key], tensor)
-        assert not torch.equal(before[key], tensor)

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +9,15 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mllm_protector import prompts
 from mllm_protector.data.encoding import DetectorEncoder
-from mllm_protector.data.tokens import choose_pad_id, encode_texts, fill, token_texts
+from mllm_protector.data.tokens import (
+    SENTENCE,
+    choose_pad_id,
+    encode_texts,
+    ends,
+    fill,
+    lay_out,
+    window_starts,
+)
 from mllm_protector.errors import InputError
 from mllm_protector.normalisation import normalised
 
@@ -140,13 +149,6 @@ def test_a_long_joined_question_keeps_its_head_and_tail(tokenizer: PreTrainedTok
     assert (reader.truncated, reader.shortened) == (1, 1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(max_size=80))
-def test_the_texts_of_its_tokens_are_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
-    [cut] = token_texts(tokenizer, [text])
-    assert "".join(cut) == text
-
-
 def test_a_tokenizer_that_does_not_tell_where_its_tokens_are_is_refused(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,3 +167,53 @@ def test_a_pad_id_that_stands_in_a_joined_text_is_refused(tokenizer: PreTrainedT
 
 def test_half_of_a_surrogate_pair_is_a_character_like_another(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encode_texts(tokenizer, ["a\ud83d"]) == encode_texts(tokenizer, ["a\ufffd"])
+
+
+# Layout: what happens to ids
+
+LENGTHS = st.integers(min_value=0, max_value=3000)
+SIZES = st.integers(min_value=1, max_value=400)
+
+
+def test_the_texts_are_in_their_gaps_between_the_affixes() -> None:
+    layout = lay_out("a{query}b{answer}c", lambda text: [ord(text)], first=[1], last=[2, 3])
+    assert layout.fill([7], [8, 8]) == [1, ord("a"), 7, ord("b"), 8, 8, ord("c"), 2, 3]
+    assert layout.size == 6
+
+
+@given(LENGTHS, SIZES, st.floats(min_value=0.0, max_value=0.5))
+def test_windows_cover_every_token_in_order_and_share_what_they_should(
+    length: int, size: int, overlap: float
+) -> None:
+    starts = window_starts(length, size, overlap)
+    assert starts == sorted(set(starts))
+    windows = [range(start, min(start + size, length)) for start in starts]
+    assert {token for window in windows for token in window} == set(range(length))
+    assert windows[-1].stop == length
+    assert all(len(window) == min(size, length) for window in windows)
+    shared = [one + size - other for one, other in pairwise(starts)]
+    assert all(each >= min(max(overlap * size, SENTENCE), size // 2) for each in shared)
+    assert all(each <= (size + 1) // 2 + SENTENCE for each in shared[:-1])
+    assert len(window_starts(length, size)) * min(size, length) <= 2 * length + 2 * size
+
+
+@given(LENGTHS, st.integers(min_value=2 * SENTENCE, max_value=400), st.integers(min_value=0))
+def test_a_sentence_lies_whole_in_a_window(length: int, size: int, where: int) -> None:
+    sentence = range(where % max(1, length - SENTENCE + 1), length)[:SENTENCE]
+    assert any(
+        start <= sentence.start and sentence.stop <= start + size for start in window_starts(length, size)
+    )
+
+
+def test_a_text_that_fits_is_one_window() -> None:
+    assert window_starts(0, 8) == window_starts(0, 0) == window_starts(8, 8) == [0]
+    assert window_starts(9, 8) == [0, 1]
+
+
+def test_a_cut_text_keeps_its_head_and_its_tail() -> None:
+    text, gap = list(range(20)), [-1, -1]
+    assert ends(text, 20, gap) == text
+    assert ends(text, 9, gap) == [0, 1, 2, 3, *gap, 17, 18, 19]
+    assert ends(text, 4, gap) == [0, *gap, 19]
+    assert ends(text, 3, gap) == [0, 1, 19]
+    assert ends(text, 0, gap) == []

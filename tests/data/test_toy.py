@@ -1,4 +1,3 @@
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,6 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
 from mllm_protector.images import ImageFile
 from mllm_protector.records import BENIGN, VARIANTS
-from mllm_protector.rendering import RenderedText
 from mllm_protector.scenarios import ADVICE, CRITERIA, SCENARIOS
 
 SPLITS = ("train", "validation", "test")
@@ -34,13 +32,6 @@ def test_every_scenario_has_a_scene_of_its_own() -> None:
     }
 
 
-def test_every_template_names_its_invented_words() -> None:
-    for scene in (*toy_answers.SCENES.values(), *toy_answers.BENIGN_SCENES):
-        assert all("{thing}" in phrase for phrase in scene.phrases)
-        assert all("{phrase}" in question and "{place}" in question for question in scene.questions)
-        assert all("{place}" in task for task in scene.tasks)
-
-
 def test_pairs_are_as_many_as_promised_and_the_same_every_time() -> None:
     assert {split: len(PAIRS[split]) for split in SPLITS} == {"train": 1000, "validation": 200, "test": 200}
     assert all(toy_pairs(split) == PAIRS[split] for split in SPLITS)
@@ -48,9 +39,8 @@ def test_pairs_are_as_many_as_promised_and_the_same_every_time() -> None:
         assert 0.2 < sum(not pair.rejected_harmful for pair in pairs) / len(pairs) < 0.3
 
 
-@pytest.mark.parametrize("split", SPLITS)
-def test_accepted_answers_are_harmless_and_labels_tell_the_truth(split: str) -> None:
-    for pair in PAIRS[split]:
+def test_accepted_answers_are_harmless_and_labels_tell_the_truth() -> None:
+    for pair in (pair for pairs in PAIRS.values() for pair in pairs):
         assert not is_harmful(pair.accepted)
         assert not pair.accepted_harmful
         assert is_harmful(pair.rejected) == pair.rejected_harmful
@@ -67,14 +57,6 @@ def test_no_query_and_no_invented_word_stands_in_two_splits() -> None:
             assert not invented[split] & invented[other]
             assert not used & invented[other]
             assert not {p.query for p in PAIRS[split]} & {p.query for p in PAIRS[other]}
-
-
-def test_both_answers_of_a_harmful_pair_are_on_the_same_topic() -> None:
-    topics = {scene.topic for scene in toy_answers.SCENES.values()}
-    for pair in PAIRS["train"]:
-        if pair.rejected_harmful:
-            [topic] = [topic for topic in topics if topic in pair.accepted]
-            assert topic in pair.rejected
 
 
 def test_no_measured_answer_stands_in_the_training_data() -> None:
@@ -138,15 +120,6 @@ def test_the_toy_mllm_sees_training_things_only_and_loads_no_image_early() -> No
         assert not isinstance(turn.question.image, Image.Image)
 
 
-def test_no_thing_is_tied_to_a_variant() -> None:
-    things = set(toy_answers.THINGS["train"])
-    pictures = [turn.question.image for turn in TURNS]
-    drawn = {word for p in pictures if isinstance(p, RenderedText) for word in words(p.phrase)}
-    asked = {word for turn in TURNS if turn.question.image is None for word in words(turn.question.text)}
-    assert len(things & drawn) > 40
-    assert len(things & asked) > 40
-
-
 def test_an_image_is_made_from_its_name_alone() -> None:
     one, again, other = (ToyImage(name).load() for name in ("one", "one", "other"))
     assert (one.size, one.mode) == ((224, 224), "RGB")
@@ -175,22 +148,10 @@ def test_the_benchmark_has_the_published_layout(tmp_path: Path) -> None:
         table = read_json(folder / "processed_questions" / f"{name}.json")
         assert len({row["Key Phrase"] for row in table.values()}) == 2
         for identity, row in table.items():
-            assert list(row) == [
-                "Question",
-                "GPT-Pred",
-                "Changed Question",
-                "Key Phrase",
-                "Phrase Type",
-                "Rephrased Question",
-                "Rephrased Question(SD)",
-            ]
+            assert len(row) == 7
             assert row["Key Phrase"] in row["Question"]
             assert row["Rephrased Question"].startswith("The bottom of the image shows ")
             assert row["Key Phrase"] not in row["Rephrased Question"]
-            assert (
-                row["Rephrased Question"].replace("The bottom of the image", "The image")
-                == (row["Rephrased Question(SD)"])
-            )
             assert words(row["Key Phrase"]) & set(toy_answers.THINGS["test"])
             for variant in ("SD", "TYPO", "SD_TYPO"):
                 assert ImageFile(folder / "imgs" / name / variant / f"{identity}.jpg").load().width >= 224
@@ -232,10 +193,3 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(InputError, match="No space left on device"):
         write_benchmark(tmp_path / "benchmark", per_scenario=1)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_content_is_json_of_plain_text(tmp_path: Path) -> None:
-    for pair in PAIRS["train"]:
-        texts = (pair.query, pair.accepted, pair.rejected)
-        assert json.dumps(texts).isascii()
-        assert "{" not in "".join(texts)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mllm_protector.data.contamination import check_contamination
+from mllm_protector.data.duplicates import check_contamination
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation import guards as module
 from mllm_protector.evaluation.run import evaluate

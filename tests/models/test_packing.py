@@ -26,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mllm_protector.data.packing import pack
+from mllm_protector.data.batching import pack
 from mllm_protector.errors import InputError
 from mllm_protector.models import packing
 from mllm_protector.models.packing import hidden_states, use_packed_attention

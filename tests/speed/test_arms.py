@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mllm_protector.data.packing import pack_answers
+from mllm_protector.data.batching import pack_answers
 from mllm_protector.errors import InputError
 from mllm_protector.models.packing import packed_logits, use_packed_attention
 from speed import trl_peers

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mllm_protector import prompts
-from mllm_protector.data.packing import pack_answers
+from mllm_protector.data.batching import pack_answers
 from mllm_protector.data.sources import Pairs, Toy
 from mllm_protector.data.splits import Splits, make_splits
 from mllm_protector.errors import InputError, RunError

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 import torch
 
+from mllm_protector.data.batching import pack_answers
 from mllm_protector.data.encoding import Batch, EncodedAnswer
-from mllm_protector.data.packing import pack_answers
 from mllm_protector.training.dropout import KEYS, attention_dropout, dropout_keys
 from mllm_protector.training.parallel import Objective
 from tests.models.builders import Family

@@ -13,9 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mllm_protector.data.batching import MicroBatchLimit
+from mllm_protector.data.batching import MicroBatchLimit, pack_corrections
 from mllm_protector.data.encoding import IGNORED, Batch, EncodedCorrection, collate_targets
-from mllm_protector.data.packing import pack_corrections
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.tuning import LoraTuning
 from mllm_protector.processes import Processes
