@@ -86,17 +86,6 @@ def official_logits(adapter: Path, base: Path, rows: list[list[int]]) -> torch.T
         return model(**batch).logits[:, 0]
 
 
-def test_a_score_is_one_minus_the_official_one(
-    published: Path, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    detector = load_detector(convert(published, bases["llama"], tmp_path / "ours"), device="cpu")
-    rows = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
-    safe = torch.sigmoid(official_logits(published, bases["llama"], rows))
-    scores = detector.score(queries=QUERIES, answers=ANSWERS)
-    assert scores == pytest.approx((1 - safe).tolist(), abs=1e-6)
-    assert max(scores) - min(scores) > 0.01
-
-
 def save_spm_base(llama: Path, folder: Path) -> Path:
     """The tiny Llama with a tokenizer that joins a space with the word behind it."""
     tokenizer = spm_tokenizer()
@@ -122,6 +111,8 @@ def test_a_score_is_one_minus_the_official_one_of_the_text_in_one_piece(
     scores = detector.score(queries=QUERIES, answers=ANSWERS)
     assert scores == pytest.approx((1 - safe).tolist(), abs=1e-6)
     assert detector.encoder.encode(queries=QUERIES, answers=ANSWERS) == rows
+    assert max(scores) - min(scores) > 0.01
+    assert detector.guard.prompt == prompts.OFFICIAL_DETECTOR
     ours = [record for record in caplog.records if record.name.startswith("mllm_protector")]
     assert not [record for record in ours if record.levelname == "WARNING"]
 
@@ -158,16 +149,6 @@ def test_a_guard_file_that_does_not_know_of_it_reads_texts_apart(
     path.write_text(json.dumps(content))
     detector = load_detector(folder, device="cpu")
     assert detector.card.identity["joined"] is detector.encoder.joined is False
-
-
-def test_it_says_where_it_comes_from(published: Path, bases: dict[str, Path], tmp_path: Path) -> None:
-    guard = load_detector(convert(published, bases["llama"], tmp_path / "ours"), device="cpu").guard
-    assert (guard.kind, guard.tuning, guard.prompt) == ("detector", "lora", prompts.OFFICIAL_DETECTOR)
-    assert (guard.threshold, guard.threshold_how) == (0.5, "official code: P(safe) < 0.5")
-    assert guard.max_length == 512
-    assert guard.pad_id == AutoTokenizer.from_pretrained(bases["llama"]).eos_token_id
-    assert guard.data["source"]["adapter"] == str(published)
-    assert guard.metrics == {}
 
 
 def test_only_the_sign_of_the_head_is_turned(published: Path, bases: dict[str, Path], tmp_path: Path) -> None:
@@ -215,8 +196,3 @@ def test_an_adapter_for_a_wider_base_is_refused(
     path = adapter / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.score.weight": torch.zeros(1, 77)}, path)
     assert "does not fit base=" in refused(adapter, bases["llama"], tmp_path / "ours")
-
-
-def test_a_folder_that_is_no_adapter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert "no such file" in refused(tmp_path / "empty", bases["llama"], tmp_path / "ours")
