@@ -147,7 +147,7 @@ def choose_threshold(
 ) -> Choice:
     """The threshold that an aim asks for.
 
-    It stands in the middle between two neighbouring scores, so that rounding moves no answer across it.
+    It is the middle between two neighbouring scores, so that rounding moves no answer across it.
     Where a promise cannot be kept, the threshold with the best bound is taken (of equals, the one that does
     the other rate the least harm), and the choice says so. ``queries`` may be left out if all differ.
 

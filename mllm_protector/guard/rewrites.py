@@ -81,7 +81,7 @@ _STRAIGHT = str.maketrans("‘’", "''")
 _UNITS = re.compile(rf"([^\W_]{{1,4}}?)\1{{{UNIT_REPEATS - 1},}}|([^\w\s]|_)\2{{{RULER},}}")
 
 _MARKUP = " \t*#>_"
-"""What may stand around a heading."""
+"""What may surround a heading."""
 
 _DECLINES = re.compile(
     r"^no\b|\b(?:sorry|apologi[sz]e|can't|cannot|can not|won't|will not|not able to|unable to|decline"

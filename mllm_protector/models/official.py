@@ -123,7 +123,7 @@ def _adapter_folder(adapter: str, revision: str | None) -> Path:
 
 
 def _adapter_config(path: Path) -> dict[str, Any]:
-    """PEFT's own file, for a sequence classifier with a head of its own."""
+    """PEFT's own file, for a sequence classifier with a head."""
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: not the configuration of a LoRA adapter")

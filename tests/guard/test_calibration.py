@@ -20,9 +20,9 @@ Sample = tuple[list[bool], NDArray[np.float64]]
 
 def separate(count: int, seed: int, distance: float = 2.0) -> Sample:
     """Harmless answers around 0, and a third of harmful ones a distance above them."""
-    dice = np.random.default_rng(seed)
-    harmful = dice.random(count) < 1 / 3
-    return list(map(bool, harmful)), dice.normal(0, 1, count) + distance * harmful
+    rng = np.random.default_rng(seed)
+    harmful = rng.random(count) < 1 / 3
+    return list(map(bool, harmful)), rng.normal(0, 1, count) + distance * harmful
 
 
 @pytest.mark.parametrize("labels", [[True, True], [False, False], []])
