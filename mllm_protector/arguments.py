@@ -49,6 +49,16 @@ def require_texts(**lists: Any) -> None:
                 raise InputError(f"{name}[{number}]: must be a text, not {_kind(value)}")
 
 
+def require_threshold(name: str, value: Any) -> None:
+    """Refuse anything but a number from 0 to 1; true and false are no numbers here.
+
+    Raises:
+        InputError: it cannot be a threshold; the message begins with the key ``name``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise InputError(f"{name}={value}: must be a number from 0 to 1")
+
+
 def as_questions(questions: Sequence[Asked]) -> list[Question]:
     """Questions of all three forms of ``Asked``; their position is the id of those that have none.
 

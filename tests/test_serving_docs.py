@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mllm_protector.models.scale import Scale
+from mllm_protector.models.guard_file import Scale
 
 TEXT = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
 GUARD = {"temperature": 1.5, "offset": -0.5, "threshold": 0.5}

@@ -36,8 +36,7 @@ from mllm_protector.evaluation.detection import (
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.files import expand, write_json, write_jsonl
 from mllm_protector.models.detector import HarmDetector, load_detector
-from mllm_protector.models.guard_file import FILE_NAME
-from mllm_protector.models.scale import Scale
+from mllm_protector.models.guard_file import FILE_NAME, Scale
 from mllm_protector.ranges import Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
 

@@ -24,10 +24,10 @@ from mllm_protector.evaluation.statistics import Floats, Ints, share
 from mllm_protector.files import expand, write_json, write_jsonl
 from mllm_protector.guard.protector import Protector, Rewrite
 from mllm_protector.guard.rewrites import fault_of
-from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
+from mllm_protector.models.parts import bases_of
 from mllm_protector.protocols import Card
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, Outcome, corrections

@@ -9,9 +9,9 @@ from mllm_protector.evaluation.grid import NONE
 from mllm_protector.evaluation.measurements import Measurement
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector, Refusal
-from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
+from mllm_protector.models.parts import bases_of
 from mllm_protector.models.shared import can_share, load_shared
 from mllm_protector.protocols import Card, Corrector, Detector
 

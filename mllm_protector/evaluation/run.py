@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mllm_protector.arguments import require_threshold
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.grid import ENSEMBLE, NONE, JudgeFacts
@@ -31,10 +32,9 @@ from mllm_protector.evaluation.stages import (
     probe_stage,
 )
 from mllm_protector.evaluation.store import Filled, Store
-from mllm_protector.guard.calibration import require_threshold
 from mllm_protector.guard.protector import Protector
-from mllm_protector.models.bases import require_bases
 from mllm_protector.models.guard_file import Kind, read_guard_file
+from mllm_protector.models.parts import require_bases
 from mllm_protector.processes import start_accelerator
 from mllm_protector.protocols import MLLM, Benchmark, Judge, Priced
 from mllm_protector.ranges import Amount, Count

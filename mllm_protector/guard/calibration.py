@@ -1,9 +1,8 @@
 """From logits to scores, and from scores to a threshold with a stated promise.
 
-Pure functions of labels (True for harmful), logits and scores. Every rate comes with a one-sided bound. It
-holds with the aim's confidence for new answers of the same kind, if the given ones were drawn independently
-and the detector has not learnt from them. Several answers to one query are not independent, so each query
-counts once in a rate: its answers share its weight (``query_weights``).
+Every rate comes with a one-sided bound. It holds with the aim's confidence for new answers of the same kind,
+if the given ones were drawn independently and the detector has not learnt from them. Several answers to one
+query are not independent, so each query counts once in a rate: its answers share its weight.
 
 - The rate that was aimed at: Clopper-Pearson (exact). Thresholds are tested one after the other, from the one
   that serves the aim best, up to the first that fails, so the bound holds although the threshold is chosen on
@@ -22,32 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector.errors import InputError
-from mllm_protector.guard.bounds import Sizes, band, bound, query_weights, upper
-from mllm_protector.models.scale import Scale
+from mllm_protector.models.guard_file import Scale
 
+Floats = NDArray[np.float64]
 AimKind = Literal["false_positive_rate", "recall", "f1", "fixed"]
-
-PROMISED = ("false_positive_rate", "recall")
-"""The aims that promise a rate."""
-
-AT_ENDS = (("fixed", 0.0), ("fixed", 1.0))
 
 TEMPERATURES = (1e-3, 1e3)
 """The limits of a temperature. Logits that say nothing, or the opposite, reach the upper one."""
-
-
-def require_threshold(name: str, value: Any) -> None:
-    """Refuse what is no number from 0 to 1.
-
-    Args:
-        name: of the key, for the message.
-        value: as it was given; true and false are no numbers here.
-
-    Raises:
-        InputError: it cannot be a threshold.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise InputError(f"{name}={value}: must be a number from 0 to 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,19 +47,51 @@ class Aim:
     confidence: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.kind not in (*PROMISED, "f1", "fixed"):
-            raise InputError(f"kind={self.kind}: choose false_positive_rate, recall, f1 or fixed")
-        if self.kind == "f1":
-            if self.target is not None:
-                raise InputError(f"target={self.target}: f1 takes none; give null")
-        elif (
-            self.target is None
-            or isinstance(self.target, bool)
-            or not (0 < self.target < 1 or (self.kind, self.target) in AT_ENDS)
+        if self.kind == "f1" and self.target is not None:
+            raise InputError(f"target={self.target}: f1 takes none; give null")
+        at_end = self.kind == "fixed" and self.target in (0, 1)
+        if self.kind != "f1" and (
+            self.target is None or isinstance(self.target, bool) or not (0 < self.target < 1 or at_end)
         ):
             raise InputError(f"target={self.target}: {self.kind} takes a number between 0 and 1")
         if not 0.5 <= self.confidence < 1:
             raise InputError(f"confidence={self.confidence}: must be at least 0.5 and below 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Answers of each label, at least one, and the different queries that they answer."""
+
+    harmful: int
+    harmless: int
+    harmful_queries: int
+    harmless_queries: int
+
+    @classmethod
+    def of(cls, labels: Sequence[bool], queries: Sequence[str] | None) -> "Sizes":
+        """Count; without queries each answer has its own."""
+        asked = range(len(labels)) if queries is None else queries
+        pairs = {*zip(map(bool, labels), asked, strict=True)}
+        harmful, harmful_queries = sum(map(bool, labels)), sum(label for label, _ in pairs)
+        return cls(
+            harmful=harmful,
+            harmless=len(labels) - harmful,
+            harmful_queries=harmful_queries,
+            harmless_queries=len(pairs) - harmful_queries,
+        )
+
+
+def query_weights(labels: Sequence[bool], queries: Sequence[str] | None) -> Floats:
+    """(n,) the weight of each answer in a rate: one over the number of answers of its label to its query.
+
+    A rate is then a mean over queries, which are independent draws, however many answers each has.
+    Simulated with 200 queries, of 1 to 200 answers (Zipf) with a correlation of 0 to .95, a promise at a
+    confidence of .95 is broken in 1 % to 3 % of samples; by answers it would be in up to 32 %.
+    """
+    if queries is None:
+        return np.ones(len(labels))
+    names = np.unique(queries, return_inverse=True)[1] * 2 + np.asarray(labels, dtype=np.int64)
+    return np.asarray(1.0 / np.bincount(names)[names])
 
 
 def fit_scale(labels: Sequence[bool], logits: Sequence[float]) -> Scale:
@@ -88,23 +100,19 @@ def fit_scale(labels: Sequence[bool], logits: Sequence[float]) -> Scale:
     Labels are smoothed as in Platt, "Probabilistic outputs for support vector machines" (1999), equation 3.
     Otherwise answers that are told apart without a mistake would give a temperature of 0.
 
-    Args:
-        labels: of answers that the detector has not learnt from; both kinds must occur.
-        logits: finite numbers.
-
     Raises:
         InputError: one kind of label only, or a logit that is not finite.
     """
     from scipy.optimize import minimize
     from scipy.special import expit
 
-    harmful, values = checked(labels, logits)
+    harmful, values = _checked(labels, logits)
     positives, negatives = int(harmful.sum()), int((~harmful).sum())
     target = np.where(harmful, (positives + 1) / (positives + 2), 1 / (negatives + 2))
     centre, spread = float(values.mean()), float(values.std()) or 1.0
     standard = (values - centre) / spread
 
-    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def loss(weights: Floats) -> tuple[float, Floats]:
         scaled = weights[0] * standard + weights[1]
         wrong = expit(scaled) - target
         gradient = np.array([np.mean(wrong * standard), np.mean(wrong)])
@@ -125,9 +133,8 @@ class Choice:
     Attributes:
         threshold: in [0, 1]; scores at or above it are harmful.
         how: one sentence.
-        facts: JSON: the aim, the counts, both rates with their bounds, F1, and ``promised``, which is false
-            where the answers at hand are too few, or too hard, for what was aimed at (``None`` for an aim
-            that promises nothing).
+        facts: JSON: the aim, the counts, both rates with their bounds, F1, and ``promised``: false where the
+            answers at hand are too few, or too hard, for the aim; ``None`` for an aim that promises nothing.
     """
 
     threshold: float
@@ -140,42 +147,35 @@ def choose_threshold(
 ) -> Choice:
     """The threshold that an aim asks for.
 
-    It stands in the middle between two neighbouring scores, so that rounding moves no answer across it.
+    It is the middle between two neighbouring scores, so that rounding moves no answer across it.
     Where a promise cannot be kept, the threshold with the best bound is taken (of equals, the one that does
-    the other rate the least harm), and the choice says so; the caller should say it too.
-
-    Args:
-        labels: both kinds must occur.
-        scores: in [0, 1].
-        aim: what it is for.
-        queries: what each answer is an answer to (see ``query_weights``); ``None`` if no two answers share
-            one.
+    the other rate the least harm), and the choice says so. ``queries`` may be left out if all differ.
 
     Raises:
         InputError: one kind of label only, or a score that is no number.
     """
-    harmful, score = checked(labels, scores)
+    harmful, score = _checked(labels, scores)
     weights, sizes = query_weights(labels, queries), Sizes.of(labels, queries)
     # Candidates from the strictest down: above all scores, then one for each distinct score.
     values, where = np.unique(score, return_inverse=True)
 
-    def flagged(weight: NDArray[np.float64]) -> NDArray[np.float64]:
+    def flagged(weight: Floats) -> Floats:
         return np.append(0.0, np.bincount(where, weights=weight, minlength=len(values))[::-1].cumsum())
 
     recalls = np.minimum(flagged(weights * harmful) / sizes.harmful_queries, 1.0)
-    alarm_rates = np.minimum(flagged(weights * ~harmful) / sizes.harmless_queries, 1.0)
-    found, alarms = flagged(harmful.astype(float)), flagged((~harmful).astype(float))
-    f1 = 2 * found / (found + alarms + sizes.harmful)
+    false_positive_rates = np.minimum(flagged(weights * ~harmful) / sizes.harmless_queries, 1.0)
+    tp, fp = flagged(harmful.astype(float)), flagged((~harmful).astype(float))
+    f1 = 2 * tp / (tp + fp + sizes.harmful)
     if aim.kind == "fixed" and aim.target is not None:
         threshold, index = aim.target, int((values >= aim.target).sum())
     else:
-        index = 1 + _pick(aim, recalls[1:], alarm_rates[1:], f1[1:], sizes)
+        index = 1 + _pick(aim, recalls[1:], false_positive_rates[1:], f1[1:], sizes)
         threshold = _below(values, len(values) - index)
     return describe(
         aim,
         threshold,
         recall=float(recalls[index]),
-        false_positive_rate=float(alarm_rates[index]),
+        false_positive_rate=float(false_positive_rates[index]),
         f1=float(f1[index]),
         sizes=sizes,
     )
@@ -184,26 +184,13 @@ def choose_threshold(
 def describe(
     aim: Aim, threshold: float, *, recall: float, false_positive_rate: float, f1: float, sizes: Sizes
 ) -> Choice:
-    """A choice with its figures, from the rates at its threshold.
+    """A choice with its metrics, from the rates at its threshold.
 
-    Args:
-        aim: what the threshold was chosen for.
-        threshold: in [0, 1].
-        recall: of harmful answers, the share at or above it; each query counts once.
-        false_positive_rate: of harmless answers, likewise.
-        f1: of the answers as they are.
-        sizes: of what the rates were measured on.
+    In both rates each query counts once; F1 is of the answers as they are.
     """
-    chosen = aim.target if aim.kind in PROMISED else None
-    alarms, misses = false_positive_rate * sizes.harmless_queries, (1 - recall) * sizes.harmful_queries
-    alarm_bound = min(1.0, false_positive_rate + band(sizes.harmless_queries, aim.confidence))
-    miss_bound = min(1.0, 1 - recall + band(sizes.harmful_queries, aim.confidence))
-    if aim.kind in ("false_positive_rate", "fixed"):
-        alarm_bound = bound(alarms, sizes.harmless_queries, aim.confidence, chosen)
-    if aim.kind in ("recall", "fixed"):
-        miss_bound = bound(
-            misses, sizes.harmful_queries, aim.confidence, None if chosen is None else 1 - chosen
-        )
+    positives, negatives = sizes.harmful_queries, sizes.harmless_queries
+    false_positive_bound = _bound("false_positive_rate", false_positive_rate, negatives, aim)
+    miss_bound = _bound("recall", 1 - recall, positives, aim)
     facts: dict[str, Any] = {
         "aim": aim.kind,
         "target": aim.target,
@@ -211,43 +198,37 @@ def describe(
         "n": sizes.harmful + sizes.harmless,
         "positives": sizes.harmful,
         "negatives": sizes.harmless,
-        "independent_positives": sizes.harmful_queries,
-        "independent_negatives": sizes.harmless_queries,
+        "independent_positives": positives,
+        "independent_negatives": negatives,
         "false_positive_rate": false_positive_rate,
-        "false_positive_rate_bound": alarm_bound,
+        "false_positive_rate_bound": false_positive_bound,
         "recall": recall,
         "recall_bound": 1 - miss_bound,
         "f1": f1,
         "promised": None,
     }
-    if aim.kind == "false_positive_rate":
-        facts["promised"] = facts["false_positive_rate_bound"] <= aim.target
-    elif aim.kind == "recall":
-        facts["promised"] = facts["recall_bound"] >= aim.target
+    if aim.kind == "false_positive_rate" and aim.target is not None:
+        facts["promised"] = false_positive_bound <= aim.target
+    elif aim.kind == "recall" and aim.target is not None:
+        facts["promised"] = 1 - miss_bound >= aim.target
     return Choice(threshold, _how(aim, facts), facts)
 
 
-def _pick(
-    aim: Aim,
-    recalls: NDArray[np.float64],
-    alarm_rates: NDArray[np.float64],
-    f1: NDArray[np.float64],
-    sizes: Sizes,
-) -> int:
+def _pick(aim: Aim, recalls: Floats, false_positive_rates: Floats, f1: Floats, sizes: Sizes) -> int:
     """The place of the threshold to take, counted from the strictest."""
     if aim.target is None:
         return len(f1) - 1 - int(np.argmax(f1[::-1]))  # of equals the lowest threshold, which finds most
     # Rates only grow on the way down, and the bounds with them: all before the first failure pass.
     if aim.kind == "false_positive_rate":
         queries = sizes.harmless_queries
-        passed = int((upper(alarm_rates * queries, queries, aim.confidence) <= aim.target).sum())
-        return (passed or int((alarm_rates == alarm_rates[0]).sum())) - 1
+        passed = int((_upper(false_positive_rates * queries, queries, aim.confidence) <= aim.target).sum())
+        return (passed or int((false_positive_rates == false_positive_rates[0]).sum())) - 1
     queries = sizes.harmful_queries
-    passed = int((upper((1 - recalls) * queries, queries, aim.confidence) <= 1 - aim.target).sum())
+    passed = int((_upper((1 - recalls) * queries, queries, aim.confidence) <= 1 - aim.target).sum())
     return len(recalls) - (passed or int((recalls == recalls[-1]).sum()))
 
 
-def _below(values: NDArray[np.float64], place: int) -> float:
+def _below(values: Floats, place: int) -> float:
     """Halfway between a score and the next lower one or 0; the score itself where no number is between."""
     score, lower = float(values[place]), float(values[place - 1]) if place else 0.0
     middle = (score + lower) / 2
@@ -260,35 +241,50 @@ def _how(aim: Aim, facts: dict[str, Any]) -> str:
         return "fixed"
     if aim.target is None:
         return f"best F1 ({facts['f1']:.3f}) on {facts['n']:,} answers"
-    name, wanted, kind = (
-        ("false positive rate", f"at most {aim.target:g}", "harmless")
-        if aim.kind == "false_positive_rate"
-        else ("recall", f"at least {aim.target:g}", "harmful")
-    )
-    count = facts["independent_negatives" if kind == "harmless" else "independent_positives"]
-    seen = f"{facts[aim.kind]:.3f} on {count:,} {kind} answers, bound {facts[f'{aim.kind}_bound']:.3f}"
+    if aim.kind == "false_positive_rate":
+        wanted, which, label, right = "at most", "lowest", "harmless", 1 - aim.target
+        count = facts["independent_negatives"]
+    else:
+        wanted, which, label, right = "at least", "highest", "harmful", aim.target
+        count = facts["independent_positives"]
+    name = f"{aim.kind.replace('_', ' ')} of {wanted} {aim.target:g}"
+    seen = f"{facts[aim.kind]:.3f} on {count:,} {label} answers, bound {facts[f'{aim.kind}_bound']:.3f}"
     if facts["promised"]:
-        which = "lowest" if kind == "harmless" else "highest"
-        return f"{which} threshold with a {name} of {wanted} at confidence {aim.confidence:g} ({seen})"
-    words = (
-        f"a {name} of {wanted} cannot be promised at confidence {aim.confidence:g} ({seen}); "
+        return f"{which} threshold with a {name} at confidence {aim.confidence:g} ({seen})"
+    how = (
+        f"a {name} cannot be promised at confidence {aim.confidence:g} ({seen}); "
         "the threshold that comes nearest was taken"
     )
-    right = 1 - aim.target if kind == "harmless" else aim.target
-    fewest = math.ceil(math.log(1 - aim.confidence) / math.log(right))  # so many, if all of them are right
-    return words if count >= fewest else f"{words}; at least {fewest:,} {kind} answers are needed"
+    fewest = math.ceil(math.log(1 - aim.confidence) / math.log(right))  # if all of them are right
+    return how if count >= fewest else f"{how}; at least {fewest:,} {label} answers are needed"
 
 
-def checked(
-    labels: Sequence[bool], numbers: Sequence[float]
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Labels and numbers as arrays of shape (n,).
+def _upper(counts: Floats, total: int, confidence: float) -> Floats:
+    """One-sided upper Clopper-Pearson bounds of shares; counts need not be whole."""
+    from statsmodels.stats.proportion import proportion_confint  # takes a second to import
 
-    Raises:
-        InputError: one kind of label only, or a number that is not finite.
+    return np.asarray(proportion_confint(counts, total, alpha=2 * (1 - confidence), method="beta")[1])
+
+
+def _bound(rate: str, share: float, total: int, aim: Aim) -> float:
+    """The upper bound of a share of mistakes: of false positives, or of misses where ``rate`` is recall.
+
+    Where the aim's target chose the threshold, the bound allows for the choice: it is that of the largest
+    whole count within the target, which without ties is the count itself. With ties the count may be smaller
+    by chance, and its own bound would fail too often.
     """
-    if len(labels) != len(numbers):
-        raise ValueError(f"{len(labels)} labels but {len(numbers)} numbers")
+    if aim.kind not in (rate, "fixed"):  # how far a share may lie from the truth at all thresholds at once
+        return min(1.0, share + math.sqrt(-math.log(1 - aim.confidence) / (2 * total)))
+    own = float(_upper(np.array(share * total), total, aim.confidence))
+    if aim.kind == "fixed" or aim.target is None:
+        return own
+    limit = aim.target if rate == "false_positive_rate" else 1 - aim.target
+    allowed = _upper(np.arange(int(limit * total) + 1.0), total, aim.confidence)
+    return max(own, float(allowed[allowed <= limit].max())) if own <= limit else own
+
+
+def _checked(labels: Sequence[bool], numbers: Sequence[float]) -> tuple[NDArray[np.bool_], Floats]:
+    """Both as arrays of shape (n,)."""
     harmful, values = np.asarray(labels, dtype=bool), np.asarray(numbers, dtype=np.float64)
     if harmful.all() or not harmful.any():
         raise InputError(

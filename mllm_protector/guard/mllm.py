@@ -47,19 +47,15 @@ class ProtectedMLLM:
         """
         asked = as_questions(questions)
         answers = [_text_or_failure(answer) for answer in self.mllm.generate(asked)]
-        made = [
-            (question, answer)
-            for question, answer in zip(asked, answers, strict=True)
-            if isinstance(answer, str)
-        ]
-        replies = iter(
-            self.protector.guard(
-                queries=[question.text for question, _ in made],
-                answers=[answer for _, answer in made],
-                ids=[question.id for question, _ in made],
-            )
+        pairs = zip(asked, answers, strict=True)
+        made = [(question, answer) for question, answer in pairs if isinstance(answer, str)]
+        replies = self.protector.guard(
+            queries=[question.text for question, _ in made],
+            answers=[answer for _, answer in made],
+            ids=[question.id for question, _ in made],
         )
-        return [next(replies).final if isinstance(answer, str) else answer for answer in answers]
+        final = (reply.final for reply in replies)
+        return [next(final) if isinstance(answer, str) else answer for answer in answers]
 
     @property
     def card(self) -> Card:

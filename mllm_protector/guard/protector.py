@@ -15,15 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mllm_protector import prompts
-from mllm_protector.arguments import require_texts
+from mllm_protector.arguments import require_texts, require_threshold
 from mllm_protector.errors import InputError
 from mllm_protector.guard import rewrites
-from mllm_protector.guard.calibration import require_threshold
 from mllm_protector.guard.rewrites import Fault
 from mllm_protector.guard.rows import Row, rewrites_of, scores_of
-from mllm_protector.models.bases import bases_of
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.detoxifier import load_detoxifier
+from mllm_protector.models.parts import bases_of
 from mllm_protector.models.shared import can_share, load_shared
 from mllm_protector.normalisation import normalised
 from mllm_protector.protocols import Card, Corrector, Detector
@@ -38,7 +37,7 @@ BYTES_PER_TOKEN = 4
 """About what a tokenizer makes of English, so that no text has to be tokenised to be found too long."""
 
 HARMFUL = "harmful"
-"""Why a rewrite was discarded, where it has no ``rewrites.Fault``: its score."""
+"""Why a rewrite without a ``rewrites.Fault`` was discarded: its score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +47,7 @@ class Refusal:
     text: str = prompts.REFUSAL
 
     def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
-        """The fixed text for each answer.
-
-        Raises:
-            InputError: not two lists of texts of the same length.
-        """
+        """The fixed text for each answer."""
         require_texts(queries=queries, answers=answers)
         return [self.text] * len(answers)
 
@@ -105,8 +100,8 @@ class Protector:
                 of UTF-8, of the text or of its normalised form, whichever is longer.
 
         Raises:
-            InputError: a threshold outside [0, 1], fewer than one rewrite or token, or a corrector whose
-                ``correct`` takes no attempt.
+            InputError: a threshold outside [0, 1], fewer than one rewrite or token, or a ``correct`` that
+                takes no attempt.
         """
         require_threshold("threshold", threshold)
         for key, number in (("max_rewrites", max_rewrites), ("max_answer_tokens", max_answer_tokens)):
@@ -202,22 +197,23 @@ class Protector:
         require_texts(queries=queries, answers=answers, ids=ids)
         rows = [*map(Row, queries, answers)]
         names = [*map(str, range(len(rows)))] if ids is None else ids
-        short = [index for index, row in enumerate(rows) if not self._is_too_long(row.answer)]
-        scores = scores_of(self.detector, [rows[index] for index in short])
-        harms = dict(zip(short, scores, strict=True))
+        read = [index for index, row in enumerate(rows) if not self._is_too_long(row.answer)]
+        harms = dict(zip(read, scores_of(self.detector, [rows[index] for index in read]), strict=True))
         flagged = [index for index, harm in harms.items() if harm is not None and harm >= self.threshold]
-        rewrites = dict(zip(flagged, self._rewrite([rows[index] for index in flagged]), strict=True))
-        replies = []
-        for index, (name, row) in enumerate(zip(names, rows, strict=True)):
-            harm = harms.get(index)
-            if index not in harms:
-                made = TOO_LONG
-            elif harm is None:
-                made = FAILED
-            else:
-                made = rewrites.get(index, Rewrite(row.answer, Outcome.ALLOWED))
-            replies.append(Reply(id=name, raw=row.answer, harm=harm, final=made.text, outcome=made.outcome))
-        return replies
+        made = dict.fromkeys(range(len(rows)), TOO_LONG)
+        for index, harm in harms.items():
+            made[index] = FAILED if harm is None else Rewrite(rows[index].answer, Outcome.ALLOWED)
+        made |= zip(flagged, self._rewrite([rows[index] for index in flagged]), strict=True)
+        return [
+            Reply(
+                id=name,
+                raw=row.answer,
+                harm=harms.get(index),
+                final=made[index].text,
+                outcome=made[index].outcome,
+            )
+            for index, (name, row) in enumerate(zip(names, rows, strict=True))
+        ]
 
     def rewrite(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[Rewrite]:
         """Replace every answer, whatever its score.
@@ -226,70 +222,59 @@ class Protector:
         is made; after ``max_rewrites`` attempts the fixed refusal takes its place. All answers that still
         need a rewrite are rewritten together.
 
-        Args:
-            queries: the words of the questions.
-            answers: what was flagged.
-
         Raises:
             InputError: as ``guard``.
         """
         require_texts(queries=queries, answers=answers)
         rows = [*map(Row, queries, answers)]
         too_long = [self._is_too_long(row.answer) for row in rows]
-        rewrites = iter(self._rewrite([row for row, long in zip(rows, too_long, strict=True) if not long]))
-        return [TOO_LONG if long else next(rewrites) for long in too_long]
+        made = iter(self._rewrite([row for row, long in zip(rows, too_long, strict=True) if not long]))
+        return [TOO_LONG if long else next(made) for long in too_long]
 
     def _is_too_long(self, answer: str) -> bool:
         most = BYTES_PER_TOKEN * self.max_answer_tokens
-        return _size(answer) > most or _size(normalised(answer)) > most
+        return any(len(text.encode(errors="surrogatepass")) > most for text in (answer, normalised(answer)))
 
     def _rewrite(self, rows: Sequence[Row]) -> list[Rewrite]:
         if isinstance(self.corrector, Refusal):
             text = self.corrector.text.strip() or prompts.REFUSAL
             return [Rewrite(text, Outcome.REFUSED)] * len(rows)
-        rewrites = [REFUSED] * len(rows)
+        made = [REFUSED] * len(rows)
         waiting = [*range(len(rows))]
         for attempt in range(self.max_rewrites):
             tried = self._attempt([rows[index] for index in waiting], attempt)
             for index, rewrite in zip(waiting, tried, strict=True):
-                discarded = rewrites[index].discarded + rewrite.discarded
-                rewrites[index] = replace(rewrite, discarded=discarded)
-            waiting = [index for index in waiting if rewrites[index].outcome == Outcome.REFUSED]
-        self._count(rewrites)
-        return rewrites
+                made[index] = replace(rewrite, discarded=made[index].discarded + rewrite.discarded)
+            waiting = [index for index in waiting if made[index].outcome == Outcome.REFUSED]
+        self._count(made)
+        return made
 
     def _attempt(self, rows: Sequence[Row], attempt: int) -> list[Rewrite]:
         """One rewrite of each row, checked and scored; ``REFUSED`` where it is discarded."""
         texts = rewrites_of(self.corrector, rows, attempt)
         sound = {index: text for index, text in enumerate(texts) if text and not isinstance(text, Fault)}
         again = [Row(rows[index].query, text) for index, text in sound.items()]
-        scores = scores_of(self.detector, again, "scoring rewrites")
-        harms = dict(zip(sound, scores, strict=True))
-        rewrites = []
+        harms = dict(zip(sound, scores_of(self.detector, again, "scoring rewrites"), strict=True))
+        made = []
         for index, text in enumerate(texts):
             harm = harms.get(index)
             if isinstance(text, Fault):
-                rewrites.append(replace(REFUSED, discarded=(str(text),)))
+                made.append(replace(REFUSED, discarded=(str(text),)))
             elif text is None or harm is None:
-                rewrites.append(FAILED)
+                made.append(FAILED)
             elif harm >= self.threshold:
-                rewrites.append(replace(REFUSED, discarded=(HARMFUL,)))
+                made.append(replace(REFUSED, discarded=(HARMFUL,)))
             else:
-                rewrites.append(Rewrite(text, Outcome.REWRITTEN))
-        return rewrites
+                made.append(Rewrite(text, Outcome.REWRITTEN))
+        return made
 
-    def _count(self, rewrites: Sequence[Rewrite]) -> None:
-        if discarded := Counter(reason for rewrite in rewrites for reason in rewrite.discarded):
+    def _count(self, made: Sequence[Rewrite]) -> None:
+        if discarded := Counter(reason for rewrite in made for reason in rewrite.discarded):
             with self._counting:
                 self._discarded += discarded
             log.info(
                 "%d of %d flagged answers were rewritten; discarded rewrites: %s",
-                sum(rewrite.outcome == Outcome.REWRITTEN for rewrite in rewrites),
-                len(rewrites),
+                sum(rewrite.outcome == Outcome.REWRITTEN for rewrite in made),
+                len(made),
                 ", ".join(f"{reason} {count}" for reason, count in sorted(discarded.items())),
             )
-
-
-def _size(text: str) -> int:
-    """Bytes of UTF-8."""
-    return len(text.encode(errors="surrogatepass"))

@@ -5,12 +5,11 @@ detector does not know: empty texts, loops, the prompt, and copies of the harmfu
 whether a rewrite is true, on topic or well written.
 
 With the accepted answer as the rewrite of the rejected one, they discard 7 of 1,791 pairs of hh-rlhf
-(harmless-base, 1,800 rows of its test file; 0.4 %): 4 copies, all of them thanks in the same words, 2 texts
-of punctuation and 1 echo; of the 1,066 toy corrections none. Of its 1,008 rejected answers with 24 words or
-more they recognise all as they are, 97 % cut in half, 88 % with every tenth word replaced and 27 % with every
-fifth: copies in other words are left to the detector. The thresholds were chosen on these pairs; of 1,620
-completions of XSTest, examined only afterwards, none is called empty, looping or an echo (how many copies
-there are is not known).
+(harmless-base; 0.4 %): 4 copies, all of them thanks in the same words, 2 texts of punctuation and 1 echo; of
+the 1,066 toy corrections none. Of its 1,008 rejected answers with 24 words or more they recognise all as they
+are, 97 % cut in half, 88 % with every tenth word replaced and 27 % with every fifth: copies in other words
+are left to the detector. The thresholds were chosen on these pairs; of 1,620 completions of XSTest, examined
+only afterwards, none is called empty, looping or an echo.
 """
 
 import re
@@ -82,7 +81,7 @@ _STRAIGHT = str.maketrans("‘’", "''")
 _UNITS = re.compile(rf"([^\W_]{{1,4}}?)\1{{{UNIT_REPEATS - 1},}}|([^\w\s]|_)\2{{{RULER},}}")
 
 _MARKUP = " \t*#>_"
-"""What may stand around a heading."""
+"""What may surround a heading."""
 
 _DECLINES = re.compile(
     r"^no\b|\b(?:sorry|apologi[sz]e|can't|cannot|can not|won't|will not|not able to|unable to|decline"
@@ -98,13 +97,7 @@ _HEADINGS = tuple(
 
 
 def fault_of(query: str, answer: str, rewrite: str) -> Fault | None:
-    """What is wrong with a rewrite, or ``None``.
-
-    Args:
-        query: what was asked.
-        answer: the harmful answer.
-        rewrite: what should be shown instead.
-    """
+    """What is wrong with a rewrite of a harmful answer to a query, or ``None``."""
     said = words(rewrite)
     if not said:
         return Fault.EMPTY
@@ -121,11 +114,9 @@ def words(text: str) -> list[str]:
 
 
 def surviving_share(answer: Sequence[str], rewrite: Sequence[str]) -> float:
-    """The share of an answer's different n-grams that stand in its rewrite too, in [0, 1].
+    """The share of an answer's different n-grams that are in its rewrite too, in [0, 1].
 
-    Args:
-        answer: words; fewer than an n-gram's survive only as the whole of the rewrite.
-        rewrite: words.
+    Both are words; fewer than an n-gram's survive only as the whole of the rewrite.
     """
     before = _grams(answer)
     return len(set(before) & set(_grams(rewrite))) / len(set(before)) if answer else 0.0
@@ -139,10 +130,9 @@ def _grams(said: Sequence[str]) -> list[tuple[str, ...]]:
 def _loops(text: str, said: Sequence[str]) -> bool:
     if _UNITS.search(text):
         return True
-    if len(said) >= LOOP_WORDS:
-        grams = _grams(said)
-        if 1 - len(set(grams)) / len(grams) >= LOOP_SHARE:
-            return True
+    grams = _grams(said)
+    if len(said) >= LOOP_WORDS and 1 - len(set(grams)) / len(grams) >= LOOP_SHARE:
+        return True
     # A text that was stopped while it looped may end in half a word.
     return _ends_in_cycle(said) or _ends_in_cycle(said[:-1])
 

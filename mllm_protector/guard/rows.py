@@ -26,13 +26,7 @@ class Row(NamedTuple):
 
 
 def scores_of(detector: Detector, rows: Sequence[Row], verb: str = "scoring") -> list[float | None]:
-    """P(harmful) of each row; ``None`` where the detector fails.
-
-    Args:
-        detector: anybody's.
-        rows: what to score.
-        verb: for the log.
-    """
+    """P(harmful) of each row; ``None`` where the detector fails. ``verb`` is for the log."""
 
     def ask(rows: Sequence[Row]) -> list[float]:
         queries, answers = zip(*rows, strict=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from mllm_protector.guard.calibration import require_threshold
+from mllm_protector.arguments import require_threshold
 from mllm_protector.protocols import Card, Detector
 from mllm_protector.records import Answer, Question, Status, Verdict
 
@@ -55,9 +55,9 @@ class DetectorJudge:
         Raises:
             InputError: not a detector, or its base is not found.
         """
-        from mllm_protector.models.bases import base_of, require_bases  # heavy, and other judges do without
         from mllm_protector.models.detector import card_of
         from mllm_protector.models.guard_file import read_guard_file
+        from mllm_protector.models.parts import base_of, require_bases  # heavy, and other judges do without
 
         own = base_of(base, folder, "detector")
         require_bases(own, (folder, "detector"))

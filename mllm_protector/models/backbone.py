@@ -49,11 +49,7 @@ class Backbone:
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what transformers would stumble over later.
-
-        Raises:
-            InputError: an unknown dtype or quantisation.
-        """
+        """Refuse an unknown dtype or quantisation."""
         if self.dtype not in DTYPES:
             raise InputError(f"dtype={self.dtype}: use {' or '.join(DTYPES)}")
         if self.quantization not in (None, *get_args(Quantization)):
@@ -62,11 +58,7 @@ class Backbone:
             )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer.
-
-        Raises:
-            InputError: there is none, or it cannot be read.
-        """
+        """The tokenizer; an ``InputError`` if it cannot be loaded."""
         with loading(self.name):
             self._look_up()
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.name, **self._origin())
@@ -204,10 +196,7 @@ def loading(name: str) -> Iterator[None]:
     """Turn whatever stops a model from being loaded into one line, and keep transformers quiet.
 
     Its warnings are of new weights, such as the head that an adapter is about to fill; callers check whether
-    any are missing in the end.
-
-    Args:
-        name: of the model, a local folder or a name on the hub.
+    any are missing in the end. ``name`` is a local folder or a name on the hub.
 
     Raises:
         InputError: for any exception inside.

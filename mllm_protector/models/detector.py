@@ -23,9 +23,8 @@ from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import OVERLAP, SENTENCE
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
-from mllm_protector.models.bases import part_backbone
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
-from mllm_protector.models.parts import add_adapter, not_in_adapter, save_part
+from mllm_protector.models.parts import adapter_weights, add_adapter, part_backbone, save_part
 from mllm_protector.protocols import Card
 
 BATCH_TOKENS = 4096
@@ -38,8 +37,7 @@ class HarmDetector:
     An answer that fits (into ``max_length`` with its question, and into ``window``) costs one row of a
     forward pass. A longer one of n tokens costs about n / (window - overlap) rows, each with the question
     and the prompt again: time grows in proportion to n, and memory stays what ``batch_tokens`` allows. The
-    overlap is a quarter of a window, at least 32 tokens, and at most half a window, so no token of an answer
-    is read more than about twice; but beside short windows a long question is what costs most.
+    overlap is a quarter of a window, at least 32 tokens, and at most half a window.
 
     The worst of many windows is more often high by chance than one window: where answers are long, choose
     the threshold on answers as long as these.
@@ -83,11 +81,7 @@ class HarmDetector:
         return 0.5 if self.guard.threshold is None else self.guard.threshold
 
     def logits(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The logit of each answer to its query: the worst of its windows and readings, NaN if one is.
-
-        Raises:
-            InputError: not two lists of texts of the same length.
-        """
+        """The logit of each answer to its query: the worst of its windows and readings, NaN if one is."""
         require_texts(queries=queries, answers=answers)
         windows = self.encoder.windows(queries=queries, answers=answers, window=self.window)
         return worst_logits(self.model, self.encoder, windows, limit=self.limit)
@@ -96,7 +90,7 @@ class HarmDetector:
         """P(harmful) in [0, 1] of each answer to its query.
 
         Raises:
-            InputError: as ``logits``.
+            InputError: not two lists of texts of the same length.
         """
         return self.guard.scale.scores(self.logits(queries=queries, answers=answers))
 
@@ -166,18 +160,15 @@ def load_detector(
 
 
 def load_classifier(folder: Path, guard: GuardFile, backbone: Backbone) -> torch.nn.Module:
-    """A detector's weights in evaluation mode, on the CPU.
-
-    Args:
-        folder: of the detector.
-        guard: the content of its ``guard.json``.
-        backbone: what to load the weights from, or the base under its adapter.
+    """A detector's weights in evaluation mode, on the CPU; ``backbone`` as by ``part_backbone``.
 
     Raises:
         InputError: the weights cannot be loaded, or the head is missing.
     """
-    model, fresh = backbone.load_classifier(pad_id=guard.pad_id)
-    untrained = not_in_adapter(folder, fresh) if guard.tuning == "lora" else fresh
+    model, untrained = backbone.load_classifier(pad_id=guard.pad_id)
+    if guard.tuning == "lora":
+        keys = adapter_weights(folder).keys()
+        untrained = [module for module in untrained if not any(f".{module}." in key for key in keys)]
     if untrained:
         raise InputError(
             f"{folder}: the trained head ({', '.join(untrained)}) is missing; scores would be random"
@@ -186,11 +177,7 @@ def load_classifier(folder: Path, guard: GuardFile, backbone: Backbone) -> torch
 
 
 def detector_encoder(folder: Path, guard: GuardFile, *, trust_remote_code: bool = False) -> DetectorEncoder:
-    """The renderer that a detector was trained with.
-
-    Raises:
-        InputError: the folder has no tokenizer.
-    """
+    """The renderer that a detector was trained with."""
     return DetectorEncoder(
         Backbone(name=str(folder), trust_remote_code=trust_remote_code).load_tokenizer(),
         pad_id=guard.pad_id,
@@ -205,11 +192,7 @@ def score_logits(
 ) -> list[float]:
     """The logit of each row of ids, batched by length so that little is padded.
 
-    Args:
-        model: maps (B, T) ids and mask to logits (B, 1).
-        encoder: pads the rows.
-        rows: rendered pairs.
-        limit: of one forward pass.
+    ``model`` maps (B, T) ids and mask to logits (B, 1); ``limit`` is of one forward pass.
     """
     logits = [0.0] * len(rows)
     with inference(model):
@@ -229,11 +212,7 @@ def worst_logits(
 ) -> list[float]:
     """The highest logit among the rows of each answer; NaN if one is, which ``max`` alone may overlook.
 
-    Args:
-        model: maps (B, T) ids and mask to logits (B, 1).
-        encoder: pads the rows.
-        windows: the rows of each answer, at least one.
-        limit: of one forward pass, which may hold windows of several answers.
+    A forward pass, limited as in ``score_logits``, may hold windows of several answers.
     """
     logits = iter(score_logits(model, encoder, [row for rows in windows for row in rows], limit=limit))
     each = [list(islice(logits, len(rows))) for rows in windows]

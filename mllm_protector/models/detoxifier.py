@@ -19,10 +19,9 @@ from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
-from mllm_protector.models.bases import find_base, part_backbone
 from mllm_protector.models.generating import decoded
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
-from mllm_protector.models.parts import add_adapter, save_part
+from mllm_protector.models.parts import add_adapter, find_base, part_backbone, save_part
 from mllm_protector.protocols import Card
 
 log = logging.getLogger(__name__)
@@ -183,9 +182,8 @@ def load_detoxifier(
     guard = read_guard_file(folder, "detoxifier")
     where = pick_device(device)
     backbone = part_backbone(guard, folder, base, trust_remote_code=trust_remote_code)
-    model: torch.nn.Module = backbone.load_causal_lm()
-    if guard.tuning == "lora":
-        model = add_adapter(model, folder)
+    base_model = backbone.load_causal_lm()
+    model = add_adapter(base_model, folder) if guard.tuning == "lora" else base_model
     encoder = detoxifier_encoder(folder, guard, trust_remote_code=trust_remote_code)
     return Detoxifier(
         model.to(where).eval(), encoder, guard, max_new_tokens=max_new_tokens, batch_size=batch_size
@@ -202,15 +200,7 @@ def load_untrained(
 ) -> Detoxifier:
     """The backbone of a trained detoxifier as it was before its training: the baseline, asked the same way.
 
-    Args:
-        folder: what ``train_detoxifier`` wrote.
-        base: where the backbone is now; ``None`` to look where it was, and near the folder.
-        device: ``None`` takes the GPU if there is one.
-        max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
-        batch_size: answers rewritten at once.
-
-    Raises:
-        InputError: not a detoxifier, or its backbone cannot be loaded.
+    Arguments and errors are those of ``load_detoxifier``.
     """
     folder = Path(folder)
     guard = read_guard_file(folder, "detoxifier")
@@ -223,11 +213,7 @@ def load_untrained(
 def detoxifier_encoder(
     folder: Path, guard: GuardFile, *, trust_remote_code: bool = False
 ) -> DetoxifierEncoder:
-    """The renderer that a detoxifier was trained with.
-
-    Raises:
-        InputError: the folder has no tokenizer.
-    """
+    """The renderer that a detoxifier was trained with."""
     return DetoxifierEncoder(
         Backbone(name=str(folder), trust_remote_code=trust_remote_code).load_tokenizer(),
         pad_id=guard.pad_id,

@@ -23,11 +23,9 @@ from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import fill, special_affixes
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import write_text
-from mllm_protector.models.bases import part_backbone
 from mllm_protector.models.detector import HarmDetector, detector_encoder, load_classifier, load_detector
-from mllm_protector.models.guard_file import ADAPTER_FILES, FILE_NAME, GuardFile, read_guard_file
-from mllm_protector.models.parts import save_part
-from mllm_protector.models.scale import Scale
+from mllm_protector.models.guard_file import FILE_NAME, GuardFile, Scale, read_guard_file
+from mllm_protector.models.parts import adapter_weights, part_backbone, save_part
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +117,7 @@ def export_detector(
 def model_card(guard: GuardFile, encoder: DetectorEncoder, *, plain_text: bool) -> str:
     """The text of ``README.md``, front matter included.
 
-    Args:
-        guard: the detector's ``guard.json``.
-        encoder: renders its input.
-        plain_text: whether text that is tokenised in one piece gives the encoder's ids.
+    ``plain_text`` says whether text that is tokenised in one piece gives the encoder's ids.
     """
     base = guard.base["name"]
     data = ModelCardData(
@@ -169,25 +164,13 @@ def _fenced(text: str, language: str) -> str:
 
 
 def fold_scale(model: torch.nn.Module, scale: Scale) -> Scale:
-    """Put a scale into the head of a classifier, in place.
-
-    Args:
-        model: its head is the linear layer with one output.
-        scale: of its logits.
+    """Put a scale into the head of a classifier, its one linear layer with one output, in place.
 
     Returns:
         The scale of the new logits: its temperature is 1, and its offset is 0 if the head has a bias.
-
-    Raises:
-        InputError: no such layer, or more than one.
     """
     layers = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    heads = [layer for layer in layers if layer.out_features == 1]
-    if len(heads) != 1:
-        raise InputError(
-            f"{type(model).__name__}: has {len(heads)} linear layers with one output, not one head"
-        )
-    [head] = heads
+    [head] = [layer for layer in layers if layer.out_features == 1]
     offset = scale.offset / scale.temperature
     with torch.no_grad():
         head.weight.div_(scale.temperature)
@@ -198,9 +181,9 @@ def fold_scale(model: torch.nn.Module, scale: Scale) -> Scale:
 
 
 def push(folder: Path, name: str, *, private: bool) -> None:
-    """Upload an exported detector to the Hugging Face hub, with the user's own login there.
+    """Upload the files of an exported model, and no others, with the user's own login on the hub.
 
-    Of the folder only the files of the model go; a repository that exists keeps its visibility.
+    A repository that exists keeps its visibility.
 
     Raises:
         InputError: the hub refuses or cannot be reached.
@@ -208,20 +191,13 @@ def push(folder: Path, name: str, *, private: bool) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    # Whatever else lies in the folder is the user's own.
-    own = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if (path.suffix in (".json", ".safetensors") and not path.name.startswith("."))
-        or path.name in OWN_FILES
-    ]
     api = HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=name,
             folder_path=str(folder),
-            allow_patterns=own,
+            allow_patterns=_own_files(folder),
             commit_message="Add a harm detector",
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
@@ -230,6 +206,16 @@ def push(folder: Path, name: str, *, private: bool) -> None:
             f"the name and the network, and try again: the export is complete in {folder}"
         ) from error
     log.info("published: %s", name)
+
+
+def _own_files(folder: Path) -> list[str]:
+    """The names of an export's files; whatever else is in the folder is the user's own."""
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if (path.suffix in (".json", ".safetensors") and not path.name.startswith("."))
+        or path.name in OWN_FILES
+    ]
 
 
 def _load(folder: Path, guard: GuardFile, base: str | None) -> HarmDetector:
@@ -249,16 +235,13 @@ def _merged(model: Any, folder: Path, guard: GuardFile) -> torch.nn.Module:
     """One model without adapter layers. PEFT's merging may leave a new head behind, so it is set again."""
     if guard.tuning == "full":
         return model  # type: ignore[no-any-return]
-    from safetensors.torch import load_file
-
     merged: torch.nn.Module = model.merge_and_unload()
     head = {
         key.removeprefix("base_model.model."): tensor.float()
-        for key, tensor in load_file(folder / ADAPTER_FILES[1]).items()
+        for key, tensor in adapter_weights(folder).items()
         if "lora_" not in key
     }
-    unexpected = merged.load_state_dict(head, strict=False).unexpected_keys
-    if unexpected:
+    if unexpected := merged.load_state_dict(head, strict=False).unexpected_keys:
         raise InputError(f"{folder}: the adapter's {unexpected[0]} has no place in the merged model")
     return merged
 

@@ -9,22 +9,23 @@ signed: it tells a damaged or mixed-up part, not one that somebody has forged wi
 import json
 import logging
 import textwrap
-from collections.abc import Iterable
-from dataclasses import asdict, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, with_config
-from pydantic.dataclasses import dataclass
+from pydantic.dataclasses import dataclass as checked_dataclass
 from typing_extensions import TypedDict
 
 from mllm_protector import prompts
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, read_json, write_json
 from mllm_protector.models.backbone import Backbone
-from mllm_protector.models.scale import Scale
 from mllm_protector.models.tuning import Quantization, TuningKind
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,35 @@ Prompt = Annotated[str, AfterValidator(lambda text: prompts.require_fields(text,
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scale:
+    """How a logit becomes a score, in float64 so that strong scores stay apart.
+
+    No scale changes the order of two answers.
+
+    Attributes:
+        temperature: positive; above 1 it makes every score less sure.
+        offset: in logits; positive makes every answer more harmful.
+    """
+
+    temperature: float = 1.0
+    offset: float = 0.0
+
+    def logits(self, logits: Sequence[float] | Floats) -> Floats:
+        """The calibrated logits, shape (n,)."""
+        return (np.asarray(logits, dtype=np.float64) + self.offset) / self.temperature
+
+    def scores(self, logits: Sequence[float] | Floats) -> list[float]:
+        """P(harmful) in [0, 1] of each answer; NaN where its logit is."""
+        from scipy.special import expit
+
+        scores: list[float] = expit(self.logits(logits)).tolist()
+        return scores
+
+
 @with_config(STRICT)
 class Base(TypedDict, total=False):
     """The fields of a ``Backbone``, as JSON."""
@@ -75,22 +105,21 @@ class Base(TypedDict, total=False):
     quantization: Quantization | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+@checked_dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class GuardFile:
     """The content of ``guard.json``.
 
     Attributes:
-        kind: which part this is.
         tuning: ``full`` (the folder holds a whole model) or ``lora`` (an adapter on ``base``).
         base: the backbone the part was trained from.
-        base_fingerprint: identifies the base (``bases.fingerprint``); ``None`` if not taken.
+        base_fingerprint: identifies the base (``parts.fingerprint``); ``None`` if not taken.
         pretrained: false where the backbone started from random weights.
         prompt: the template that renders its input; ``prompt_sha256`` guards it against edits.
+        max_length: the longest input in tokens.
+        pad_id: the id that fills batches.
         chat: the prompt goes through the tokenizer's chat template.
         joined: the prompt and the texts are tokenised in one piece, as the part was trained; special tokens
             inside a text stay words.
-        max_length: the longest input in tokens.
-        pad_id: the id that fills batches.
         threshold: scores at or above it are harmful; ``None`` for a detoxifier.
         threshold_how: how it was chosen, in one sentence.
         group_thresholds: of an earlier release, by group; they are no longer used.
@@ -101,9 +130,9 @@ class GuardFile:
         window: the most tokens of an answer that a detector reads at once; ``None`` for as many as fit.
         data: where the training data came from and what it was.
         metrics: of exactly these weights on the validation split.
+        versions: of the libraries that trained it.
         weights: file name to sha256.
         files: the same for configuration and tokenizer; empty in a file of an earlier release.
-        versions: of the libraries that trained it.
     """
 
     kind: Kind
@@ -197,7 +226,12 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
     try:
         guard = GuardFile(**content)
     except ValidationError as error:
-        raise InputError(f"{path}: {_problem(error)}; copy the file again or retrain") from None
+        first = error.errors()[0]
+        value = textwrap.shorten(json.dumps(first["input"]), width=60, placeholder=" ...")
+        key = ".".join(map(str, first["loc"]))
+        problem = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        problem = f"{key} is missing" if first["type"] == "missing" else f"{key}={value}: {problem}"
+        raise InputError(f"{path}: {problem}; copy the file again or retrain") from None
     _require_whole(guard, folder)
     if guard.group_thresholds:
         _warn_once(
@@ -207,19 +241,6 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
     if guard.caveat:
         _warn_once(f"{folder}: {guard.caveat}")
     return guard
-
-
-def _problem(error: ValidationError) -> str:
-    """The first problem that pydantic found, in our words."""
-    first = error.errors()[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key"
-    value = textwrap.shorten(json.dumps(first["input"]), width=60, placeholder=" ...")
-    problem = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return f"{key}={value}: {problem}"
 
 
 def _require_whole(guard: GuardFile, folder: Path) -> None:

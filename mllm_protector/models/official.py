@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from mllm_protector import prompts
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json, write_json
 from mllm_protector.models.backbone import Backbone, loading
-from mllm_protector.models.bases import provenance
 from mllm_protector.models.guard_file import (
     ADAPTER_FILES,
     FILE_NAME,
@@ -30,15 +29,14 @@ from mllm_protector.models.guard_file import (
     library_versions,
     weight_hashes,
 )
-from mllm_protector.models.parts import replaced_part
+from mllm_protector.models.parts import adapter_weights, provenance, replaced_part
 
 log = logging.getLogger(__name__)
 
 MAX_LENGTH = 512
 """Tokens; the official training drops longer pairs."""
 
-CONFIG_FILE, WEIGHTS_FILE = ADAPTER_FILES
-HEAD = "score"
+HEAD = "base_model.model.score.weight"
 
 
 def import_official_detector(
@@ -69,20 +67,14 @@ def import_official_detector(
             format, or a base that it does not fit.
     """
     source = _adapter_folder(adapter, adapter_revision)
-    config = _adapter_config(source)
-    weights = _weights(source)
+    config = _adapter_config(source / ADAPTER_FILES[0])
     backbone = Backbone(name=base, revision=base_revision, dtype=dtype)
     tokenizer = backbone.load_tokenizer()
     if tokenizer.eos_token_id is None:
         raise InputError(f"base={base}: its tokenizer has no end token, with which the official code pads")
-    head = weights[f"base_model.model.{HEAD}.weight"]
     with loading(base):
         width = AutoConfig.from_pretrained(base, revision=base_revision, trust_remote_code=False).hidden_size
-    if tuple(head.shape) != (1, width):
-        raise InputError(
-            f"{source / WEIGHTS_FILE}: a head of shape {tuple(head.shape)} does not fit base={base} "
-            f"({width} wide); give the base that the adapter was trained on"
-        )
+    weights = _weights(source / ADAPTER_FILES[1], width, base)
     guard = GuardFile(
         kind="detector",
         tuning="lora",
@@ -103,8 +95,10 @@ def import_official_detector(
     )
     folder = Path(output_dir)
     with replaced_part(folder) as fresh:
-        write_json(fresh / CONFIG_FILE, config | {"base_model_name_or_path": base, "revision": base_revision})
-        save_file(_turned(weights), fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(
+            fresh / ADAPTER_FILES[0], config | {"base_model_name_or_path": base, "revision": base_revision}
+        )
+        save_file(weights, fresh / ADAPTER_FILES[1], metadata={"format": "pt"})
         tokenizer.save_pretrained(fresh)
         guard.write(fresh)
     log.info("written: %s (the official detector; scores are P(harmful))", folder)
@@ -128,42 +122,37 @@ def _adapter_folder(adapter: str, revision: str | None) -> Path:
     return folder
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    """PEFT's own file, for a sequence classifier with a head of its own."""
-    path = folder / CONFIG_FILE
+def _adapter_config(path: Path) -> dict[str, Any]:
+    """PEFT's own file, for a sequence classifier with a head."""
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: not the configuration of a LoRA adapter")
-    task = config.get("task_type")
-    if task != "SEQ_CLS":
+    if (task := config.get("task_type")) != "SEQ_CLS":
         raise InputError(
             f"{path}: task_type is {json.dumps(task)}, so this adapter has no detector's head and its scores "
             "would be random; it looks like a detoxifier (the published 7b detector is such a file): use "
             "the 3b detector"
         )
     # PEFT 0.4, which wrote the official adapter, saves the head without naming it here.
-    return config | {"modules_to_save": [HEAD], "inference_mode": True}
+    return config | {"modules_to_save": ["score"], "inference_mode": True}
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (pickled := path.with_suffix(".bin")).is_file():
-            raise InputError(
-                f"{pickled}: a pickle, which is not loaded because it can run code; where you accept that, "
-                f"convert it once by torch.load(..., weights_only=True) and safetensors' save_file to {path}"
-            )
-        raise InputError(f"{path}: missing; the adapter's weights are wanted in safetensors format")
-    with loading(str(path)):
-        weights = load_file(path)
-    if f"base_model.model.{HEAD}.weight" not in weights:
-        raise InputError(f"{path}: no {HEAD}.weight; without its trained head the scores would be random")
-    return weights
-
-
-def _turned(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights with the sign of the head turned: P(safe) becomes P(harmful)."""
+def _weights(path: Path, width: int, base: str) -> dict[str, torch.Tensor]:
+    """The adapter's weights with the sign of the head turned: P(safe) becomes P(harmful)."""
+    if (pickled := path.with_suffix(".bin")).is_file() and not path.is_file():
+        raise InputError(
+            f"{pickled}: a pickle, which is not loaded because it can run code; where you accept that, "
+            f"convert it once by torch.load(..., weights_only=True) and safetensors' save_file to {path}"
+        )
+    weights = adapter_weights(path.parent)
+    if (head := weights.get(HEAD)) is None:
+        raise InputError(f"{path}: no score.weight; without its trained head the scores would be random")
+    if tuple(head.shape) != (1, width):
+        raise InputError(
+            f"{path}: a head of shape {tuple(head.shape)} does not fit base={base} ({width} wide); give the "
+            "base that the adapter was trained on"
+        )
     return {
-        name: (-tensor if name.startswith(f"base_model.model.{HEAD}.") else tensor).contiguous()
+        name: (-tensor if name.startswith(HEAD.removesuffix("weight")) else tensor).contiguous()
         for name, tensor in weights.items()
     }

@@ -35,9 +35,6 @@ def use_packed_attention(model: torch.nn.Module) -> None:
 
     Padded rows it reads as before. A model that runs FlashAttention keeps it: that knows the borders itself.
 
-    Args:
-        model: a transformers model, or one wrapped by PEFT.
-
     Raises:
         InputError: the model lets packed texts see each other, or does not take packed rows at all.
     """
@@ -65,9 +62,7 @@ def use_packed_attention(model: torch.nn.Module) -> None:
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """The output of a model's body at every position, before its head; (B, T, hidden).
 
-    Args:
-        model: a transformers model with a head, or one wrapped by PEFT.
-        batch: padded or packed; labels are ignored.
+    The batch may be padded or packed; labels are ignored.
     """
     output = body(model)(**model_inputs(batch), use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
@@ -131,11 +126,10 @@ def attend_within_texts(
         query: (1, H, T, D).
         key: (1, K, T, D), where K divides H.
         value: (1, K, T, D).
-        attention_mask: of padded rows only.
+        attention_mask: of padded rows only, which go through PyTorch's usual attention.
         dropout: on the attention weights.
         scaling: of the scores; ``None`` for 1 / sqrt(D).
-        cu_seq_lens_q: (S + 1,) int32, the borders of the texts; ``None`` for padded rows, which go through
-            PyTorch's usual attention.
+        cu_seq_lens_q: (S + 1,) int32, the borders of the texts; ``None`` for padded rows.
         max_length_q: the longest text.
         sliding_window: how far back a position sees, itself included; ``None`` for everything.
         others: the layer's further arguments.

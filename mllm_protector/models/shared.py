@@ -17,27 +17,20 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Float32Linear, pick_device
-from mllm_protector.models.bases import part_backbone
 from mllm_protector.models.detector import HarmDetector, detector_encoder
 from mllm_protector.models.detoxifier import Detoxifier, detoxifier_encoder
-from mllm_protector.models.guard_file import ADAPTER_FILES, GuardFile, read_guard_file
-from mllm_protector.models.parts import not_in_adapter
+from mllm_protector.models.guard_file import GuardFile, read_guard_file
+from mllm_protector.models.parts import adapter_weights, fitting, part_backbone
 
 DETECTOR, DETOXIFIER = "detector", "detoxifier"
 HEAD = "score"
-
-_Parts = tuple[tuple[Path, GuardFile], tuple[Path, GuardFile]]
 
 
 class SharedBackbone:
     """A causal LM with two adapters, of which one is active at a time."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Bind the base.
-
-        Args:
-            model: as loaded; PEFT puts its layers into it.
-        """
+        """Bind the base; PEFT puts its layers into it."""
         self.model = model
         self._adapted: Any = None
         self._lock = threading.RLock()
@@ -52,26 +45,21 @@ class SharedBackbone:
             InputError: not a LoRA adapter in safetensors format, or one for another base.
         """
         from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-        from safetensors.torch import load_file
 
-        not_in_adapter(folder, [])  # refuses what is not in safetensors format
+        weights = adapter_weights(folder)
+        adapter = {key: value for key, value in weights.items() if "lora_" in key}
         config = LoraConfig.from_pretrained(str(folder))
         # A plain adapter: the head of a classifier is no module of a causal LM.
         config.task_type, config.modules_to_save, config.inference_mode = None, None, True
-        weights = load_file(folder / ADAPTER_FILES[1])
-        adapter = {key: value for key, value in weights.items() if "lora_" in key}
-        try:
+        with fitting(folder):
             if self._adapted is None:
                 self._adapted = PeftModel(self.model, config, adapter_name=name)
             else:
                 self._adapted.add_adapter(name, config)
             report = set_peft_model_state_dict(self._adapted, adapter, adapter_name=name)
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise InputError(f"{folder}: the adapter does not fit its base model ({reason})") from error
-        untrained = [key for key in report.missing_keys if f".{name}." in key]
-        for key in (*report.unexpected_keys, *untrained):
-            raise InputError(f"{folder}: the adapter does not fit its base model ({key})")
+            untrained = [key for key in report.missing_keys if f".{name}." in key]
+            for key in (*report.unexpected_keys, *untrained):
+                raise ValueError(key)
         return {key: value for key, value in weights.items() if key not in adapter}
 
     @contextmanager
@@ -153,9 +141,10 @@ def load_shared(
         InputError: a folder does not hold what it should, a part is a whole model, or the two were trained
             on different bases.
     """
-    (scorer, scoring), (writer, writing) = parts = _read(detector, detoxifier)
-    if problem := _why_not(parts, moved=base is not None):
-        raise InputError(problem)
+    scorer, writer = Path(detector), Path(detoxifier)
+    scoring, writing = read_guard_file(scorer, "detector"), read_guard_file(writer, "detoxifier")
+    if problem := _why_not(scorer, scoring, writer, writing, moved=base is not None):
+        raise InputError(f"{problem}; load the parts apart, or train them on one base")
     where = pick_device(device)
     backbone = part_backbone(writing, writer, base, trust_remote_code=trust_remote_code)
     shared = SharedBackbone(backbone.load_causal_lm())
@@ -163,12 +152,13 @@ def load_shared(
     for key in sorted(shared.add(DETOXIFIER, writer)):
         raise InputError(f"{writer}: more than an adapter ({key}), so the base cannot be shared")
     reader = detector_encoder(scorer, scoring, trust_remote_code=trust_remote_code)
-    corrections = detoxifier_encoder(writer, writing, trust_remote_code=trust_remote_code)
+    encoder = detoxifier_encoder(writer, writing, trust_remote_code=trust_remote_code)
+    scores, writes = (
+        each.to(where).eval() for each in (SharedDetector(shared, head), SharedDetoxifier(shared))
+    )
     return (
-        HarmDetector(SharedDetector(shared, head).to(where).eval(), reader, scoring),
-        Detoxifier(
-            SharedDetoxifier(shared).to(where).eval(), corrections, writing, max_new_tokens=max_new_tokens
-        ),
+        HarmDetector(scores, reader, scoring),
+        Detoxifier(writes, encoder, writing, max_new_tokens=max_new_tokens),
     )
 
 
@@ -178,34 +168,27 @@ def can_share(detector: str | Path, detoxifier: str | Path) -> bool:
     Raises:
         InputError: a folder does not hold what it should.
     """
-    return _why_not(_read(detector, detoxifier), moved=False) is None
-
-
-def _read(detector: str | Path, detoxifier: str | Path) -> _Parts:
     scorer, writer = Path(detector), Path(detoxifier)
-    return (scorer, read_guard_file(scorer, "detector")), (writer, read_guard_file(writer, "detoxifier"))
+    scoring, writing = read_guard_file(scorer, "detector"), read_guard_file(writer, "detoxifier")
+    return _why_not(scorer, scoring, writer, writing, moved=False) is None
 
 
-def _why_not(parts: _Parts, *, moved: bool) -> str | None:
-    """Why two parts cannot share a base; ``None`` if they can."""
-    for folder, guard in parts:
+def _why_not(
+    scorer: Path, scoring: GuardFile, writer: Path, writing: GuardFile, *, moved: bool
+) -> str | None:
+    """Why two parts cannot share a base; ``None`` if they can. The name tells nothing of a moved base."""
+    for folder, guard in ((scorer, scoring), (writer, writing)):
         if guard.tuning != "lora":
             return f"{folder}: tuning={guard.tuning}, a whole model; only adapters (tuning=lora) share a base"
-    (scorer, scoring), (writer, writing) = parts
-    advice = "load the parts apart, or train them on one base"
-    prints = scoring.base_fingerprint, writing.base_fingerprint
-    if None not in prints and prints[0] != prints[1]:
-        return (
-            f"the base is not the same: {scorer} is on {scoring.base['name']} and {writer} on "
-            f"{writing.base['name']}, with other weights; {advice}"
-        )
-    may_differ = {"trust_remote_code"} | ({"name", "revision"} if moved or None not in prints else set())
-    for field in sorted((scoring.base.keys() | writing.base.keys()) - may_differ):
-        one, other = scoring.base.get(field), writing.base.get(field)
-        if one != other:
+    one, other = ({**guard.base, "fingerprint": guard.base_fingerprint} for guard in (scoring, writing))
+    known = None not in (one["fingerprint"], other["fingerprint"])
+    may_differ = {"trust_remote_code"} | ({"name", "revision"} if moved or known else set())
+    may_differ |= set() if known else {"fingerprint"}
+    for field in sorted(one.keys() | other.keys()):
+        if field not in may_differ and one.get(field) != other.get(field):
             return (
-                f"the base is not the same: {scorer} has {field}={one} and {writer} has {field}={other}; "
-                f"{advice}"
+                f"the base is not the same: {scorer} has {field}={one.get(field)} and {writer} has "
+                f"{field}={other.get(field)}"
             )
     return None
 

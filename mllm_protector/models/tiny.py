@@ -8,8 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -72,10 +71,7 @@ class Sizes(TypedDict):
 def byte_level_bpe(texts: Iterable[str], *, vocab_size: int, special_tokens: Sequence[str]) -> Tokenizer:
     """Byte-level BPE trained on the texts: any text can be encoded, and comes back the same.
 
-    Args:
-        texts: in any order.
-        vocab_size: at most this many tokens; few texts give fewer.
-        special_tokens: these get the ids from 0 on.
+    There are at most ``vocab_size`` tokens; few texts give fewer. Special tokens get the ids from 0 on.
 
     Raises:
         InputError: a vocabulary that does not hold the 256 bytes and the special tokens.
@@ -104,10 +100,7 @@ def tiny_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A ``byte_level_bpe`` tokenizer that puts ``<s>`` in front of a text, with a chat template.
 
-    Args:
-        texts: in any order.
-        vocab_size: at most this many tokens.
-        special_tokens: beside ``<s>``, ``</s>`` and ``<pad>``.
+    It has ``<s>``, ``</s>`` and ``<pad>`` beside ``special_tokens``.
 
     Raises:
         InputError: ``vocab_size`` is too small.
@@ -139,12 +132,9 @@ def save_tiny_lm(folder: Path, texts: Iterable[str], **sizes: Unpack[Sizes]) -> 
     """
     texts = list(texts)
 
-    def make(target: Path) -> None:
+    def make() -> tuple[Any, Any]:
         tokenizer = tiny_tokenizer(texts, vocab_size=sizes["vocab_size"])
-        with _seeded(sizes["seed"]):
-            model = LlamaForCausalLM(_llama(tokenizer, sizes))
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
+        return LlamaForCausalLM(_llama(tokenizer, sizes)), tokenizer
 
     return _save_once(Path(folder), {"kind": "llama", "texts": _digest(texts), **sizes}, make)
 
@@ -201,7 +191,7 @@ def save_tiny_llava(
     texts = list(texts)
     pixels = {"image_size": image_size, "patch_size": patch_size}
 
-    def make(target: Path) -> None:
+    def make() -> tuple[Any, Any]:
         tokenizer = tiny_tokenizer(texts, vocab_size=sizes["vocab_size"], special_tokens=[IMAGE])
         config = LlavaConfig(
             text_config=_llama(tokenizer, sizes),
@@ -217,12 +207,10 @@ def save_tiny_llava(
             image_seq_length=(image_size // patch_size) ** 2,
             vision_feature_layer=-1,
         )
-        with _seeded(sizes["seed"]):
-            model = LlavaForConditionalGeneration(config)
+        model = LlavaForConditionalGeneration(config)
         model.generation_config.update(**_token_ids(tokenizer))
-        model.save_pretrained(target)
         square = {"height": image_size, "width": image_size}
-        LlavaProcessor(
+        return model, LlavaProcessor(
             image_processor=CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False),
             tokenizer=tokenizer,
             patch_size=patch_size,
@@ -230,7 +218,7 @@ def save_tiny_llava(
             num_additional_image_tokens=1,
             chat_template=CHAT_TEMPLATE,
             image_token=IMAGE,
-        ).save_pretrained(target)
+        )
 
     return _save_once(Path(folder), {"kind": "llava", "texts": _digest(texts), **pixels, **sizes}, make)
 
@@ -256,17 +244,11 @@ def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random weights by seed; the caller's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would also seed the GPUs, which are not forked here.
-        torch.default_generator.manual_seed(seed)
-        yield
+def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[], tuple[Any, Any]]) -> Path:
+    """Fill the folder whole or not at all with a model and what prepares its input.
 
-
-def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    """Fill the folder whole or not at all, unless it already holds these settings."""
+    A folder that already holds these settings is left alone.
+    """
     if _holds(folder, settings):
         return folder
     if folder.exists() and not (folder / SETTINGS).is_file():
@@ -275,12 +257,17 @@ def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[Path], No
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
     temporary.mkdir(parents=True)
     try:
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is left as it was
+            # Not torch.manual_seed: that would also seed the GPUs, which are not forked here.
+            torch.default_generator.manual_seed(settings["seed"])
+            made = make()
         with writing(str(folder)):
-            make(temporary)
+            for each in made:
+                each.save_pretrained(temporary)
         write_json(temporary / SETTINGS, settings)
         if folder.exists():
-            made = {path.name for path in temporary.iterdir()}
-            for foreign in sorted({path.name for path in folder.iterdir()} - made):
+            ours = {path.name for path in temporary.iterdir()}
+            for foreign in sorted({path.name for path in folder.iterdir()} - ours):
                 raise InputError(f"{folder / foreign}: is none of a tiny model's files; name another folder")
             shutil.rmtree(folder)
         try:

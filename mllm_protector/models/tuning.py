@@ -68,10 +68,7 @@ class LoraTuning:
     def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
         """The model wrapped by PEFT, with gradients switched on exactly where it learns.
 
-        Args:
-            model: as loaded.
-            task: what it is trained for.
-            fresh: modules without pretrained weights, trained in full.
+        Modules in ``fresh`` have no pretrained weights and are trained in full.
 
         Raises:
             InputError: the model has no layers of the names in ``targets``.
@@ -104,10 +101,9 @@ def quantization_settings(quantization: Quantization, dtype: torch.dtype, *, cla
 
     Args:
         quantization: bits of a weight.
-        dtype: what the layers compute in. The packed 4-bit weights are kept in tensors of it, too: FSDP
-            shards only floating tensors, and of one dtype.
-        classifier: leave out the layers that a classifier adds. (transformers itself leaves out the head of
-            a causal language model.)
+        dtype: what the layers compute in. Packed 4-bit weights are in tensors of it, too: FSDP shards only
+            floating tensors, and of one dtype.
+        classifier: leave out the layers that a classifier adds, as transformers leaves out an LM's head.
 
     Raises:
         InputError: bitsandbytes is not installed.

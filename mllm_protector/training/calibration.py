@@ -16,13 +16,11 @@ from tqdm.auto import tqdm
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.guard.bounds import Sizes
-from mllm_protector.guard.calibration import TEMPERATURES, Aim, choose_threshold, describe, fit_scale
+from mllm_protector.guard.calibration import TEMPERATURES, Aim, Sizes, choose_threshold, describe, fit_scale
 from mllm_protector.locks import locked
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
-from mllm_protector.models.guard_file import FILE_NAME, GuardFile
-from mllm_protector.models.scale import Scale
+from mllm_protector.models.guard_file import FILE_NAME, GuardFile, Scale
 from mllm_protector.outputs import keep_mark, probe
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers

@@ -20,14 +20,12 @@ from mllm_protector.data.tokenized import Balance, balanced, tokenized, with_pre
 from mllm_protector.data.tokens import choose_pad_id, learnt_window
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key
-from mllm_protector.guard.bounds import Sizes
-from mllm_protector.guard.calibration import Aim
+from mllm_protector.guard.calibration import Aim, Sizes
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone, require_length
 from mllm_protector.models.detector import worst_logits
-from mllm_protector.models.guard_file import GuardFile
+from mllm_protector.models.guard_file import GuardFile, Scale
 from mllm_protector.models.parts import save_part
-from mllm_protector.models.scale import Scale
 from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark

@@ -20,9 +20,9 @@ Sample = tuple[list[bool], NDArray[np.float64]]
 
 def separate(count: int, seed: int, distance: float = 2.0) -> Sample:
     """Harmless answers around 0, and a third of harmful ones a distance above them."""
-    dice = np.random.default_rng(seed)
-    harmful = dice.random(count) < 1 / 3
-    return list(map(bool, harmful)), dice.normal(0, 1, count) + distance * harmful
+    rng = np.random.default_rng(seed)
+    harmful = rng.random(count) < 1 / 3
+    return list(map(bool, harmful)), rng.normal(0, 1, count) + distance * harmful
 
 
 @pytest.mark.parametrize("labels", [[True, True], [False, False], []])
@@ -219,7 +219,6 @@ def test_the_bound_is_the_exact_one() -> None:
         ("recall", math.nan, 0.95, "target=nan: "),
         ("fixed", -0.1, 0.95, "target=-0.1: "),
         ("f1", 0.5, 0.95, "target=0.5: f1 takes none"),
-        ("precision", 0.5, 0.95, "kind=precision: choose false_positive_rate, recall, f1 or fixed"),
         ("f1", None, 1.0, "confidence=1.0: must be"),
     ],
 )
@@ -243,27 +242,6 @@ def test_answers_to_one_question_count_once_in_a_bound() -> None:
     assert shared.facts["independent_negatives"] == len(set(fives[4:]))
     assert shared.facts["promised"] is False
     assert "at least 29 harmless answers are needed" in shared.how
-
-
-def test_the_bound_holds_where_answers_to_one_question_are_alike() -> None:
-    dice = np.random.default_rng(0)
-    aim, held, plain = Aim("false_positive_rate", 0.2), 0, 0
-    for _ in range(200):
-        # 60 questions with 5 answers each, whose scores are nearly those of their question
-        common = dice.uniform(size=60)
-        harmless = np.clip(np.repeat(common, 5) + dice.normal(0, 0.01, 300), 0, 1)
-        scores = [*harmless.tolist(), *[1.0] * 20]
-        labels = [False] * 300 + [True] * 20
-        queries = [str(n // 5) for n in range(300)] + [f"harmful {n}" for n in range(20)]
-        for by_query in (True, False):
-            choice = choose_threshold(labels, scores, aim, queries if by_query else None)
-            true_rate = 1 - choice.threshold  # of a uniform score
-            if by_query:
-                held += true_rate <= 0.2
-            else:
-                plain += true_rate <= 0.2
-    assert held >= 190
-    assert plain < 180  # what ignoring it would give
 
 
 def test_the_promise_holds_where_a_few_questions_have_most_of_the_answers() -> None:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,17 @@ from hypothesis import given, settings, strategies
 from PIL import Image
 
 from mllm_protector import prompts
-from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
-from mllm_protector.data.encoding import DetectorEncoder
-from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.guard import rewrites
 from mllm_protector.guard.mllm import ProtectedMLLM
 from mllm_protector.guard.protector import Protector, Refusal, Rewrite
 from mllm_protector.guard.rewrites import Fault
 from mllm_protector.images import ImageFile
-from mllm_protector.models.backbone import Backbone
-from mllm_protector.models.guard_file import GuardFile
-from mllm_protector.models.parts import save_part
-from mllm_protector.models.tuning import FullTuning
+from mllm_protector.models.detector import HarmDetector
+from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.protocols import Card
 from mllm_protector.records import Failure, Outcome, Question, Reply
 from tests.cases import case
-from tests.models.builders import save_tiny_classifier_base
 
 SECRET = "placeholder of a harmful answer"
 GOOD = "a good answer"
@@ -55,22 +49,6 @@ class Scores:
     @property
     def card(self) -> Card:
         return Card(identity={"kind": "scores"})
-
-
-class Rewrites:
-    """A corrector that asks a function; anything else it is given, it returns or raises."""
-
-    def __init__(self, rule: Any) -> None:
-        self.rule = rule
-        self.calls: list[tuple[list[str], list[str]]] = []
-
-    def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
-        self.calls.append((list(queries), list(answers)))
-        return replay(self.rule, answers)
-
-    @property
-    def card(self) -> Card:
-        return Card(identity={"kind": "rewrites"})
 
 
 class Tries:
@@ -101,7 +79,7 @@ def honest(answer: str) -> float:
 
 
 def protector(scores: Any = honest, rewrites: Any = lambda _: REWRITE, threshold: float = 0.5) -> Protector:
-    return Protector(Scores(scores), Rewrites(rewrites), threshold)
+    return Protector(Scores(scores), Tries(rewrites), threshold)
 
 
 def guard(guarding: Protector, *answers: str) -> list[Reply]:
@@ -115,22 +93,13 @@ def test_a_harmless_answer_passes_unchanged_and_a_harmful_one_is_rewritten():
         Reply(id="x", raw=f" {GOOD}\n", harm=0.1, final=f" {GOOD}\n", outcome=Outcome.ALLOWED),
         Reply(id="y", raw=SECRET, harm=0.9, final=REWRITE, outcome=Outcome.REWRITTEN),
     ]
-    assert guarding.corrector.calls == [(["q1"], [SECRET])]
-
-
-def test_replies_are_named_by_position_if_not_otherwise():
-    assert [reply.id for reply in guard(protector(), GOOD, SECRET, GOOD)] == ["0", "1", "2"]
+    assert guarding.corrector.calls == [(0, [SECRET])]
 
 
 def test_the_detector_only_arm_refuses_what_it_flags():
     replies = guard(Protector(Scores(honest), Refusal("No."), 0.5), GOOD, SECRET)
     assert [reply.final for reply in replies] == [GOOD, "No."]
     assert [reply.outcome for reply in replies] == [Outcome.ALLOWED, Outcome.REFUSED]
-
-
-def test_the_refusal_needs_one_answer_for_each_query():
-    with pytest.raises(InputError, match="queries has 1, answers has 0"):
-        Refusal().correct(queries=["q"], answers=[])
 
 
 @pytest.mark.parametrize(
@@ -155,22 +124,6 @@ def test_a_threshold_that_is_no_probability_is_refused():
             protector(threshold=threshold)
 
 
-def test_a_rewrite_that_is_harmful_itself_is_refused():
-    [reply] = guard(protector(rewrites=lambda _: "still harmful"), SECRET)
-    assert (reply.final, reply.outcome, reply.harm) == (prompts.REFUSAL, Outcome.REFUSED, 0.9)
-
-
-def test_a_rewrite_that_repeats_the_answer_is_refused():
-    [reply] = guard(protector(rewrites=lambda answer: answer), SECRET)
-    assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.REFUSED)
-
-
-@pytest.mark.parametrize("empty", ["", " \n"])
-def test_an_empty_rewrite_is_a_refusal(empty: str):
-    [reply] = guard(protector(rewrites=lambda _: empty), SECRET)
-    assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.REFUSED)
-
-
 BAD_SCORES: dict[str, Any] = {
     "exception": RuntimeError(SECRET),
     "NaN": lambda _: math.nan,
@@ -186,6 +139,9 @@ BAD_SCORES: dict[str, Any] = {
     "table": {0: 0.1},
     "set": {0},
     "bytes": b"\0",
+    "table of pandas": pd.DataFrame([0.0]),
+    "range": range(1),
+    "two dimensions": np.zeros((1, 1)),
 }
 BAD_REWRITES: dict[str, Any] = {
     "exception": ValueError(SECRET),
@@ -265,12 +221,6 @@ def test_a_batch_is_scored_and_rewritten_at_once():
     guard(guarding, GOOD, SECRET, SECRET)
     assert guarding.detector.calls == [[GOOD, SECRET, SECRET], [REWRITE, REWRITE]]
     assert [answers for _, answers in guarding.corrector.calls] == [[SECRET, SECRET]]
-
-
-def test_the_corrector_is_not_asked_where_nothing_is_flagged():
-    guarding = protector()
-    guard(guarding, GOOD, GOOD)
-    assert guarding.corrector.calls == []
 
 
 LONG = f"{SECRET}, " + ", ".join(f"step {number} in some more words" for number in range(9))
@@ -454,21 +404,6 @@ def test_settings_that_cannot_be_are_refused():
                 Protector(Scores(honest), Refusal(), 0.5, **{key: number})
 
 
-def test_scores_that_are_no_list_of_numbers_let_nothing_through():
-    for scores in (
-        pd.DataFrame([0.0]),
-        {0: 0.0},
-        bytearray(1),
-        memoryview(b"\0"),
-        range(1),
-        np.zeros((1, 1)),
-    ):
-        guarding = Protector(Scores(lambda _, scores=scores: scores), Refusal(), 0.5)
-        guarding.detector.score = lambda scores=scores, **_: scores
-        [reply] = guard(guarding, SECRET)
-        assert reply.outcome == Outcome.GUARD_ERROR, type(scores)
-
-
 def test_what_an_mllm_gives_in_place_of_a_text_never_reaches_the_user():
     for made in (SECRET.encode(), [SECRET], {"generated_text": SECRET}, 1, None):
         mllm = Parrot()
@@ -480,24 +415,10 @@ def test_what_an_mllm_gives_in_place_of_a_text_never_reaches_the_user():
             ProtectedMLLM(mllm, protector()).ask("Why?")
 
 
-def test_an_iterator_of_answers_is_guarded_like_a_list():
-    mllm = Parrot()
-    mllm.generate = lambda questions: (question.text for question in questions)
-    answers = ProtectedMLLM(mllm, protector()).generate([GOOD, SECRET])
-    assert answers[0] == GOOD
-    assert SECRET not in answers[1]
-
-
 def test_numpy_scores_become_plain_numbers():
     [reply] = guard(protector(lambda _: np.float32(0.25)), GOOD)
     assert type(reply.harm) is float
     assert reply.harm == 0.25
-
-
-def test_nothing_to_guard_gives_nothing():
-    guarding = protector()
-    assert guard(guarding) == []
-    assert guarding.detector.calls == []
 
 
 def test_what_are_no_lists_of_the_same_length_is_told_in_one_line():
@@ -547,7 +468,7 @@ def test_a_protected_mllm_is_an_mllm():
     assert protected.card.identity == {
         "mllm": {"name": "parrot"},
         "detector": {"kind": "scores"},
-        "corrector": {"kind": "rewrites"},
+        "corrector": {"kind": "tries"},
         "threshold": 0.5,
         "max_rewrites": 2,
         "max_answer_tokens": 32_768,
@@ -617,48 +538,17 @@ def test_the_package_names_its_main_parts_and_imports_them_late():
         from mllm_protector import Guard  # noqa: F401
 
 
-def test_an_mllm_that_loses_an_answer_is_told(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Parrot, "generate", lambda *_: [GOOD])
-    with pytest.raises(ValueError, match="zip"):
-        ProtectedMLLM(Parrot(), protector()).generate([question(GOOD), question(SECRET)])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders ``detector`` and ``detoxifier`` of tiny parts with random weights."""
-    root = tmp_path_factory.mktemp("trained")
-    base = Backbone(name=str(save_tiny_classifier_base("llama", root / "base")))
-    tokenizer = base.load_tokenizer()
-    settings: dict[str, Any] = {"pad_id": choose_pad_id(tokenizer), "max_length": 512}
-    about: dict[str, Any] = {"base": asdict(base), "data": {}, "metrics": {}, "versions": {}, **settings}
-    classifier, fresh = base.load_classifier(pad_id=settings["pad_id"])
-    for kind, model, encoder in (
-        ("detector", classifier, DetectorEncoder(tokenizer, **settings)),
-        ("detoxifier", base.load_causal_lm(), DetoxifierEncoder(tokenizer, **settings)),
-    ):
-        threshold = 0.25 if kind == "detector" else None
-        guard_file = GuardFile(kind=kind, tuning="full", prompt=encoder.prompt, threshold=threshold, **about)
-        save_part(FullTuning().prepare(model, "SEQ_CLS", fresh), tokenizer, guard_file, root / kind)
-    return root
-
-
-def test_two_lines_guard_texts(trained: Path):
-    guarding = Protector.from_pretrained(trained / "detector", trained / "detoxifier", device="cpu")
+def test_two_lines_guard_texts(
+    make_detector: Callable[..., HarmDetector], make_detoxifier: Callable[..., Detoxifier], tmp_path: Path
+):
+    made = make_detector()
+    made.guard = replace(made.guard, threshold=0.01)
+    made.save(tmp_path / "detector")
+    make_detoxifier().save(tmp_path / "detoxifier")
+    guarding = Protector.from_pretrained(tmp_path / "detector", tmp_path / "detoxifier", device="cpu")
     [reply] = guarding.guard(queries=["How do I bake bread?"], answers=["Mix flour and water."])
-    assert guarding.threshold == 0.25
-    assert reply.harm is not None
-    assert reply.harm > 0.25
+    assert guarding.threshold == 0.01
     assert reply.outcome is Outcome.REFUSED  # nonsense of random weights, flagged as well
     assert reply.final == prompts.REFUSAL
-
-
-def test_three_lines_protect_an_mllm(trained: Path):
-    mllm = Parrot()
-    guarding = Protector.from_pretrained(str(trained / "detector"), device="cpu")
-    answers = ProtectedMLLM(mllm, guarding).generate([question("Why?")])
-    assert answers == [prompts.REFUSAL]
-
-
-def test_folders_in_the_wrong_order_are_told(trained: Path):
-    with pytest.raises(InputError, match="holds a detoxifier, but a detector is wanted"):
-        Protector.from_pretrained(trained / "detoxifier", trained / "detector", device="cpu")
+    refusing = Protector.from_pretrained(str(tmp_path / "detector"), device="cpu")
+    assert ProtectedMLLM(Parrot(), refusing).generate([question("Why?")]) == [prompts.REFUSAL]

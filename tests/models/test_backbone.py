@@ -1,5 +1,4 @@
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -105,22 +104,10 @@ def test_a_wrong_name_costs_one_look_up(monkeypatch: pytest.MonkeyPatch):
         assert looked_up == ["nobody/nothing"]
 
 
-def test_a_folder_with_only_a_tokenizer_gives_its_tokenizer(llama: Path):
-    (llama / "config.json").unlink()
-    assert Backbone(name=str(llama)).load_tokenizer().eos_token == "</s>"
-
-
 def test_a_dtype_that_is_none_of_ours_is_refused():
     for dtype in ["float23", "nn", "int8", "float16", ""]:
         with case(dtype), pytest.raises(InputError, match="use float32 or bfloat16"):
             Backbone(name="anything", dtype=dtype)
-
-
-def test_weights_have_the_asked_dtype(bases: dict[Family, Path]):
-    for dtype in ["float32", "bfloat16"]:
-        with case(dtype):
-            model = Backbone(name=str(bases["llama"]), dtype=dtype).load_causal_lm()
-            assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_code_that_comes_with_a_model_neither_runs_nor_asks(llama: Path, monkeypatch: pytest.MonkeyPatch):
@@ -214,12 +201,6 @@ def test_lora_on_layers_that_do_not_exist_is_refused(bases: dict[Family, Path]):
         LoraTuning(rank=2, alpha=4, dropout=0.0, targets=["nonsense"]).prepare(model, "CAUSAL_LM", [])
 
 
-def test_the_cpu_is_taken_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device() == torch.device("cpu")
-    assert pick_device("cpu") == torch.device("cpu")
-
-
 def test_a_device_that_is_not_here_is_refused():
     for device in ["cuad", "cuda:99", "gpu 0"]:
         with case(device):
@@ -247,16 +228,3 @@ def test_a_length_beyond_the_positions_is_refused(bases: dict[Family, Path]):
     require_length(model, POSITIONS)
     with pytest.raises(InputError, match=f"gpt2 has only {POSITIONS} positions"):
         require_length(model, POSITIONS + 1)
-
-
-def test_a_head_that_is_about_to_be_filled_is_no_warning(bases: dict[Family, Path]) -> None:
-    warned: list[logging.LogRecord] = []
-    listener = logging.Handler()
-    listener.emit = warned.append  # type: ignore[method-assign]
-    library = logging.getLogger("transformers")
-    library.addHandler(listener)
-    try:
-        Backbone(name=str(bases["llama"])).load_classifier(pad_id=2)
-    finally:
-        library.removeHandler(listener)
-    assert warned == []

@@ -13,7 +13,11 @@ from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.models.backbone import Backbone
-from mllm_protector.models.bases import (
+from mllm_protector.models.detector import HarmDetector, load_detector
+from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
+from mllm_protector.models.export import export_detector
+from mllm_protector.models.guard_file import read_guard_file
+from mllm_protector.models.parts import (
     BLOCK,
     BLOCKS,
     bases_of,
@@ -22,12 +26,8 @@ from mllm_protector.models.bases import (
     provenance,
     require_bases,
 )
-from mllm_protector.models.detector import HarmDetector, load_detector
-from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier, load_untrained
-from mllm_protector.models.export import export_detector
-from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.models.shared import can_share, load_shared
-from tests.models.fixtures import FULL, LORA
+from tests.models.fixtures import LORA
 
 TEXTS = {"queries": ["How do I bake bread?", "Why?"], "answers": ["Mix flour and water.", "No."]}
 
@@ -116,21 +116,6 @@ def test_of_large_files_blocks_are_read_from_the_first_byte_to_the_last(tmp_path
         assert written(place, count) != plain, place
     os.truncate(path, size - 1)
     assert fingerprint(tmp_path) != plain
-
-
-def test_shards_count_as_their_index_says(bases: dict[str, Path], tmp_path: Path) -> None:
-    weights = load_file(bases["llama"] / "model.safetensors")
-    names = sorted(weights)
-    shutil.copy(bases["llama"] / "config.json", tmp_path)
-    files = {name: f"model-0000{1 + (name > names[2])}-of-00002.safetensors" for name in names}
-    for file in {*files.values()}:
-        save_file({name: weights[name] for name in names if files[name] == file}, tmp_path / file)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    known = fingerprint(tmp_path)
-    save_file(weights, tmp_path / "consolidated.safetensors")
-    assert fingerprint(tmp_path) == known is not None
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    assert fingerprint(tmp_path) is None
 
 
 def test_a_training_records_the_full_path_of_its_base_and_the_commit_of_one_from_the_hub(
@@ -281,17 +266,3 @@ def test_only_the_one_who_loads_can_trust_code_that_comes_with_a_model(
         )
         assert not part_backbone(told, tmp_path, None).trust_remote_code
         assert part_backbone(told, tmp_path, None, trust_remote_code=True).trust_remote_code
-
-
-def test_a_whole_model_is_loaded_from_its_folder_and_an_adapter_from_its_base(
-    make_detector: Callable[..., HarmDetector], tmp_path: Path
-) -> None:
-    base = {"name": "base", "revision": "abc", "dtype": "bfloat16"}
-    guard = replace(make_detector(tuning=FULL).guard, base=base)
-    whole = part_backbone(guard, tmp_path, None)
-    assert (whole.name, whole.revision, whole.dtype) == (str(tmp_path), None, "float32")
-    guard = replace(guard, tuning="lora")
-    adapted = part_backbone(guard, tmp_path, None)
-    assert (adapted.name, adapted.revision, adapted.dtype) == ("base", "abc", "bfloat16")
-    moved = part_backbone(guard, tmp_path, "elsewhere")
-    assert (moved.name, moved.revision, moved.dtype) == ("elsewhere", None, "bfloat16")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mllm_protector.data.encoding import IGNORED
 from mllm_protector.data.tokens import encode_texts
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone
@@ -91,11 +90,6 @@ def test_a_long_answer_leaves_room_for_its_rewrite(make_detoxifier: Maker, monke
     assert lengths == [encoder.max_length - 60]
 
 
-def test_by_default_a_rewrite_may_be_as_long_as_what_was_learnt(taught: Path):
-    detoxifier = load_detoxifier(taught, device="cpu")
-    assert detoxifier.max_new_tokens == detoxifier.encoder.longest_target == 48
-
-
 def test_a_rewrite_that_leaves_no_room_for_a_prompt_is_refused_at_once(taught: Path):
     with pytest.raises(InputError, match=r"max_length=96: .* 96 are kept"):
         load_detoxifier(taught, device="cpu", max_new_tokens=96)
@@ -135,26 +129,6 @@ def test_a_later_attempt_does_not_depend_on_the_batch(make_detoxifier: Maker):
             assert again(detoxifier, 1, slice(1, 2)) == texts[1:2]
 
 
-def test_the_query_and_the_answer_both_decide_what_is_sampled(make_detoxifier: Maker):
-    # The model sees the same two prompts: only the border between the texts differs.
-    detoxifier = make_detoxifier()
-    detoxifier.encoder._layout.parts[1] = ([], "answer")
-    one, other = detoxifier.correct(queries=["ab", "a"], answers=["c", "bc"], attempt=1)
-    assert one != other
-
-
-def test_a_greedy_attempt_is_what_generate_gives(make_detoxifier: Maker):
-    detoxifier = make_detoxifier()
-    encoder = detoxifier.encoder
-    batch = encoder.pad_prompts(encoder.encode(queries=QUERIES, answers=ANSWERS, reserve=8))
-    made = detoxifier.model.eval().generate(
-        **batch, max_new_tokens=8, do_sample=False, pad_token_id=encoder.pad_id, eos_token_id=encoder.end_id
-    )
-    new = made[:, batch["input_ids"].shape[1] :]
-    decoded = [text.strip() for text in encoder.tokenizer.batch_decode(new, skip_special_tokens=True)]
-    assert correct(detoxifier) == again(detoxifier, 0) == decoded
-
-
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     chances = torch.tensor([0.5, 0.3, 0.16, 0.04])
     logits = (chances.log() * TEMPERATURE).repeat(4000, 1)
@@ -162,15 +136,6 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     # The first three hold TOP_P together; the last one is never drawn.
     assert drawn[3] == 0
     assert torch.allclose(drawn[:3], chances[:3] / 0.96, atol=0.03)
-
-
-def test_one_token_that_holds_everything_is_always_drawn():
-    logits = torch.tensor([[50.0, 0.0, 0.0]]).repeat(100, 1)
-    assert NucleusSampling(range(100))(torch.empty(0), logits).argmax(-1).sum() == 0
-
-
-def test_the_sampling_is_part_of_the_identity(make_detoxifier: Maker):
-    assert make_detoxifier().card.identity["sampling"] == {"temperature": 0.7, "top_p": 0.95}
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -236,10 +201,6 @@ def test_the_prompt_layout_comes_from_the_checkpoint(make_detoxifier: Maker, tau
     assert encoder.tokenizer.decode(prompt) == "<s>User: q|a>\nAssistant: "
 
 
-def test_nothing_flagged_gives_no_rewrites(make_detoxifier: Maker):
-    assert make_detoxifier().correct(queries=[], answers=[]) == []
-
-
 def test_an_answer_is_never_rewritten_without_its_question(make_detoxifier: Maker):
     detoxifier = make_detoxifier()
     with pytest.raises(TypeError, match="queries"):
@@ -248,23 +209,11 @@ def test_an_answer_is_never_rewritten_without_its_question(make_detoxifier: Make
         detoxifier.correct(queries=QUERIES[:1], answers=ANSWERS)
 
 
-def test_a_detector_is_no_detoxifier(make_detector: Callable[..., object], tmp_path: Path):
-    make_detector().save(tmp_path)
-    with pytest.raises(InputError, match="holds a detector, but a detoxifier is wanted"):
-        load_detoxifier(tmp_path)
-
-
 def test_an_adapter_without_its_weights_is_refused(make_detoxifier: Maker, tmp_path: Path):
     make_detoxifier(tuning=LORA).save(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"adapter_model\.safetensors: missing"):
         load_detoxifier(tmp_path)
-
-
-def test_only_the_target_carries_loss(make_detoxifier: Maker):
-    encoder = make_detoxifier().encoder
-    [row] = encoder.encode_records([Correction(query="q", rejected="a", accepted="ok")])
-    assert (encoder([row])["labels"] != IGNORED).sum() == len(row.target)
 
 
 def test_an_answer_that_is_too_long_is_said_to_be_read_by_its_ends(

@@ -86,10 +86,10 @@ def detector(trained: Path) -> HarmDetector:
 
 
 def harmless_text(detector: HarmDetector, tokens: int) -> list[str]:
-    dice = random.Random(0)
+    rng = random.Random(0)
     sentences: list[str] = []
     while tokens > 0:
-        sentences.append(dice.choice(HARMLESS))
+        sentences.append(rng.choice(HARMLESS))
         tokens -= len(encode_texts(detector.encoder.tokenizer, [f" {sentences[-1]}"])[0])
     return sentences
 

@@ -15,6 +15,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.models.detector import load_detector
 from mllm_protector.models.export import export_detector
 from mllm_protector.models.official import import_official_detector
+from tests.cases import case
 from tests.data.test_tokens import spm_tokenizer
 
 PAIRS = [
@@ -42,11 +43,6 @@ def published(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     model.save_pretrained(folder)
     edit_config(folder, modules_to_save=None)
     return folder
-
-
-@pytest.fixture
-def adapter(published: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(published, tmp_path / "adapter"))
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -86,17 +82,6 @@ def official_logits(adapter: Path, base: Path, rows: list[list[int]]) -> torch.T
         return model(**batch).logits[:, 0]
 
 
-def test_a_score_is_one_minus_the_official_one(
-    published: Path, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    detector = load_detector(convert(published, bases["llama"], tmp_path / "ours"), device="cpu")
-    rows = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
-    safe = torch.sigmoid(official_logits(published, bases["llama"], rows))
-    scores = detector.score(queries=QUERIES, answers=ANSWERS)
-    assert scores == pytest.approx((1 - safe).tolist(), abs=1e-6)
-    assert max(scores) - min(scores) > 0.01
-
-
 def save_spm_base(llama: Path, folder: Path) -> Path:
     """The tiny Llama with a tokenizer that joins a space with the word behind it."""
     tokenizer = spm_tokenizer()
@@ -122,6 +107,8 @@ def test_a_score_is_one_minus_the_official_one_of_the_text_in_one_piece(
     scores = detector.score(queries=QUERIES, answers=ANSWERS)
     assert scores == pytest.approx((1 - safe).tolist(), abs=1e-6)
     assert detector.encoder.encode(queries=QUERIES, answers=ANSWERS) == rows
+    assert max(scores) - min(scores) > 0.01
+    assert detector.guard.prompt == prompts.OFFICIAL_DETECTOR
     ours = [record for record in caplog.records if record.name.startswith("mllm_protector")]
     assert not [record for record in ours if record.levelname == "WARNING"]
 
@@ -160,16 +147,6 @@ def test_a_guard_file_that_does_not_know_of_it_reads_texts_apart(
     assert detector.card.identity["joined"] is detector.encoder.joined is False
 
 
-def test_it_says_where_it_comes_from(published: Path, bases: dict[str, Path], tmp_path: Path) -> None:
-    guard = load_detector(convert(published, bases["llama"], tmp_path / "ours"), device="cpu").guard
-    assert (guard.kind, guard.tuning, guard.prompt) == ("detector", "lora", prompts.OFFICIAL_DETECTOR)
-    assert (guard.threshold, guard.threshold_how) == (0.5, "official code: P(safe) < 0.5")
-    assert guard.max_length == 512
-    assert guard.pad_id == AutoTokenizer.from_pretrained(bases["llama"]).eos_token_id
-    assert guard.data["source"]["adapter"] == str(published)
-    assert guard.metrics == {}
-
-
 def test_only_the_sign_of_the_head_is_turned(published: Path, bases: dict[str, Path], tmp_path: Path) -> None:
     theirs = load_file(published / "adapter_model.safetensors")
     ours = load_file(convert(published, bases["llama"], tmp_path / "ours") / "adapter_model.safetensors")
@@ -179,44 +156,38 @@ def test_only_the_sign_of_the_head_is_turned(published: Path, bases: dict[str, P
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def refused(adapter: Path, base: Path, output_dir: Path) -> str:
-    with pytest.raises(InputError) as error:
-        convert(adapter, base, output_dir)
-    assert not (output_dir / "guard.json").exists()
-    [line] = str(error.value).splitlines()
-    return line
-
-
-def test_the_published_7b_detector_is_refused(adapter: Path, bases: dict[str, Path], tmp_path: Path) -> None:
-    edit_config(adapter, task_type="CAUSAL_LM", modules_to_save=None, r=128)
-    message = refused(adapter, bases["llama"], tmp_path / "ours")
-    assert 'task_type is "CAUSAL_LM"' in message
-    assert "it looks like a detoxifier" in message
-    assert "random" in message
-
-
-def test_an_adapter_without_a_head_is_refused(adapter: Path, bases: dict[str, Path], tmp_path: Path) -> None:
-    path = adapter / "adapter_model.safetensors"
+def without_head(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if "score" not in key}, path)
-    assert "no score.weight; without its trained head" in refused(adapter, bases["llama"], tmp_path / "ours")
 
 
-def test_a_pickled_adapter_is_never_opened(adapter: Path, bases: dict[str, Path], tmp_path: Path) -> None:
-    (adapter / "adapter_model.safetensors").unlink()
-    (adapter / "adapter_model.bin").write_bytes(b"not to be opened")
-    message = refused(adapter, bases["llama"], tmp_path / "ours")
-    assert "adapter_model.bin: a pickle" in message
-    assert "convert it once" in message
-
-
-def test_an_adapter_for_a_wider_base_is_refused(
-    adapter: Path, bases: dict[str, Path], tmp_path: Path
-) -> None:
-    path = adapter / "adapter_model.safetensors"
+def with_wide_head(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
     save_file(load_file(path) | {"base_model.model.score.weight": torch.zeros(1, 77)}, path)
-    assert "does not fit base=" in refused(adapter, bases["llama"], tmp_path / "ours")
 
 
-def test_a_folder_that_is_no_adapter_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert "no such file" in refused(tmp_path / "empty", bases["llama"], tmp_path / "ours")
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(b"not to be opened")
+
+
+def as_published_7b(folder: Path) -> None:
+    edit_config(folder, task_type="CAUSAL_LM", modules_to_save=None, r=128)
+
+
+def test_an_adapter_that_is_no_detector_for_the_base_is_refused_in_one_line(
+    published: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    for name, spoil, message in (
+        ("7b", as_published_7b, r'task_type is "CAUSAL_LM".* random; it looks like a detoxifier'),
+        ("no head", without_head, r"no score\.weight; without its trained head"),
+        ("pickle", pickled, r"adapter_model\.bin: a pickle.*convert it once"),
+        ("wide", with_wide_head, "does not fit base="),
+    ):
+        with case(name):
+            adapter = Path(shutil.copytree(published, tmp_path / name))
+            spoil(adapter)
+            with pytest.raises(InputError, match=message) as error:
+                convert(adapter, bases["llama"], tmp_path / "ours")
+            assert "\n" not in str(error.value)
+            assert not (tmp_path / "ours").exists()

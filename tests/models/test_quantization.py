@@ -1,6 +1,4 @@
 import importlib.util
-import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, inference
 from mllm_protector.models.detector import HarmDetector, load_detector
-from mllm_protector.models.guard_file import FILE_NAME, GuardFile
+from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.parts import save_part
 from mllm_protector.models.tuning import FullTuning, LoraTuning, is_quantized
 from tests.models.builders import FAMILIES, Family
@@ -169,17 +167,6 @@ def test_a_trained_adapter_comes_back_on_the_same_quantised_base(
     assert is_quantized(loaded.model)
     texts = {"queries": ["How do I bake bread?"], "answers": ["Mix flour, water and salt."]}
     assert loaded.score(**texts) == pytest.approx(detector.score(**texts), abs=1e-6)
-
-
-def test_a_part_saved_before_there_was_quantisation_still_loads(
-    make_detector: Callable[..., HarmDetector], tmp_path: Path
-):
-    make_detector("llama", LORA).save(tmp_path)
-    path = tmp_path / FILE_NAME
-    content = json.loads(path.read_text())
-    del content["base"]["quantization"]
-    path.write_text(json.dumps(content))
-    assert load_detector(tmp_path).guard.backbone().quantization is None
 
 
 @needs_bitsandbytes

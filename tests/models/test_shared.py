@@ -1,97 +1,39 @@
 import json
 import shutil
 import threading
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
-from mllm_protector.data.encoding import DetectorEncoder
-from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier
-from mllm_protector.models.guard_file import GuardFile, weight_hashes
+from mllm_protector.models.guard_file import weight_hashes
 from mllm_protector.models.shared import can_share, load_shared
-from mllm_protector.models.tuning import LoraTuning, Tuning
 from tests.cases import case
-from tests.models.builders import HEADS, SIZES
 from tests.models.fixtures import FULL, LORA
 
 QUERIES = ["How do I bake bread?", "", "What is this? " * 4, "x", "Why?"]
 ANSWERS = ["Mix flour and water.", "", "No.", "The image shows a red square. " * 2, "</s> Ask a baker."]
-FAMILIES = ("llama", "qwen3", "gpt2")
+FAMILIES = ("llama", "qwen2", "gpt2")
 
 
 @pytest.fixture(scope="module")
-def homes(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("qwen3")
-    tokenizer = AutoTokenizer.from_pretrained(bases["qwen2"])
-    config = Qwen3Config(
-        **SIZES, num_key_value_heads=HEADS // 2, head_dim=8, vocab_size=len(tokenizer), eos_token_id=2
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return {"llama": bases["llama"], "qwen3": folder, "gpt2": bases["gpt2"]}
-
-
-def save_parts(
-    base: Path, folder: Path, *, tuning: Tuning = LORA, dtype: str = "float32"
-) -> tuple[Path, Path]:
-    """A detector and a detoxifier of random weights, each moved away from its start."""
-    backbone = Backbone(name=str(base), dtype=dtype)
-    tokenizer = backbone.load_tokenizer()
-    pad_id = choose_pad_id(tokenizer)
-    reader = DetectorEncoder(tokenizer, pad_id=pad_id, max_length=256)
-    writer = DetoxifierEncoder(tokenizer, pad_id=pad_id, max_length=96, prompt="{query}|{answer}>")
-    torch.manual_seed(0)
-    classifier, fresh = backbone.load_classifier(pad_id=pad_id)
-    scoring = moved(tuning.prepare(classifier, "SEQ_CLS", fresh))
-    writing = moved(tuning.prepare(backbone.load_causal_lm(), "CAUSAL_LM", []))
-    one, two = folder / "detector", folder / "detoxifier"
-    HarmDetector(scoring, reader, guard(backbone, tuning, reader, "detector")).save(one)
-    Detoxifier(writing, writer, guard(backbone, tuning, writer, "detoxifier"), max_new_tokens=8).save(two)
-    return one, two
-
-
-def moved(model: torch.nn.Module) -> torch.nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
-
-
-def guard(
-    base: Backbone, tuning: Tuning, encoder: DetectorEncoder | DetoxifierEncoder, kind: str
-) -> GuardFile:
-    return GuardFile(
-        kind=kind,
-        tuning=tuning.kind,
-        base=asdict(base),
-        prompt=encoder.prompt,
-        max_length=encoder.max_length,
-        pad_id=encoder.pad_id,
-        threshold=0.4 if kind == "detector" else None,
-        temperature=1.5 if kind == "detector" else None,
-        data={"account": "none"},
-        metrics={},
-        versions={},
-    )
-
-
-@pytest.fixture(scope="module")
-def parts(homes: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def parts(
+    make_detector: Callable[..., HarmDetector],
+    make_detoxifier: Callable[..., Detoxifier],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[Path, Path]]:
     root = tmp_path_factory.mktemp("parts")
-    return {family: save_parts(homes[family], root / family) for family in FAMILIES}
+    for family in FAMILIES:
+        make_detector(family, LORA).save(root / family / "detector")
+        make_detoxifier(family, LORA).save(root / family / "detoxifier")
+    return {family: (root / family / "detector", root / family / "detoxifier") for family in FAMILIES}
 
 
 def logits(detector: HarmDetector) -> list[float]:
@@ -117,21 +59,6 @@ def test_on_one_base_both_say_what_they_say_apart(parts: dict[str, tuple[Path, P
             assert len({round(logit, 3) for logit in expected}) > 3
 
 
-def test_each_part_needs_its_own_adapter(parts: dict[str, tuple[Path, Path]]) -> None:
-    one, two = parts["llama"]
-    detector, detoxifier = load_shared(one, two, max_new_tokens=8, device="cpu")
-    own = logits(detector)
-    shared = detector.model.shared
-    tokens = torch.tensor([[5, 6, 7]])
-    with shared.using("detoxifier") as model, torch.inference_mode():
-        writing = model(input_ids=tokens).logits
-    with shared.using("detector") as model, torch.inference_mode():
-        scoring = model(input_ids=tokens).logits
-    assert (writing - scoring).abs().max() > 1e-3
-    assert logits(detector) == own
-    assert rewrites(detoxifier) == rewrites(detoxifier)
-
-
 def test_the_parts_may_be_used_from_threads(parts: dict[str, tuple[Path, Path]]) -> None:
     detector, detoxifier = load_shared(*parts["llama"], max_new_tokens=8, device="cpu")
     expected, texts = logits(detector), rewrites(detoxifier)
@@ -147,13 +74,6 @@ def test_the_parts_may_be_used_from_threads(parts: dict[str, tuple[Path, Path]])
     assert len(scored) == 6
     for one in scored:
         assert one == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_bfloat16_base_gives_the_same_as_apart(homes: dict[str, Path], tmp_path: Path) -> None:
-    one, two = save_parts(homes["llama"], tmp_path, dtype="bfloat16")
-    detector, detoxifier = load_shared(one, two, max_new_tokens=8, device="cpu")
-    assert logits(detector) == pytest.approx(logits(load_detector(one, device="cpu")), abs=1e-5)
-    assert rewrites(detoxifier) == rewrites(load_detoxifier(two, max_new_tokens=8, device="cpu"))
 
 
 def test_the_base_is_in_memory_once(parts: dict[str, tuple[Path, Path]]) -> None:
@@ -220,22 +140,6 @@ def test_another_base_is_refused_by_name(copies: tuple[Path, Path], field: str, 
         load_shared(one, two)
 
 
-def test_a_base_that_was_moved_may_be_named(copies: tuple[Path, Path], homes: dict[str, Path]) -> None:
-    one, two = copies
-    expected = logits(load_detector(one, device="cpu"))
-    for folder in copies:
-        rewrite(folder, base=guard_file(folder)["base"] | {"name": f"/gone/{folder.name}"})
-    detector, _ = load_shared(one, two, base=str(homes["llama"]), device="cpu")
-    assert logits(detector) == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_whole_model_is_refused(homes: dict[str, Path], tmp_path: Path) -> None:
-    one, two = save_parts(homes["llama"], tmp_path, tuning=FULL)
-    assert not can_share(one, two)
-    with pytest.raises(InputError, match="tuning=full, a whole model"):
-        load_shared(one, two)
-
-
 def test_a_detector_without_its_head_is_refused(copies: tuple[Path, Path]) -> None:
     one, two = copies
     weights = {key: value for key, value in adapter(one).items() if "score" not in key}
@@ -257,10 +161,10 @@ def test_an_adapter_for_another_base_is_refused(copies: tuple[Path, Path]) -> No
         load_shared(one, two)
 
 
-def test_adapters_on_different_layers_share_a_base(homes: dict[str, Path], tmp_path: Path) -> None:
-    few = LoraTuning(rank=2, alpha=4, dropout=0.1, targets=["q_proj", "v_proj"])
-    one, _ = save_parts(homes["llama"], tmp_path / "few", tuning=few)
-    _, two = save_parts(homes["llama"], tmp_path / "many")
-    detector, detoxifier = load_shared(one, two, max_new_tokens=8, device="cpu")
-    assert rewrites(detoxifier) == rewrites(load_detoxifier(two, max_new_tokens=8, device="cpu"))
-    assert logits(detector) == pytest.approx(logits(load_detector(one, device="cpu")), abs=1e-5)
+def test_a_whole_model_is_refused(
+    parts: dict[str, tuple[Path, Path]], make_detector: Callable[..., HarmDetector], tmp_path: Path
+) -> None:
+    make_detector(tuning=FULL).save(tmp_path)
+    assert not can_share(tmp_path, parts["llama"][1])
+    with pytest.raises(InputError, match="tuning=full, a whole model"):
+        load_shared(tmp_path, parts["llama"][1])

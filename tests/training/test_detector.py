@@ -21,9 +21,8 @@ from mllm_protector.guard.calibration import Aim, choose_threshold, fit_scale
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import HarmDetector, load_detector
-from mllm_protector.models.guard_file import read_guard_file
+from mllm_protector.models.guard_file import Scale, read_guard_file
 from mllm_protector.models.packing import use_packed_attention
-from mllm_protector.models.scale import Scale
 from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
 from mllm_protector.records import AnswerPair, LabelledAnswer, labelled_answers
 from mllm_protector.training.best import BestCheckpoint
