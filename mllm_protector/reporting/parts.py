@@ -9,8 +9,9 @@ from typing import Any
 from mllm_protector.evaluation.detection import DETECTOR
 from mllm_protector.evaluation.detector import MeasuredDetector
 from mllm_protector.files import write_text
-from mllm_protector.reporting.page import data_uri, render
+from mllm_protector.reporting.page import render
 from mllm_protector.reporting.plots import curves
+from mllm_protector.reporting.samples import data_uri
 from mllm_protector.reporting.tables import (
     Row,
     Table,

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
 COLOURS = ("#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; grey first, for no guard."""
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
-"""One for each colour, for those who see none."""
-
-INK = "#333333"
-
+MARKERS, INK = ("o", "s", "^", "D", "v", "P"), "#333333"
 WIDTH = 5.2
 """Inches, so that letters can still be read where a phone shows all of it."""
 
@@ -193,8 +189,7 @@ def _image_effect(data: Pivot, judge: str) -> "Figure | None":
         axes.set_title(_label(group, 60), fontsize=8, loc="left")
         _frame(axes)
     panels[-1].set_xlabel("percentage points, with 95% intervals")
-    title = "Attack success rate with an image minus that of the same questions as text"
-    _legend(figure, panels[0], title)
+    _legend(figure, panels[0], "Attack success rate with an image minus that of the same questions as text")
     return figure
 
 
