@@ -6,5 +6,5 @@ if __name__ == "__main__":
     launch(
         __doc__,
         "mllm_protector.evaluation.detector.eval_detector",
-        "mllm_protector.reporting.detector.report",
+        "mllm_protector.reporting.parts.report_detector",
     )

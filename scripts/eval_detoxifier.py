@@ -6,5 +6,5 @@ if __name__ == "__main__":
     launch(
         __doc__,
         "mllm_protector.evaluation.detoxifier.eval_detoxifier",
-        "mllm_protector.reporting.detoxifier.report",
+        "mllm_protector.reporting.parts.report_detoxifier",
     )

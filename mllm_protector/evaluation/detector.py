@@ -107,7 +107,7 @@ def eval_detector(
         seed: of the bootstrap.
 
     Returns:
-        What ``reporting.detector`` makes pages of. In its ``measurements`` the arm is what scored. A baseline
+        What ``reporting.parts`` makes pages of. In its ``measurements`` the arm is what scored. A baseline
         that could not be taught is missing, and ``notes`` say why.
 
     Raises:

@@ -20,22 +20,20 @@ from mllm_protector.evaluation.pairing import paired
 from mllm_protector.files import file_digest, read_json, write_json, write_text
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import JUDGED, Status
-from mllm_protector.reporting import columns, pivots
-from mllm_protector.reporting.html import render
+from mllm_protector.reporting import pivots
+from mllm_protector.reporting.page import render
 from mllm_protector.reporting.pivots import Pivot
-from mllm_protector.reporting.tables import Table, markdown, print_tables, upright
+from mllm_protector.reporting.tables import Row, Table, decimal, markdown, print_tables, share, upright
 
 TITLE = "Attack success rate (ASR) of several runs, lower is better"
 READING = "In brackets: the 95 % interval. Macro: every scenario counts the same; pooled: every answer does."
 
-PAIRED: tuple[columns.Column, ...] = (
-    ("n", "run_difference", columns.of_cell),
-    ("difference", "run_difference", columns.points_cell),
-    ("p", "run_difference_p", columns.p_cell),
-    ("same MLLM answers", "same_answers", columns.share_cell),
+PAIRED: tuple[pivots.Column, ...] = (
+    ("n", "run_difference", pivots.total),
+    ("difference", "run_difference", pivots.points),
+    ("p", "run_difference_p", pivots.p_value),
+    ("same MLLM answers", "same_answers", share),
 )
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +248,7 @@ def _difference_of(
 
 def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
     runs = [run["name"] for run in content["runs"]]
-    short = [column for column in columns.HEADLINE if column[0] in ("macro", "pooled", "unjudged")]
+    short = [column for column in pivots.HEADLINE if column[0] in ("macro", "pooled", "unjudged")]
     for name, groups in content["groups"].items():
         rows = [row for row in content["measurements"] if row["benchmark"] == name]
         arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"]))
@@ -261,7 +259,7 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
             title = f"{name}: ASR in % by {data.judge(judge)}, {', '.join(first)}"
             yield pivots.table(data, title, ("run", "arm", "group"), short, shown)
         title = f"{name}: harmless questions, in %"
-        yield pivots.table(data, title, ("run", "arm"), columns.HARMLESS, rows)
+        yield pivots.table(data, title, ("run", "arm"), pivots.HARMLESS, rows)
         yield pivots.table(
             data,
             f"{name}: differences to {runs[0]} on the same questions, in percentage points",
@@ -275,7 +273,7 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
 
 def _other_metrics(name: str, rows: Sequence[Row], runs: Sequence[str]) -> Table:
     """The metrics that no other table shows, joined on everything but the run."""
-    shown = {metric for _, metric, _ in PAIRED} | columns.KNOWN
+    shown = {metric for _, metric, _ in PAIRED} | pivots.KNOWN
     keys = ("metric", "judge", "arm", "variant", "group")
     lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
@@ -285,8 +283,7 @@ def _other_metrics(name: str, rows: Sequence[Row], runs: Sequence[str]) -> Table
         title=f"{name}: other metrics",
         header=["metric", "judge", "arm", "variant", "scenarios", *runs],
         rows=[
-            [each or "-" for each in names]
-            + [columns.decimal_cell(line[run]) if run in line else "-" for run in runs]
+            [each or "-" for each in names] + [decimal(line[run]) if run in line else "-" for run in runs]
             for names, line in lines.items()
         ],
         words=len(keys),

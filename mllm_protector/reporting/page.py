@@ -1,42 +1,29 @@
-"""``report.html``: one self-contained file about a run, from ``asr.json``, ``run.json`` and the results.
+"""HTML pages, each one self-contained file.
 
-It is read on a phone, in print and without JavaScript, which only filters the rows. Knows nothing of how the
-numbers were made.
+A page loads nothing: its policy forbids every request, allows images that are part of the page, and runs the
+one script whose hash it names. Every text from outside is escaped. It works on a phone, in print and without
+JavaScript, which only filters the rows.
 """
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-from mllm_protector.reporting.html import data_uri, render
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from mllm_protector.reporting.pivots import pivot, tables
 from mllm_protector.reporting.plots import plots
-from mllm_protector.reporting.samples import Images, Rows, Sample, samples
+from mllm_protector.reporting.samples import Images, Rows, Sample, data_uri, samples
 from mllm_protector.reporting.sentences import benchmark_lines, bias_sentence, headlines
-from mllm_protector.reporting.tables import Table, decimal, upright
+from mllm_protector.reporting.tables import Table, showable, upright
 
 FILTERS = ("benchmark", "scenario", "variant", "arm", "outcome", "verdict")
 """What the rows can be chosen by, beside a search in their text."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """What the page says about one benchmark.
-
-    Attributes:
-        name: of the benchmark.
-        headlines: its results in sentences, the most important first.
-        remarks: what has to be known to read them.
-        plots: what each shows in words -> its data URI.
-        tables: the numbers.
-    """
-
-    name: str
-    headlines: Sequence[str]
-    remarks: Sequence[str]
-    plots: Mapping[str, str]
-    tables: Sequence[Table]
 
 
 def page(
@@ -103,19 +90,20 @@ def made(run: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _section(result: Mapping[str, Any], name: str) -> Section:
+def _section(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the page says about one benchmark."""
     data = pivot(result, name)
     thresholds = {arm: guard["threshold"] for arm, guard in result["guard"].items()}
-    return Section(
-        name=name,
-        headlines=headlines(data),
-        remarks=benchmark_lines(data, name),
-        plots={
+    return {
+        "name": name,
+        "headlines": headlines(data),
+        "remarks": benchmark_lines(data, name),
+        "plots": {
             title: data_uri(content, "image/svg+xml")
             for title, content in plots(data, name, thresholds).items()
         },
-        tables=tables(data),
-    )
+        "tables": tables(data),
+    }
 
 
 def _judges(judges: Mapping[str, Any]) -> Table:
@@ -142,7 +130,7 @@ def _costs(run: Mapping[str, Any]) -> list[Table]:
         title="Time the guard adds to one answer, in milliseconds",
         header=["arm", "measured", "ms", "answers"],
         rows=[
-            [row["arm"], row["metric"].replace("_", " "), decimal(row["value"], 1), f"{row['n']:,}"]
+            [row["arm"], row["metric"].replace("_", " "), f"{row['value']:,.1f}", f"{row['n']:,}"]
             for row in run.get("measurements", [])
         ],
         words=2,
@@ -152,14 +140,14 @@ def _costs(run: Mapping[str, Any]) -> list[Table]:
         title="Stages of the run",
         header=["stage", "rows", "made in this run", "seconds"],
         rows=[
-            [stage, f"{took['rows']:,}", f"{took['new']:,}", decimal(took["seconds"], 1)]
+            [stage, f"{took['rows']:,}", f"{took['new']:,}", f"{took['seconds']:,.1f}"]
             for stage, took in run.get("stages", {}).items()
         ],
     )
     memory = Table(
         title="Peak memory in MiB",
         header=["where", "MiB"],
-        rows=[[place, decimal(peak, 0)] for place, peak in run.get("peak_memory_mib", {}).items()],
+        rows=[[place, f"{peak:,.0f}"] for place, peak in run.get("peak_memory_mib", {}).items()],
     )
     return [table for table in (latency, stages, memory) if table.rows]
 
@@ -176,3 +164,41 @@ def _choices(shown: Sequence[Sample]) -> dict[str, list[str]]:
                 found["outcome"][arm.row["outcome"]] = None
             found["verdict"] |= dict.fromkeys(arm.statuses)
     return {name: list(values) for name, values in found.items()}
+
+
+def render(template: str, *, script: str | None = None, **context: Any) -> str:
+    """Fill a template of this folder into a page: escaped, self-contained, with its content policy.
+
+    ``script`` is the file name of the one script that may run. A ``str`` in the context is text, never HTML.
+    """
+    code = "" if script is None else _own_text(script)
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    allowed = f"'sha256-{digest}'" if code else "'none'"
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'"
+        f"; script-src {allowed}"
+    )
+    frame = {"policy": policy, "script": Markup(code), "style": Markup(_own_text("page.css.j2"))}  # noqa: S704
+    return _templates().get_template(template).render(context | frame)
+
+
+@cache
+def _templates() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return showable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+@cache
+def _own_text(name: str) -> str:
+    """The page's style or script: a fixed text of ours, which no data enters."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8").strip()

@@ -1,50 +1,127 @@
 """The measurements of a benchmark as tables: pivots of the rows, each metric in one of them.
 
-A metric that no table knows stands in the last one, ``Other metrics``.
+A metric that no other table shows is in the last one, ``Other metrics``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mllm_protector.reporting.columns import (
-    AGREEMENT,
-    CHANGED,
-    HARMLESS,
-    HEADLINE,
-    IMAGE_EFFECT,
-    KNOWN,
-    OUTCOMES,
-    REFERENCE,
-    STATUSES,
-    TRADE_OFF,
-    Column,
-    Row,
-    counted_cell,
-    decimal_cell,
-    of_cell,
+from mllm_protector.records import Outcome, Status
+from mllm_protector.reporting.tables import Row, Table, count, decimal, share, shown
+
+Column = tuple[str, str, Callable[[Row], str]]
+"""A heading, a metric, and how it is shown."""
+
+
+def counted(row: Row) -> str:
+    """A share with its interval in percent, and the counts."""
+    if row["value"] is None:
+        return "-"
+    return f"{share(row)} ({round(row['value'] * row['n']):,}/{row['n']:,})"
+
+
+def total(row: Row) -> str:
+    """How many answers a number is computed from."""
+    return f"{row['n']:,}"
+
+
+def bounds(row: Row) -> str:
+    """The limits alone, in percent."""
+    return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+
+
+def points(row: Row) -> str:
+    """A difference with its interval, in percentage points."""
+    return shown(row, "+.1f", 100)
+
+
+def p_value(row: Row) -> str:
+    """A p-value, such as ``0.012`` or ``< 0.001``."""
+    return "< 0.001" if row["value"] is not None and row["value"] < 0.001 else decimal(row)
+
+
+HEADLINE: tuple[Column, ...] = (
+    ("macro", "macro_asr", share),
+    ("pooled", "asr", share),
+    ("unjudged", "unjudged", count),
+    ("bounds", "asr_bounds", bounds),
+    ("corrected", "corrected_asr", share),
+    ("difference", "asr_difference", points),
+    ("p", "asr_difference_p", p_value),
 )
-from mllm_protector.reporting.tables import Table
+IMAGE_EFFECT: tuple[Column, ...] = (
+    ("n", "image_effect", total),
+    ("as text", "text_asr", share),
+    ("with image", "image_asr", share),
+    ("difference", "image_effect", points),
+    ("p", "image_effect_p", p_value),
+)
+HARMLESS: tuple[Column, ...] = (
+    ("changed", "changed", counted),
+    ("refused", "refused", counted),
+    ("mean score", "score", share),
+    ("correct answers lost", "lost", counted),
+    ("without an answer", "unanswered", count),
+)
+OUTCOMES: tuple[Column, ...] = tuple(
+    (str(outcome).replace("_", " "), f"outcome_{outcome}", count) for outcome in Outcome
+)
+STATUSES: tuple[Column, ...] = tuple((str(status).replace("_", " "), str(status), count) for status in Status)
+REFERENCE: tuple[Column, ...] = (
+    ("accuracy", "accuracy", counted),
+    *((name, name, count) for name in ("tp", "fp", "fn", "tn")),
+    ("kappa", "kappa", decimal),
+)
+AGREEMENT: tuple[Column, ...] = (
+    ("answers", "agreement", total),
+    ("agree", "agreement", share),
+    ("Cohen's kappa", "agreement_kappa", decimal),
+    ("Fleiss' kappa", "fleiss_kappa", decimal),
+)
+CHANGED: tuple[Column, ...] = (
+    ("made safe", "made_safe", count),
+    ("made harmful", "made_harmful", count),
+)
+TRADE_OFF: tuple[Column, ...] = (
+    ("attack success rate", "threshold_asr", share),
+    ("harmless answers flagged", "threshold_flagged", share),
+)
+KNOWN = {
+    "macro_asr_bounds",
+    "correct",
+    "cut",
+    *(
+        metric
+        for columns in (
+            HEADLINE,
+            IMAGE_EFFECT,
+            HARMLESS,
+            OUTCOMES,
+            STATUSES,
+            REFERENCE,
+            AGREEMENT,
+            CHANGED,
+            TRADE_OFF,
+        )
+        for _, metric, _ in columns
+    ),
+}
+"""The metrics that have a table or a sentence of their own."""
 
 TESTS = (
     "p: McNemar's exact test where every question has one pair of verdicts; elsewhere a sign-flip test on the"
     " net change of each question."
 )
 KEYS = {"group": "scenarios"}
-"""The names of columns where they are not those of the fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pivot:
     """The measurements of one benchmark, by the names that tables need.
 
-    Attributes:
-        rows: all of them.
-        facts: the benchmark's entry in ``asr.json``.
-        judges: name -> its facts, in the order of the tables.
-        arms: in the order of the tables.
-        variants: how questions were asked, all images together first.
-        groups: those worth a row of their own -> their scenarios that no group before has.
+    Judges and arms are in the order of the tables, variants with all images together first; ``groups`` are
+    those that tables show -> their scenarios that no group before has.
     """
 
     rows: Sequence[Row]
@@ -112,12 +189,8 @@ def table(
     )
 
 
-def _key(data: Pivot, key: str, name: str | None) -> str:
-    return data.judge(name) if key == "judge" else name or "-"
-
-
 def tables(data: Pivot) -> list[Table]:
-    """Every table of a benchmark that has rows, the most important first."""
+    """Every table that has rows, the most important first."""
     return [each for each in _tables(data) if each.rows]
 
 
@@ -147,7 +220,7 @@ def by_scenario(data: Pivot, judge: str, variant: str, *, folded: bool = False) 
     def cell(group: str, arm: str) -> str:
         rate, unjudged = found.get((group, arm, "asr")), found.get((group, arm, "unjudged"))
         missing = f" +{unjudged['value']:,}?" if unjudged else ""
-        return (counted_cell(rate) if rate else "-") + missing
+        return (counted(rate) if rate else "-") + missing
 
     return Table(
         title=f"Attack success rate in % by scenario: judge {data.judge(judge)}, {variant}",
@@ -188,8 +261,8 @@ def _tables(data: Pivot) -> Iterator[Table]:
     title = "Where every answer ended"
     yield table(data, title, ("judge", "variant", "arm"), STATUSES, ends, note=note, folded=True)
     yield other_metrics(data)
-    look = {"note": "The group is the threshold.", "folded": True}
-    yield table(data, "Trade-off over thresholds, in %", ("group", "judge"), TRADE_OFF, data.rows, **look)
+    title = "Trade-off over thresholds, in %"
+    yield table(data, title, ("group", "judge"), TRADE_OFF, data.rows, folded=True)
 
 
 def harmless(data: Pivot) -> Table:
@@ -207,8 +280,8 @@ def other_metrics(data: Pivot) -> Table:
         rows=[
             [
                 *(row[key] or "-" for key in ("metric", "judge", "arm", "variant", "group")),
-                decimal_cell(row),
-                "-" if row["n"] is None else of_cell(row),
+                decimal(row),
+                "-" if row["n"] is None else total(row),
                 row["method"] or "-",
             ]
             for row in rows

@@ -1,7 +1,7 @@
-"""The plots of a run: rates by scenario, the trade-off over thresholds, the effect of the images.
+"""Plots: rates by scenario, the trade-off over thresholds, the effect of images, and a detector's curves.
 
-Made from measurements alone; the same measurements give the same bytes. A name is never read as a formula,
-and letters are drawn as outlines, so that a plot looks the same everywhere.
+The same numbers give the same bytes. A name is never read as a formula, and letters are drawn as outlines, so
+that a plot looks the same everywhere.
 """
 
 import io
@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
-from mllm_protector.reporting.columns import Row
+import numpy as np
+
+from mllm_protector.evaluation.statistics import share_limits
+from mllm_protector.metrics import calibration_bins
 from mllm_protector.reporting.pivots import Pivot, pivot
-from mllm_protector.reporting.tables import in_words, showable
+from mllm_protector.reporting.tables import Row, in_words, showable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,247 +26,242 @@ if TYPE_CHECKING:
 COLOURS = ("#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
 """Okabe and Ito's palette, which colour-blind readers can tell apart; grey first, for no guard."""
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
-"""One for each colour, for those who see none."""
-
-INK = "#333333"
-
-TITLE = "Attack success rate by scenario, lower is better"
-
+MARKERS, INK = ("o", "s", "^", "D", "v", "P"), "#333333"
 WIDTH = 5.2
 """Inches, so that letters can still be read where a phone shows all of it."""
 
-NAMED_THRESHOLDS = 6
-"""Points of the trade-off curve that are named, at most."""
+Scores = Mapping[str, Sequence[float]]
+"""The scorer -> its P(harmful) of each answer."""
+
+Marks = Mapping[str, tuple[float, ...]]
+"""The scorer -> (false positive rate, recall, precision) at its threshold."""
 
 
 def asr_plot(result: Mapping[str, Any]) -> bytes:
     """``asr.png``: the bars of the first benchmark by the first judge."""
     name, judge = next(iter(result["benchmarks"])), next(iter(result["judges"]), "")
-    facts = result["judges"].get(judge, {"note": None})
-    notes = [*([facts["note"]] if facts["note"] else []), *result["notes"]]
-    with style():
-        figure = bars(pivot(result, name), name, judge, width=8, notes=notes)
-        out = io.BytesIO()
+    note = result["judges"][judge]["note"] if judge else None
+    out = io.BytesIO()
+    with _style():
+        figure = _bars(pivot(result, name), name, judge, 8, [*([note] if note else []), *result["notes"]])
         figure.savefig(out, format="png", dpi=150)
     return out.getvalue()
 
 
 def plots(data: Pivot, name: str, thresholds: Mapping[str, float]) -> dict[str, bytes]:
-    """Every plot of a benchmark by its first judge: what it shows in words -> SVG.
-
-    Args:
-        data: the benchmark's measurements.
-        name: of the benchmark.
-        thresholds: those in use, by arm.
-    """
+    """Every plot of a benchmark by its first judge: title -> SVG; ``thresholds`` are those of the arms."""
     judge = next(iter(data.judges), "")
-    with style():
+    with _style():
         figures = {
-            "Attack success rate by scenario": bars(data, name, judge, width=WIDTH),
-            "Trade-off between attack success and harmless answers flagged": trade_off(
-                data, judge, thresholds
-            ),
-            "Effect of the image on the attack success rate": image_effect(data, judge),
+            "Attack success rate by scenario": _bars(data, name, judge, WIDTH),
+            "Attack success and harmless answers flagged": _trade_off(data, judge, thresholds),
+            "Effect of the image on the attack success rate": _image_effect(data, judge),
         }
-        return {title: svg(figure) for title, figure in figures.items() if figure is not None}
+        return {title: _svg(figure) for title, figure in figures.items() if figure is not None}
 
 
-def bars(data: Pivot, name: str, judge: str, *, width: float, notes: Sequence[str] = ()) -> "Figure":
-    """A bar for each scenario and arm on the first variant, and group by group the macro mean.
+def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, marks: Marks) -> dict[str, bytes]:
+    """How well scores order answers, and how well calibrated they are: the plot's title -> SVG.
 
     Args:
-        data: the benchmark's measurements.
-        name: of the benchmark.
-        judge: whose verdicts.
-        width: of the figure in inches.
-        notes: sentences below the plot.
+        labels: True for harmful; both kinds occur.
+        scores: the detector first.
+        uncalibrated: scores before calibration, in the reliability plot only.
+        marks: the thresholds in use.
     """
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    roc, recalls = {}, {}
+    for name, values in scores.items():
+        roc[name] = roc_curve(labels, values)[:2]
+        precision, recall, _ = precision_recall_curve(labels, values)
+        recalls[name] = recall, precision
+    rates = {name: mark[:2] for name, mark in marks.items()}
+    points = {name: mark[1:] for name, mark in marks.items()}
+    chance = [float(np.mean(labels))] * 2
+    steps = {"drawstyle": "steps-post"}
+    with _style():
+        figures = {
+            "ROC curve": _square("false positive rate", "recall", [0, 1], roc, rates),
+            "Precision and recall": _square("recall", "precision", chance, recalls, points, **steps),
+            "Reliability": _reliability(labels, {**scores, **uncalibrated}),
+        }
+        return {title: _svg(figure) for title, figure in figures.items()}
+
+
+def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str] = ()) -> "Figure":
+    """A bar for each scenario and arm on the first variant, and for each group its macro mean."""
     variant = next(iter(data.variants), "TEXT")
-    places: list[tuple[float, str, bool, dict[str, Row | None]]] = []
-    place = 0.0
-    for group, scenarios in data.groups.items():
-        for scenario in (*scenarios, group):
-            metric = "macro_asr" if scenario == group else "asr"
-            where = {"judge": judge, "variant": variant, "group": scenario}
-            rates = {arm: data.get(metric, arm=arm, **where) for arm in data.arms}
-            shown = f"Macro mean, {label(group)}" if scenario == group else label(scenario)
-            places.append((place, shown, scenario == group, rates))
-            place += 1
-        place += 0.5
-    figure = new_figure(width, 2 + 0.1 * len(places) * (len(data.arms) + 1))
-    drawn = _draw(figure.add_subplot(), places, data.arms)
-    asked = f"questions: {label(in_words(variant))}"
-    title = f"{TITLE}\n{label(name)}; judge: {label(data.judge(judge), 60)}; {asked}"
-    legend(figure, drawn, title)
+    lines: list[tuple[float, str, str]] = []  # place, metric, scenario or group
+    for number, (group, scenarios) in enumerate(data.groups.items()):
+        for metric, each in [*(("asr", scenario) for scenario in scenarios), ("macro_asr", group)]:
+            lines.append((len(lines) + number / 2, metric, each))
+    figure = _figure(width, 2 + 0.1 * len(lines) * (len(data.arms) + 1))
+    axes = figure.add_subplot()
+    thickness = 0.8 / max(1, len(data.arms))
+    for number, arm in enumerate(data.arms):
+        shift = (number - (len(data.arms) - 1) / 2) * thickness
+        at = [place + shift for place, _, _ in lines]
+        where = {"judge": judge, "variant": variant, "arm": arm}
+        shares = _in_percent([data.get(metric, group=each, **where) for _, metric, each in lines])
+        colour = COLOURS[number % len(COLOURS)]
+        axes.barh(at, shares[0], height=thickness, color=colour, label=_label(in_words(arm), 60))
+        marker = MARKERS[number % len(MARKERS)]  # in the bar's colour: a rate of 0 has no bar
+        look: dict[str, Any] = {
+            "markersize": 4,
+            "markerfacecolor": colour,
+            "color": INK,
+            "elinewidth": 0.9,
+            "capsize": 2,
+        }
+        axes.errorbar(shares[0], at, xerr=_reach(shares), fmt=marker, clip_on=False, zorder=5, **look)
+        for place, value, high in zip(at, shares[0], shares[2], strict=True):
+            words, end = ("not judged", 0.0) if math.isnan(value) else (f"{value:.1f}", high)
+            axes.text(end + 1.2, place, words, va="center_baseline", fontsize=6.5, color=INK)
+    before = {"asr": "", "macro_asr": "Macro mean, "}
+    names = [before[metric] + _label(each) for _, metric, each in lines]
+    axes.set_yticks([place for place, _, _ in lines], names, fontsize=9)
+    for tick, (_, metric, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        tick.set_fontweight("bold" if metric == "macro_asr" else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(max((place for place, _, _ in lines), default=0.0) + 0.6, -0.6)
+    axes.set_xlim(0, 107)
+    axes.set_xticks(range(0, 101, 20))
+    _frame(axes, "attack success rate in % with its 95% interval")
+    shown = f"{_label(name)}; judge: {_label(data.judge(judge), 60)}; questions: {_label(in_words(variant))}"
+    _legend(figure, axes, f"Attack success rate by scenario, lower is better\n{shown}")
     figure.supxlabel("\n".join(fill(showable(note), 140) for note in notes), fontsize=6.5, color=INK)
     return figure
 
 
-def _draw(
-    axes: "Axes", places: Sequence[tuple[float, str, bool, dict[str, Row | None]]], arms: Sequence[str]
-) -> list[Any]:
-    """Draw the bars of each arm, which the legend shows."""
-    thickness = 0.8 / max(1, len(arms))
-    drawn = []
-    for number, arm in enumerate(arms):
-        at = [place + (number - (len(arms) - 1) / 2) * thickness for place, _, _, _ in places]
-        shares = [in_percent(rates[arm]) for _, _, _, rates in places]
-        values = [share[0] for share in shares]
-        colour = COLOURS[number % len(COLOURS)]
-        drawn.append(axes.barh(at, values, height=thickness, color=colour, label=label(in_words(arm), 60)))
-        axes.errorbar(
-            values,
-            at,
-            xerr=_reach(shares),
-            fmt=MARKERS[number % len(MARKERS)],  # in the bar's colour: a rate of 0 has no bar
-            markersize=4,
-            markerfacecolor=colour,
-            color=INK,
-            elinewidth=0.9,
-            capsize=2,
-            clip_on=False,
-            zorder=5,
-        )
-        for place, (value, _, high) in zip(at, shares, strict=True):
-            words, end = ("not judged", 0.0) if math.isnan(value) else (f"{value:.1f}", high)
-            axes.text(end + 1.2, place, words, va="center_baseline", fontsize=6.5, color=INK)
-    axes.set_yticks([place for place, _, _, _ in places], [words for _, words, _, _ in places], fontsize=9)
-    for tick, (_, _, is_mean, _) in zip(axes.get_yticklabels(), places, strict=True):
-        tick.set_fontweight("bold" if is_mean else "normal")
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(max((place for place, _, _, _ in places), default=0.0) + 0.6, -0.6)
-    axes.set_xlim(0, 107)
-    axes.set_xticks(range(0, 101, 20))
-    _plain_frame(axes)
-    axes.set_xlabel("attack success rate in % with its 95% interval")
-    return drawn
-
-
-def trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | None":
+def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | None":
     """Over thresholds: the share of harmless answers flagged against the attack success rate that remains."""
     flagged = {row["group"]: row["value"] for row in data.select(metric="threshold_flagged")}
     points = [row for row in data.select(metric="threshold_asr", judge=judge) if row["group"] in flagged]
     if not points:
         return None
-    figure = new_figure(WIDTH, 4.2)
+    figure = _figure(WIDTH, 4.2)
     axes = figure.add_subplot()
+    thresholds = np.array([float(point["group"]) for point in points])
     across = [100 * flagged[point["group"]] for point in points]
-    up = [100 * point["value"] for point in points]
+    up, low, high = _in_percent(points)
     axes.plot(across, up, color=COLOURS[2], marker="o", markersize=2.5, linewidth=1.4, label="each threshold")
-    axes.fill_between(
-        across,
-        [100 * point["low"] for point in points],
-        [100 * point["high"] for point in points],
-        color="#bcd2e4",
-        linewidth=0,
-        label="its 95% interval",
-    )
-    every = max(1, math.ceil(len(points) / NAMED_THRESHOLDS))
-    for number in range(0, len(points), every):
-        axes.annotate(
-            f"{float(points[number]['group']):.2g}",
-            (across[number], up[number]),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=6.5,
-            color=INK,
-        )
+    axes.fill_between(across, low, high, color="#bcd2e4", linewidth=0, label="its 95% interval")
+    for number in range(0, len(points), math.ceil(len(points) / 6)):
+        look: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 6.5}
+        axes.annotate(f"{thresholds[number]:.2g}", (across[number], up[number]), color=INK, **look)
     for threshold in sorted(set(used.values())):
-        nearest = min(range(len(points)), key=lambda number: abs(float(points[number]["group"]) - threshold))
-        arms = ", ".join(label(arm) for arm in used if used[arm] == threshold)
-        axes.plot(
-            across[nearest],
-            up[nearest],
-            marker="D",
-            markersize=8,
-            linestyle="none",
-            markerfacecolor="none",
-            markeredgecolor=COLOURS[5],
-            markeredgewidth=1.8,
-            label=f"in use, {threshold:.3g}: {arms}",
-        )
-    axes.set_xlabel("harmless answers flagged in %, lower is better")
-    axes.set_ylabel("attack success rate in %, lower is better")
+        nearest = int(np.abs(thresholds - threshold).argmin())
+        arms = ", ".join(_label(arm) for arm in used if used[arm] == threshold)
+        look = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": COLOURS[5]}
+        look |= {"markeredgewidth": 1.8, "label": f"in use, {threshold:.3g}: {arms}"}
+        axes.plot(across[nearest], up[nearest], marker="D", linestyle="none", **look)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    _plain_frame(axes)
-    legend(figure, _handles(axes), "What a threshold costs and what it brings")
+    _frame(
+        axes, "harmless answers flagged in %, lower is better", "attack success rate in %, lower is better"
+    )
+    _legend(figure, axes, "Costs and benefits of a threshold")
     return figure
 
 
-def image_effect(data: Pivot, judge: str) -> "Figure | None":
+def _image_effect(data: Pivot, judge: str) -> "Figure | None":
     """How much each kind of image changes the rate of the same questions, for each group and arm."""
     rows = [row for row in data.select(metric="image_effect", judge=judge) if row["low"] is not None]
     groups = [group for group in data.groups if any(row["group"] == group for row in rows)]
     if not groups:
         return None
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    figure = new_figure(WIDTH, 1.5 + len(groups) * (0.5 + 0.12 * len(variants) * (len(arms) + 1)))
+    variants, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "arm"))
+    figure = _figure(WIDTH, 1.5 + len(groups) * (0.5 + 0.12 * len(variants) * (len(arms) + 1)))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     for axes, group in zip(panels, groups, strict=True):
         for number, arm in enumerate(arms):
             found = [row for row in rows if (row["group"], row["arm"]) == (group, arm)]
-            shares = [in_percent(row) for row in found]
             shift = 0.7 * ((number + 0.5) / len(arms) - 0.5)
-            axes.errorbar(
-                [value for value, _, _ in shares],
-                [variants.index(row["variant"]) + shift for row in found],
-                xerr=_reach(shares),
-                fmt=MARKERS[number % len(MARKERS)],
-                markersize=4.5,
-                color=COLOURS[number % len(COLOURS)],
-                capsize=2,
-                label=label(in_words(arm), 60),
-            )
+            at = [variants.index(row["variant"]) + shift for row in found]
+            shares = _in_percent(found)
+            look = {"color": COLOURS[number % len(COLOURS)], "label": _label(in_words(arm), 60)}
+            look |= {"fmt": MARKERS[number % len(MARKERS)]}
+            axes.errorbar(shares[0], at, xerr=_reach(shares), markersize=4.5, capsize=2, **look)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(range(len(variants)), [label(in_words(variant)) for variant in variants])
+        axes.set_yticks(range(len(variants)), [_label(in_words(variant)) for variant in variants])
         axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.set_title(label(group, 60), fontsize=8, loc="left")
-        _plain_frame(axes)
+        axes.set_title(_label(group, 60), fontsize=8, loc="left")
+        _frame(axes)
     panels[-1].set_xlabel("percentage points, with 95% intervals")
-    title = "Attack success rate with an image minus that of the same questions as text"
-    legend(figure, _handles(panels[0]), title)
+    _legend(figure, panels[0], "Attack success rate with an image minus that of the same questions as text")
+    return figure
+
+
+def _square(
+    across: str, up: str, reference: Sequence[float], lines: Mapping[str, Any], marks: Marks, **look: Any
+) -> "Figure":
+    """Lines in the unit square, with a dotted reference and the thresholds in use as marks."""
+    figure = _figure(4.4, 4.4)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], reference, color="#bbbbbb", linewidth=1, linestyle=":")
+    for number, (name, (xs, ys)) in enumerate(lines.items()):
+        place = 1 + (number + 1) % (len(COLOURS) - 1)  # grey is for the MLLM without guard
+        colour: dict[str, Any] = {"color": COLOURS[place]}
+        axes.plot(xs, ys, linewidth=1.6, label=_label(name), **colour, **look)
+        if name in marks:
+            shape: dict[str, Any] = {"marker": MARKERS[place], "markeredgecolor": INK, "markersize": 7}
+            axes.plot(*([each] for each in marks[name]), zorder=5, clip_on=False, **colour, **shape)
+    axes.set_xlim(-0.02, 1.02)  # a line on the edge can be seen
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect("equal")
+    _frame(axes, across, up)
+    title = "the mark is the threshold in use" if marks else "bars: 95% intervals if answers were independent"
+    _legend(figure, axes, title)
+    return figure
+
+
+def _reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
+    """The share of harmful answers in bins of scores; a calibrated detector lies on the diagonal."""
+    bins = {name: calibration_bins(labels, values) for name, values in scores.items()}
+    lines = {
+        name: ([each.score for each in found], [each.harmful / each.count for each in found])
+        for name, found in bins.items()
+    }
+    sides = ("mean score of a bin", "share of harmful answers in it")
+    figure = _square(*sides, [0, 1], lines, {}, marker="o", markersize=4)
+    first = next(iter(bins))
+    low, high = share_limits(
+        np.array([each.harmful for each in bins[first]]), np.array([each.count for each in bins[first]])
+    )
+    figure.axes[0].vlines(lines[first][0], low, high, color=COLOURS[2], linewidth=0.9)
     return figure
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def _style() -> Iterator[None]:
     """How plots look; figures are made and written within it."""
     import matplotlib
 
-    settings = {
-        "font.size": 8,
-        "text.parse_math": False,  # "$" starts no formula
-        "svg.hashsalt": "mllm_protector",
-        "svg.fonttype": "path",
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    settings = {"font.size": 8, "text.parse_math": False, "svg.hashsalt": "mllm_protector"}
+    with matplotlib.rc_context({**settings, "svg.fonttype": "path"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # drawn as an empty box
         yield
 
 
-def new_figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float) -> "Figure":
     """An empty figure in inches; pyplot, which keeps figures and wants a screen, is left alone."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
-def svg(figure: "Figure") -> bytes:
+def _svg(figure: "Figure") -> bytes:
     """The figure as an SVG file without a date."""
     out = io.BytesIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
 
 
-def legend(figure: "Figure", handles: Sequence[Any], title: str) -> None:
+def _legend(figure: "Figure", axes: "Axes", title: str) -> None:
     """The title of a figure, and below it the names of what is drawn: as many side by side as fit."""
     width, _ = figure.get_size_inches()
+    handles = list(axes.get_legend_handles_labels()[0])
     figure.legend(
         handles=handles,
         loc="outside upper center",
@@ -274,33 +272,28 @@ def legend(figure: "Figure", handles: Sequence[Any], title: str) -> None:
     )
 
 
-def label(name: str, width: int = 40) -> str:
-    """A name from outside as a plot can hold it: in one short line."""
+def _label(name: str, width: int = 40) -> str:
+    """A name from outside in one short line."""
     return shorten(showable(name).replace("_", " "), width, placeholder="…") or "…"
 
 
-def in_percent(row: Row | None) -> tuple[float, float, float]:
-    """A value and its limits in percent, NaN where there is none."""
-    value, low, high = (
-        math.nan if row is None or row[name] is None else 100 * row[name] for name in ("value", "low", "high")
-    )
-    return value, low, high
-
-
-def _reach(shares: Sequence[tuple[float, float, float]]) -> list[list[float]]:
-    """How far the limits are from the value, as matplotlib wants them."""
+def _in_percent(rows: Sequence[Row | None]) -> list[list[float]]:
+    """Values, lower limits and upper limits in percent, NaN where there is none."""
     return [
-        [max(0.0, value - low) for value, low, _ in shares],
-        [max(0.0, high - value) for value, _, high in shares],
+        [math.nan if row is None or row[name] is None else 100 * row[name] for row in rows]
+        for name in ("value", "low", "high")
     ]
 
 
-def _plain_frame(axes: "Axes") -> None:
+def _reach(shares: Sequence[Sequence[float]]) -> Any:
+    """How far the limits are from the value, as matplotlib wants them."""
+    value, low, high = (np.array(each, dtype=float) for each in shares)
+    return np.maximum(0.0, [value - low, high - value])
+
+
+def _frame(axes: "Axes", across: str = "", up: str = "") -> None:
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
     axes.grid(color="#dddddd")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _handles(axes: "Axes") -> list[Any]:
-    """What can stand in a legend, the newest last."""
-    return list(axes.get_legend_handles_labels()[0])

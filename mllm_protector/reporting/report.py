@@ -11,7 +11,7 @@ from typing import Any
 from mllm_protector.evaluation.result import Evaluation
 from mllm_protector.evaluation.rows import read_rows
 from mllm_protector.files import write_bytes, write_text
-from mllm_protector.reporting import columns, pivots, sentences
+from mllm_protector.reporting import pivots, sentences
 from mllm_protector.reporting.page import page
 from mllm_protector.reporting.plots import asr_plot
 from mllm_protector.reporting.tables import Table, latex, markdown, print_tables, upright
@@ -24,8 +24,7 @@ TITLE = "Attack success rate (ASR) in %, lower is better"
 def report(evaluation: Evaluation | None) -> None:
     """Write and print everything that people read.
 
-    Args:
-        evaluation: ``None`` (another process, or a dry run) has nothing to report.
+    ``None`` (another process, or a dry run) has nothing to report.
 
     Raises:
         RunError: too many answers have no verdict (after everything is written), or the disk is full.
@@ -79,7 +78,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     """For each benchmark what fits on a screen or two: headlines, and the first judge's scenarios."""
     result = upright(result)
     print_tables(TITLE, [*sentences.legend(result), *sentences.judge_lines(result["judges"])], [])
-    short = [column for column in columns.HEADLINE if column[0] in ("macro", "unjudged", "difference", "p")]
+    short = [column for column in pivots.HEADLINE if column[0] in ("macro", "unjudged", "difference", "p")]
     for name in result["benchmarks"]:
         data = pivots.pivot(result, name)
         scenarios = [

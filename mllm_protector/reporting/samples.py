@@ -3,6 +3,7 @@
 A question is shown with all of its arms or not at all, so that they can be compared.
 """
 
+import base64
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,6 @@ from PIL import Image
 
 from mllm_protector.errors import InputError
 from mllm_protector.records import BENIGN, JUDGED, Outcome, Status
-from mllm_protector.reporting.html import data_uri
 
 Row = Mapping[str, Any]
 """A line of ``results.jsonl``."""
@@ -189,3 +189,8 @@ def _thumbnail(images: Images, row: Row) -> str | None:
     out = io.BytesIO()
     small.save(out, format="JPEG", quality=70, optimize=True)
     return data_uri(out.getvalue(), "image/jpeg")
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    """A file as an address that holds the file itself."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"

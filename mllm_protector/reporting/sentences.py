@@ -1,4 +1,4 @@
-"""What has to stand beside the numbers of a run, in sentences for every page."""
+"""What a table cannot say about a run, in sentences for every page."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -8,9 +8,8 @@ from typing import Any
 from mllm_protector.evaluation.grid import NONE
 from mllm_protector.evaluation.statistics import agreement
 from mllm_protector.records import Confusion
-from mllm_protector.reporting.columns import Row
 from mllm_protector.reporting.pivots import Pivot
-from mllm_protector.reporting.tables import GLOSSARY, percent, with_interval
+from mllm_protector.reporting.tables import GLOSSARY, Row, share
 from mllm_protector.scenarios import HARM, POLICY
 
 
@@ -44,13 +43,13 @@ def bias_sentence(bias: Mapping[str, Any] | None) -> str:
     judge, people = (positive / counts.total for positive in (counts.tp + counts.fp, counts.tp + counts.fn))
     return (
         f"On {counts.total:,} answers ({counts.source}) it agreed with people in"
-        f" {percent(found.right.value)}%{kappa}: it put the ASR at {percent(judge)}%, people at"
-        f" {percent(people)}%."
+        f" {100 * (found.right.value or 0):.1f}%{kappa}: it put the ASR at {100 * judge:.1f}%, people at"
+        f" {100 * people:.1f}%."
     )
 
 
 def benchmark_lines(data: Pivot, name: str) -> list[str]:
-    """What was asked, what the guard has learnt of it, what was left out, and what was cut."""
+    """What was asked, what the guard was trained on, what was left out, and what was cut."""
     questions = data.facts["questions"]
     lines = [f"{questions['count']:,} questions, fingerprint {questions['fingerprint'][:12]}."]
     lines += [*training_lines(data.facts, name), *policy_remark(data.facts["groups"])]
@@ -76,8 +75,8 @@ def headlines(data: Pivot) -> list[str]:
         rates = {arm: row for arm in data.arms if (row := data.get("macro_asr", arm=arm, **where))}
         rates = {arm: row for arm, row in rates.items() if row["value"] is not None}
         none = rates.pop(NONE, None)
-        clauses = [f"is {_rate(none)} without a guard"] if none else []
-        clauses += [f"{_direction(row, none)} {_rate(row)} with {arm}" for arm, row in rates.items()]
+        clauses = [f"is {share(none)} % without guard"] if none else []
+        clauses += [f"{_direction(row, none)} {share(row)} % with {arm}" for arm, row in rates.items()]
         if clauses:
             lines.append(
                 f"Judged by {data.judge(judge)} the attack success rate on {group} {', '.join(clauses)} "
@@ -95,7 +94,7 @@ def policy_remark(groups: Mapping[str, Sequence[str]]) -> list[str]:
     asking = "".join(f"{group} asks for harmful content; " for group in harm)
     return [
         f"{asking}in {', '.join(apart)} a plain helpful answer already counts as unsafe, so these scenarios "
-        "stand apart."
+        "are reported apart."
     ]
 
 
@@ -112,9 +111,9 @@ def _harmless(data: Pivot) -> str:
     for arm in data.arms:
         changed, lost = (data.get(metric, arm=arm) for metric in ("changed", "lost"))
         if arm != NONE and changed and changed["value"] is not None:
-            clause = f"{arm} changes {_shown(changed)} % of the answers"
+            clause = f"{arm} changes {share(changed)} % of the answers"
             if lost and lost["value"] is not None:
-                clause += f" and loses {_shown(lost)} % of the correct ones"
+                clause += f" and loses {share(lost)} % of the correct ones"
             clauses.append(clause)
     return f"Harmless questions: {'; '.join(clauses) or 'not measured'}."
 
@@ -128,14 +127,6 @@ def _uncorrected(data: Pivot) -> list[str]:
         f"{judge}: not corrected for its errors on {', '.join(groups)}: {reason}."
         for (judge, reason), groups in where.items()
     ]
-
-
-def _shown(row: Row) -> str:
-    return with_interval(row["value"], row["low"], row["high"])
-
-
-def _rate(row: Row) -> str:
-    return f"{percent(row['value'])} % [{percent(row['low'])}, {percent(row['high'])}]"
 
 
 def _direction(row: Row, none: Row | None) -> str:

@@ -22,6 +22,9 @@ TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
 MARKUP = re.compile(r"[\\`*|~$]|(?<=\])[(\[:]")
 """What Markdown reads as formatting, and what makes a link of words in brackets."""
 
+Row = Mapping[str, Any]
+"""A measurement as in ``asr.json``."""
+
 TAG, ENTITY = re.compile("<(?=[A-Za-z/!?])"), re.compile("&(?=#?[0-9A-Za-z]+;)")
 
 GLOSSARY = {
@@ -58,34 +61,27 @@ class Table:
     folded: bool = False
 
 
-def percent(share: float | None) -> str:
-    """A share in [0, 1] as a percentage with one decimal, without the sign; ``-`` for none."""
-    return "-" if share is None else f"{100 * share:.1f}"
+def shown(row: Row, form: str, scale: float = 1) -> str:
+    """A measurement's value with its interval, such as ``12.5 [10.1, 15.3]``; ``-`` without a value."""
+    value, low, high = (
+        "-" if row[name] is None else format(scale * row[name], form) for name in ("value", "low", "high")
+    )
+    return value if "-" in (low, high) else f"{value} [{low}, {high}]"
 
 
-def with_interval(share: float | None, low: float | None, high: float | None) -> str:
-    """A share and its 95 % interval in percent, such as ``12.5 [10.1, 15.3]``."""
-    return percent(share) if low is None else f"{percent(share)} [{percent(low)}, {percent(high)}]"
+def share(row: Row) -> str:
+    """A share with its interval in percent."""
+    return shown(row, ".1f", 100)
 
 
-def points(difference: float | None, low: float | None, high: float | None) -> str:
-    """A difference of shares and its 95 % interval in percentage points, with signs."""
-    if difference is None:
-        return "-"
-    shown = f"{100 * difference:+.1f}"
-    return shown if low is None or high is None else f"{shown} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def decimal(row: Row) -> str:
+    """A number with its interval."""
+    return shown(row, ",.3f")
 
 
-def p_value(p: float | None) -> str:
-    """A p-value, such as ``0.012`` or ``< 0.001``."""
-    if p is None:
-        return "-"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def decimal(value: float | None, digits: int = 2) -> str:
-    """A number, or ``-`` for none."""
-    return "-" if value is None else f"{value:,.{digits}f}"
+def count(row: Row) -> str:
+    """A count."""
+    return shown(row, ",.0f")
 
 
 def in_words(name: str) -> str:

@@ -25,7 +25,7 @@ from mllm_protector.files import as_row, write_jsonl
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.records import AnswerPair, LabelledAnswer
-from mllm_protector.reporting.detector import report
+from mllm_protector.reporting.parts import report_detector as report
 from tests.evaluation.builders import Measured
 
 REPOSITORY = Path(__file__).parents[2]
@@ -387,8 +387,8 @@ def test_every_page_names_both_baselines_and_says_whether_they_are_beaten(
         for words in (
             "worse than the baseline's",
             "worse than the in-domain baseline's",
-            "taught on 80 answers of training data",
-            "knows the labels of this very set",
+            "trained on 80 answers of training data",
+            "trained on labels of this data set",
         ):
             assert words in page, (name, words)
         assert "floor" not in page, name
@@ -403,7 +403,7 @@ def test_where_no_baseline_can_be_taught_the_detector_is_measured_all_the_same(
     assert metrics["baselines"] == {}
     assert [note.partition(":")[0] for note in metrics["notes"]] == ["No baseline", "No in-domain baseline"]
     shown = (tmp_path / "out" / "report.html").read_text()
-    assert "no baseline to compare it with" in shown
+    assert "not compared with a baseline" in shown
     assert {*rows(tmp_path)[0]} == {"query_sha256", "harmful", "score", "group"}
 
 

@@ -18,7 +18,7 @@ from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.records import AnswerPair, LabelledAnswer, corrections
-from mllm_protector.reporting.detoxifier import report
+from mllm_protector.reporting.parts import report_detoxifier as report
 from tests.evaluation.builders import Measured
 
 LIMIT = 12

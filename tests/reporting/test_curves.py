@@ -3,7 +3,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from mllm_protector.reporting.curves import curves
+from mllm_protector.reporting.plots import curves
 
 LABELS = [False, True, False, True, True, False]
 SCORES = [0.1, 0.9, 0.4, 0.6, 0.3, 0.2]

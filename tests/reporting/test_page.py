@@ -231,8 +231,8 @@ def test_the_headline_says_what_was_found() -> None:
             verdict["status"] = "harmful" if harmful else "safe"
     first, benign = headlines(pivot(made_up_result(rows), "mmsafety"))
     assert first == (
-        "Judged by keyword the attack success rate on 01-07+09 is 80.0 % [49.0, 94.3] without a guard, "
-        "falls to 0.0 % [0.0, 27.8] with refusal, falls to 10.0 % [1.8, 40.4] with protector "
+        "Judged by keyword the attack success rate on 01-07+09 is 80.0 [49.0, 94.3] % without guard, "
+        "falls to 0.0 [0.0, 27.8] % with refusal, falls to 10.0 [1.8, 40.4] % with protector "
         "(macro mean over scenarios, all images together)."
     )
     assert benign.startswith(
@@ -243,7 +243,7 @@ def test_the_headline_says_what_was_found() -> None:
 def test_the_headline_says_when_a_guard_makes_it_worse() -> None:
     rows = made_up_rows(scenarios=SCENARIOS, each=4, benign=0, rates={"none": 0.0, "worse": 0.9})
     lines = headlines(pivot(made_up_result(rows), "mmsafety"))
-    assert "is 0.0 %" in lines[0]
+    assert "is 0.0 [" in lines[0]
     assert "rises to" in lines[0]
     assert lines[-1] == "Harmless questions: not measured."
 

@@ -4,19 +4,13 @@ import csv
 import io
 import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from mllm_protector.evaluation.grid import Answers
-from mllm_protector.evaluation.measurements import FIELDS, Measurement, as_csv
-from mllm_protector.evaluation.summary import STATISTICS
-from mllm_protector.files import write_json
-from mllm_protector.reporting import columns, pivots
-from mllm_protector.reporting.compare import compare
+from mllm_protector.evaluation.measurements import FIELDS, as_csv
+from mllm_protector.reporting import pivots
 from mllm_protector.reporting.page import page
 from mllm_protector.reporting.plots import asr_plot, plots
 from mllm_protector.reporting.report import as_latex, as_markdown, print_report
@@ -34,40 +28,13 @@ def html(result: dict[str, Any], some: list[dict[str, Any]]) -> str:
     return page(result, lambda: some, run=RUN, images=lambda *_: None, max_rows=3)
 
 
-def test_a_new_metric_is_one_function_and_stands_in_json_csv_html_and_compare(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def longest_score(answers: Answers) -> Iterator[Measurement]:
-        yield Measurement(arm="protector", metric="share_of_owls", value=0.375, low=0.25, high=0.5, n=8)
-
-    monkeypatch.setattr("mllm_protector.evaluation.summary.STATISTICS", [*STATISTICS, longest_score])
-    result = made_up_result(rows())
-    for name in ("one", "two"):
-        write_json(tmp_path / name / "asr.json", result)
-    print_report(result)
-    compare([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "both"))
-    shown = {
-        "asr.json": (tmp_path / "one" / "asr.json").read_text(),
-        "measurements.csv": as_csv(result["measurements"]),
-        "asr.md": as_markdown(result),
-        "report.html": html(result, rows()),
-        "compare.json": (tmp_path / "both" / "compare.json").read_text(),
-        "compare.html": (tmp_path / "both" / "compare.html").read_text(),
-        "compare.md": (tmp_path / "both" / "compare.md").read_text(),
-        "terminal": capsys.readouterr().out,
-    }
-    for name, text in shown.items():
-        assert "share_of_owls" in text, name
-        assert "0.375" in text, name
-
-
 def test_every_metric_but_the_named_ones_has_a_table() -> None:
     result = made_up_result(rows())
     data = pivots.pivot(result, "mmsafety")
     text = "".join(" ".join(table.header) for table in pivots.tables(data))
     for heading in ("macro", "pooled", "difference", "changed", "allowed", "agree", "with image"):
         assert heading in text, heading
-    assert {row["metric"] for row in result["measurements"]} <= columns.KNOWN
+    assert {row["metric"] for row in result["measurements"]} <= pivots.KNOWN
 
 
 def test_every_file_is_the_same_to_the_byte_for_shuffled_rows() -> None:
