@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -7,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from mllm_protector.errors import RunError
-from mllm_protector.training.logging import NoTracker, WandbTracker
-from tests.training import tagger
+from mllm_protector.training.logging import WandbTracker
 
 REPOSITORY = Path(__file__).parents[2]
 CANARY = "canary-4f0c7d-secret"
@@ -56,31 +54,13 @@ def test_online_without_a_key_is_one_clear_line(tmp_path: Path, monkeypatch: pyt
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_tracker_the_metrics_are_in_metrics_jsonl(tmp_path: Path) -> None:
-    tagger.run(tmp_path, tracker=NoTracker(), max_steps=2)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [(row["step"], row["kind"]) for row in map(json.loads, lines)] == [
-        (1, "train"),
-        (2, "train"),
-        (2, "validation"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("mode", "resumed", "same", "asked"),
-    [
-        ("online", True, True, "allow"),
-        ("offline", True, True, None),
-        ("online", False, False, None),
-    ],
-)
-def test_a_resumed_training_continues_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, resumed: bool, same: bool, asked: str | None
-) -> None:
+def test_a_resumed_training_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, object]] = []
     monkeypatch.setattr("wandb.init", lambda **settings: calls.append(settings))
-    tracker = WandbTracker(project="tests", mode=mode, name=None)
-    tracker.start(str(tmp_path), {}, resumed=False)
-    tracker.start(str(tmp_path), {}, resumed=resumed)
-    assert (calls[0]["id"] == calls[1]["id"]) == same
-    assert (calls[0]["resume"], calls[1]["resume"]) == (None, asked)
+    for mode, resumed, asked in (("online", True, "allow"), ("offline", True, None), ("online", False, None)):
+        tracker = WandbTracker(project="tests", mode=mode, name=None)  # type: ignore[arg-type]
+        tracker.start(str(tmp_path), {}, resumed=False)
+        tracker.start(str(tmp_path), {}, resumed=resumed)
+        first, second = calls[-2:]
+        assert (first["id"] == second["id"]) == resumed, (mode, resumed)
+        assert (first["resume"], second["resume"]) == (None, asked), (mode, resumed)
