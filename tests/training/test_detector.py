@@ -25,11 +25,9 @@ from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.scale import Scale
 from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
 from mllm_protector.records import AnswerPair, LabelledAnswer, labelled_answers
-from mllm_protector.training.checkpoints import BestCheckpoint
 from mllm_protector.training.detector import train_detector
 from mllm_protector.training.logging import NoTracker
 from mllm_protector.training.losses import detector_loss
-from mllm_protector.training.settings import CheckpointConfig
 from tests.models.builders import TEXTS, Family, save_tiny_classifier_base
 from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 
@@ -219,41 +217,6 @@ def test_all_kept_weights_have_the_scale_and_the_threshold_of_their_own_validati
         }
 
 
-def break_off_at_the_end(monkeypatch: pytest.MonkeyPatch, folder: Path, base: Path, **changes: Any) -> None:
-    """Train, and stop between the last validation and what follows it."""
-
-    def breaks(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BestCheckpoint, "finish", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            train(folder, base, **changes)
-
-
-def test_a_training_that_broke_off_at_its_very_end_calibrates_as_one_that_did_not(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes: dict[str, Any] = {
-        "checkpoint": CheckpointConfig(every_steps=1, every_minutes=None, keep_last=1),
-        "fit": replace(CONFIG, best_metric="auroc", epochs=4),
-    }
-    finished = train(tmp_path / "whole", base, **changes)
-    break_off_at_the_end(monkeypatch, tmp_path / "resumed", base, **changes)
-    assert not (tmp_path / "resumed" / "last").exists()
-    assert train(tmp_path / "resumed", base, **changes) == finished
-    for folder in (".", "last"):
-        guards = [read_guard_file(tmp_path / name / folder, "detector") for name in ("whole", "resumed")]
-        assert guards[0] == guards[1]
-
-
-def test_another_aim_is_another_training(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = {"checkpoint": CheckpointConfig(every_steps=1, every_minutes=None, keep_last=1)}
-    break_off_at_the_end(monkeypatch, tmp_path, base, **changes)
-    with pytest.raises(InputError, match=r"of another training \(calibration\.kind was f1, now recall"):
-        train(tmp_path, base, calibration=Aim("recall", 0.9), **changes)
-
-
 def test_a_long_answer_is_validated_in_windows_as_in_use(tmp_path: Path, base: Path) -> None:
     long = replace(pairs(1, start=70)[0], rejected="harmless words " * 60 + "[harmful placeholder] Sure")
     data = Given(DATA.train, [*DATA.validation, long])
@@ -262,15 +225,6 @@ def test_a_long_answer_is_validated_in_windows_as_in_use(tmp_path: Path, base: P
     again = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
     assert {name: metrics[name] for name in DETECTION_METRICS} == pytest.approx(again, abs=1e-6)
     assert len(load_detector(tmp_path).encoder.windows(queries=[long.query], answers=[long.rejected])[0]) > 1
-
-
-def test_a_promise_that_the_validation_split_is_too_small_for_is_warned_of(
-    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    metrics = train(tmp_path, base, calibration=Aim("false_positive_rate", 0.05))
-    assert metrics["calibrated"]["promised"] is False
-    assert caplog.text.count("cannot be promised") == 1
-    assert "at least 59 harmless answers are needed" in caplog.text
 
 
 def largest_difference(one: Path, other: Path) -> float:

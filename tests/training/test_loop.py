@@ -106,15 +106,6 @@ def test_two_processes_give_the_weights_and_metrics_of_one(tmp_path: Path) -> No
         assert [row["loss"] for row in together] == pytest.approx([row["loss"] for row in alone], abs=1e-6)
 
 
-def test_training_lowers_the_loss_and_keeps_float32_weights(tmp_path: Path) -> None:
-    for precision in ("fp32", "bf16"):
-        model = make_model()
-        run(tmp_path, model=model, epochs=6, precision=precision, learning_rate=5e-2)
-        losses = [row["loss"] for row in logged(tmp_path, "validation")]
-        assert losses[-1] < 0.5 * losses[0], precision
-        assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}, precision
-
-
 def test_only_parameters_that_require_a_gradient_are_trained(tmp_path: Path) -> None:
     model = make_model()
     model.embedding.requires_grad_(False)
@@ -165,14 +156,6 @@ def test_validations_come_when_they_are_asked_for_and_at_the_end(tmp_path: Path)
     for every, steps in ((None, [6, 12]), (5, [5, 10, 12]), (12, [12]), (99, [12])):
         run(tmp_path, validate_every=every)
         assert [row["step"] for row in logged(tmp_path, "validation")] == steps, every
-
-
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(tmp_path: Path) -> None:
-    run(tmp_path, warmup=0.25)
-    rates = [row["learning_rate"] for row in logged(tmp_path, "train")]
-    assert rates.index(max(rates)) == 2  # the third of twelve steps
-    assert max(rates) == CONFIG.learning_rate
-    assert rates[-1] == 0.0
 
 
 def test_metrics_are_written_every_few_steps_and_at_the_end(tmp_path: Path) -> None:
@@ -271,9 +254,3 @@ def test_the_tracker_gets_everything_in_order(tmp_path: Path) -> None:
         (1, "validation/loss"),
         ("finish",),
     ]
-
-
-def test_dropout_is_switched_on_again_after_a_validation(tmp_path: Path) -> None:
-    model = make_model(dropout=0.5)
-    run(tmp_path, model=model, evaluate=Validations("loss", [1.0, 2.0]))
-    assert model.training

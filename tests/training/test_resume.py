@@ -1,13 +1,11 @@
 """A training that is stopped, killed or cannot write must end as if nothing had happened."""
 
-import errno
 import itertools
 import json
 import logging
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -25,8 +23,8 @@ from safetensors.torch import load_file
 
 from mllm_protector.data.encoding import Batch
 from mllm_protector.errors import InputError, RunError
+from mllm_protector.guard.calibration import Aim
 from mllm_protector.processes import Processes
-from mllm_protector.training import checkpoints as files
 from mllm_protector.training import resume
 from mllm_protector.training.checkpoints import Checkpoints
 from mllm_protector.training.resume import Stopped
@@ -195,30 +193,6 @@ def test_a_kill_after_the_last_step_changes_nothing(
     assert left_behind(tmp_path) == undisturbed
 
 
-def test_if_the_metrics_cannot_be_written_no_step_is_repeated(
-    tmp_path: Path, undisturbed: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write_json", no_room)
-        with pytest.raises(RunError, match=r"metrics\.json cannot be written \(.*make room"):
-            run(tmp_path)
-    run(tmp_path, loss_fn=at(1, crash))
-    assert left_behind(tmp_path) == undisturbed
-
-
-def no_room(*arguments: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_resumed_training_may_change_its_memory_settings(tmp_path: Path) -> None:
-    run(tmp_path / "whole", model=make_model())
-    for key, value in (("micro_batch_size", 3), ("micro_batch_tokens", 20)):
-        with pytest.raises(Crash):
-            run(tmp_path / key, model=make_model(), loss_fn=at(5, crash))
-        run(tmp_path / key, model=make_model(), **{key: value})
-        assert largest_difference(tmp_path / key, tmp_path / "whole") < 1e-6, key
-
-
 def test_a_real_training_resumes_with_the_same_bits_and_refuses_other_data_or_tuning(
     tmp_path: Path, base: Path
 ) -> None:
@@ -231,6 +205,9 @@ def test_a_real_training_resumes_with_the_same_bits_and_refuses_other_data_or_tu
             train(crashed, base, data=kills.Made("1"))
         with pytest.raises(InputError, match=r"tuning was .*alpha=4.*, now .*alpha=8"):
             train(crashed, base, tuning=replace(kills.TUNING, alpha=8))
+        if train is kills.train_a_detector:
+            with pytest.raises(InputError, match=r"calibration\.kind was f1, now recall"):
+                train(crashed, base, calibration=Aim("recall", 0.9))
         train(crashed, base)
         assert left_behind(crashed) == left_behind(whole), train.__name__
 
@@ -293,29 +270,6 @@ def test_resume_never_starts_over(crashed: Path, undisturbed: Mapping[str, Any])
     run(crashed, resume="never", loss_fn=at(2, lambda: seen.append(len(checkpoints(crashed)))))
     assert seen == [0]
     assert left_behind(crashed) == undisturbed
-
-
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[Callable[[], None]]:
-    """Gives what sets the limit, which is lifted again at the end."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_metrics_that_cannot_be_written_end_the_run_in_one_line(
-    tmp_path: Path, undisturbed: Mapping[str, Any]
-) -> None:
-    with (
-        no_file_larger_than(0) as limit,
-        pytest.raises(RunError, match=r"metrics\.jsonl cannot be written \(.*make room") as error,
-    ):
-        run(tmp_path, loss_fn=at(5, limit))
-    assert "\n" not in str(error.value)
-    run(tmp_path)
-    assert left_behind(tmp_path) == undisturbed
 
 
 def test_after_a_loss_that_is_not_finite_the_checkpoints_are_of_good_steps(
