@@ -140,7 +140,7 @@ def calibrate_detector(
     seed: Seed,
     batch_tokens: Count = BATCH_TOKENS,
 ) -> dict[str, Any]:
-    """Choose a detector's scale and threshold anew; its weights stay as they are.
+    """Choose a detector's scale and threshold again; its weights do not change.
 
     All records of the source are scored. If the detector was trained on this very source and split, only the
     validation part is: scores of answers that it has learnt say nothing about other answers.

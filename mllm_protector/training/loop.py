@@ -133,6 +133,7 @@ def fit(task: Task, run: Run) -> Fitted:
         if accelerator.is_main_process:
             task.save(folder, metrics, weights)
 
+    # "keeper" is the key that earlier releases wrote to their checkpoints.
     best = BestCheckpoint(config.best_metric, run.output_dir, save, **resumption.progress.get("keeper", {}))
     logger = MetricLogger(
         run.output_dir,

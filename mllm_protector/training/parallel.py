@@ -1,7 +1,7 @@
 """How the processes of one training hold its model, and one step that they make together.
 
-The launcher decides: by itself each process holds a copy (DDP); ``configs/accelerate/fsdp2.yaml`` shards
-weights, gradients and optimizer state (FSDP2, on GPUs and CPUs alike).
+By default each process holds a copy (DDP); ``configs/accelerate/fsdp2.yaml`` shards weights, gradients and
+optimizer state (FSDP2, on GPUs and CPUs alike).
 """
 
 import math

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -79,7 +79,7 @@ class FitConfig:
     @property
     def validation_batch(self) -> MicroBatchLimit:
         """The most that one forward pass of a validation may hold: padded, and without gradients."""
-        return MicroBatchLimit(tokens=self.micro_batch_tokens, examples=self.micro_batch_size)
+        return replace(self.micro_batch, packed=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

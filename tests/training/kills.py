@@ -135,7 +135,7 @@ def is_saving(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a training has nothing left to do; it would begin anew."""
+    """Whether a training has nothing left to do; it would start over."""
     return (folder / "metrics.json").exists() and not any((folder / "checkpoints").glob("step-*"))
 
 

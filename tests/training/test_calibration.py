@@ -58,7 +58,7 @@ DATA = Given(answers(60), answers(10, start=60))
 
 @pytest.fixture(scope="module")
 def saved(make_detector: Callable[..., HarmDetector], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector as a training leaves it, with what stands beside its weights."""
+    """A detector as a training leaves it, with the files beside its weights."""
     folder = tmp_path_factory.mktemp("saved") / "detector"
     detector = make_detector()
     detector.guard = replace(detector.guard, data={"account": "none", "fingerprint": "0" * 64})

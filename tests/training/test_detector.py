@@ -198,9 +198,9 @@ def test_all_kept_weights_have_the_scale_and_the_threshold_of_their_own_validati
         assert calibration[name] == value
     after = detection_metrics(labels, scores, threshold=choice.threshold)
     before = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
-    for when, figures in (("before", before), ("after", after)):
+    for when, metrics_then in (("before", before), ("after", after)):
         for name in ("ece", "brier"):
-            assert calibration[f"{name}_{when}_calibration"] == pytest.approx(figures[name], abs=1e-6)
+            assert calibration[f"{name}_{when}_calibration"] == pytest.approx(metrics_then[name], abs=1e-6)
     assert calibration["data"] == {
         "account": "records of a test",
         "fingerprint": DATA.load().fingerprint,

@@ -25,7 +25,7 @@ tagger.run(Path(sys.argv[1]), tracker=tracker, max_steps=3)
 
 def test_an_offline_run_is_written_below_the_output_folder_and_holds_no_secret(tmp_path: Path) -> None:
     secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY", "MY_OWN_SECRET"), CANARY)
-    # A process of its own, because wandb writes the last of a run when its process ends.
+    # In a separate process, because wandb writes the last of a run when its process ends.
     ran = subprocess.run(
         [sys.executable, "-c", OFFLINE_RUN, str(tmp_path)],
         env=os.environ | secrets,

@@ -72,7 +72,7 @@ def send(number: int) -> Callable[[], None]:
 
 @contextmanager
 def crash_before_checkpoint(step: int) -> Iterator[None]:
-    """Weights and figures of the step are written, its checkpoint is not."""
+    """Weights and metrics of the step are written, its checkpoint is not."""
     write = Checkpoints.write
 
     def crash_at(self: Checkpoints, number: int, *rest: Any) -> None:

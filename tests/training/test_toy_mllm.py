@@ -54,7 +54,7 @@ def test_a_folder_of_other_settings_is_refused(made: Path) -> None:
             toy_mllm(folder=str(made), **SETTINGS | change)
 
 
-def test_a_toy_of_other_words_is_trained_anew(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toy_of_other_words_is_trained_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
     monkeypatch.setattr(module, "mllm_turns", lambda: toy.mllm_turns()[::70])
     monkeypatch.setattr(module, "_train", lambda folder, *_, **__: trained.append(folder))
