@@ -112,15 +112,8 @@ class MetricLogger:
     ) -> None:
         """Open nothing yet.
 
-        Args:
-            output_dir: gets ``metrics.jsonl``.
-            tracker: gets ``config``, ``facts`` and all metrics.
-            config: says how often a line is written and which metric is shown first.
-            facts: what else the tracker gets to know of the training.
-            done: steps made before; 0 for a new training.
-            validated: the last of them with a validation.
-            total: steps of the whole training.
-            active: on the first process only.
+        The tracker gets ``config``, ``facts`` and all metrics. ``done`` steps were made before, the last
+        validation among them after step ``validated``. Only the first process is ``active``.
         """
         self.path = output_dir / "metrics.jsonl"
         self._tracker, self._config, self._facts = tracker, config, facts
