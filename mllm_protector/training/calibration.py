@@ -41,16 +41,10 @@ def calibration_metrics(
 ) -> dict[str, float]:
     """Scale and threshold for an aim, and how good they are on these answers.
 
-    Args:
-        labels: True for harmful.
-        logits: of the answers.
-        aim: what the threshold is for.
-        queries: keys of the answers' queries (``opening_key``).
+    ``queries`` are keys of the answers' queries (``opening_key``).
 
     Returns:
-        ``temperature``, ``offset``, ``threshold``, ``calibrated_ece``, ``calibrated_brier``,
-        ``calibrated_f1``, ``false_positive_rate`` and ``recall``: plain numbers, to be logged and kept with
-        the other metrics of a validation.
+        Plain numbers, to be logged and kept with the other metrics of a validation.
 
     Raises:
         InputError: the labels are all of one kind, or a logit is not finite.
@@ -82,14 +76,8 @@ def calibrated(
 ) -> GuardFile:
     """A guard file with the scale and the threshold of ``calibration_metrics``.
 
-    Args:
-        guard: of the same weights.
-        metrics: of ``calibration_metrics``, with ``ece`` and ``brier`` before calibration: at temperature 1
-            and offset 0.
-        aim: that they are for.
-        sizes: of the answers that they were measured on.
-        data: which answers these were.
-        note: how far the metrics can be trusted.
+    ``metrics`` also has ``ece`` and ``brier`` before calibration (temperature 1, offset 0); ``data`` says
+    which answers they were measured on, and ``note`` how far they can be trusted.
     """
     choice = describe(
         aim,
@@ -150,20 +138,12 @@ def calibrate_detector(
     seed: Seed,
     batch_tokens: Count = BATCH_TOKENS,
 ) -> dict[str, Any]:
-    """Choose a detector's scale and threshold anew; its weights stay as they are.
+    """Choose a detector's scale and threshold again; its weights do not change.
 
     All records of the source are scored. If the detector was trained on this very source and split, only the
     validation part is: scores of answers that it has learnt say nothing about other answers.
 
-    Args:
-        detector: the folder that ``train_detector`` wrote.
-        data: pairs or labelled answers.
-        calibration: what the threshold is for.
-        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
-        device: ``None`` takes the GPU if there is one.
-        output_dir: gets a copy of the folder; ``None`` changes ``guard.json`` in place.
-        seed: of what the source's ``limit`` keeps.
-        batch_tokens: positions in one forward pass, padding included.
+    ``configs/calibrate_detector.yaml`` describes the arguments.
 
     Returns:
         The new ``calibration`` of ``guard.json``, with ``threshold``, ``temperature`` and ``offset``.

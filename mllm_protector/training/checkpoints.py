@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: files, whatever is in them.
+"""Checkpoints on the disk: those to resume from, and the best weights.
 
 A checkpoint is a folder such as ``step-00000120``: tensors in safetensors, the rest in JSON, and a manifest
 with the size and sha256 of each file. It is written under a temporary name and renamed when all of it is on
@@ -10,49 +10,46 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mllm_protector.errors import RunError
-from mllm_protector.files import file_digest
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.files import file_digest, write_json, writing
+from mllm_protector.metrics import HIGHER_IS_BETTER
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """The name of their folder in a training's output folder."""
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
-NAME = re.compile(r"step-\d{8,}(\.\d+)?")
+MANIFEST, STATE = "manifest.json", "state.json"
+NAME = re.compile(r"step-\d{8,}")
+
+Measured = tuple[dict[str, float], int]
+"""Validation metrics, and the step at which they were measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An intact checkpoint.
-
-    Attributes:
-        folder: where it is.
-        step: steps done.
-        state: the JSON beside the tensors.
-    """
+    """An intact checkpoint: its folder, the steps done, and the JSON beside the tensors."""
 
     folder: Path
     step: int
     state: dict[str, Any]
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors of ``<stem>.safetensors``, on the CPU; read from the disk when used.
+        """The tensors of ``<stem>.safetensors``, on the CPU.
 
         Raises:
-            RunError: the file cannot be read by this process.
+            RunError: this process cannot read the file.
         """
         path = self.folder / f"{stem}.safetensors"
         try:
@@ -64,19 +61,38 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one training, in one folder. Only one process may write."""
+    """The checkpoints of one training, in one folder. One process looks for the newest, then writes."""
 
     def __init__(self, folder: Path, keep_last: int) -> None:
-        """Open nothing yet; keep ``keep_last`` intact checkpoints."""
         self.folder = folder
         self.keep_last = keep_last
-        self._damaged: set[Path] = set()
+        self._newest = 0
+
+    def newest(self) -> Checkpoint | None:
+        """The newest intact checkpoint (every byte is checked); ``None`` if there are none at all.
+
+        Raises:
+            RunError: there are some, but none is intact.
+        """
+        found = self._found()
+        for folder in reversed(found):
+            try:
+                _verify(folder)
+                state = json.loads((folder / STATE).read_bytes())
+            except (OSError, ValueError) as error:
+                log.warning("%s: damaged (%s); looking for an earlier checkpoint", folder, error)
+            else:
+                self._newest = _step(folder)
+                return Checkpoint(folder, self._newest, state)
+        if found:
+            raise RunError(
+                f"{self.folder}: no checkpoint is intact; put back a copy of one, "
+                "or give resume=never to start over"
+            )
+        return None
 
     def write(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Write a checkpoint, then remove the ones it makes superfluous.
-
-        It replaces one of the same step. Those of later steps, left by a run that resumed from an earlier
-        one, are removed too.
+        """Write a checkpoint of a later step than the newest, then remove the ones that it replaces.
 
         Args:
             step: steps done.
@@ -87,21 +103,23 @@ class Checkpoints:
             RunError: the disk is full or cannot be written to. Earlier checkpoints are untouched.
         """
         content = json.dumps(state, allow_nan=False)
-        temporary = self.folder / f".{_name(step)}.tmp"
+        target = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".{target.name}.tmp"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
-            temporary.mkdir()
+            temporary.mkdir(parents=True)
             for stem, named in tensors.items():
                 save_file(
                     {key: each.contiguous() for key, each in named.items()}, temporary / f"{stem}.safetensors"
                 )
             (temporary / STATE).write_text(content, encoding="utf-8")
-            files = {path.name: _measure(path) for path in sorted(temporary.iterdir())}
-            (temporary / MANIFEST).write_text(_manifest(step, files), encoding="utf-8")
+            (temporary / MANIFEST).write_text(_manifest(temporary, step), encoding="utf-8")
             for path in (*temporary.iterdir(), temporary):
                 _flush(path)
-            target = temporary.rename(self._free_name(step))
+            for damaged in self._found():
+                if _step(damaged) > self._newest:
+                    _remove(damaged)
+            temporary.rename(target)
             _flush(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -109,36 +127,17 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint of step {step} cannot be written ({error}); make room or "
                 "choose another output_dir; earlier checkpoints are untouched"
             ) from error
-        self._remove_superfluous(target)
-
-    def newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint (every byte is checked); ``None`` if there are none at all.
-
-        Raises:
-            RunError: there are some, but none is intact.
-        """
-        found = self._found()
-        for folder in found:
-            try:
-                _verify(folder, contents=True)
-                return Checkpoint(folder, _step(folder), json.loads((folder / STATE).read_bytes()))
-            except (OSError, ValueError) as error:
-                self._damaged.add(folder)
-                log.warning("%s: damaged (%s); looking for an earlier checkpoint", folder, error)
-        if found:
-            raise RunError(
-                f"{self.folder}: no checkpoint is intact; put back a copy of one, "
-                "or give resume=never to start over"
-            )
-        return None
+        self._newest = step
+        for superfluous in self._found()[: -self.keep_last]:
+            _remove(superfluous)
 
     def clear(self) -> None:
-        """Remove all checkpoints.
+        """Remove all checkpoints, the newest last.
 
         Raises:
             RunError: one cannot be removed.
         """
-        for folder in reversed(self._found()):  # until the last is gone, the newest is left
+        for folder in self._found():
             _remove(folder)
         self._remove_leftovers()
         if found := self._found():
@@ -147,80 +146,36 @@ class Checkpoints:
             self.folder.rmdir()
 
     def _found(self) -> list[Path]:
-        """All folders with a checkpoint's name, newest first; of one step the last written first."""
+        """All folders with a checkpoint's name, the newest last."""
         entries = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted((path for path in entries if NAME.fullmatch(path.name)), key=_order, reverse=True)
-
-    def _free_name(self, step: int) -> Path:
-        """A folder cannot be replaced atomically, so a second checkpoint of a step gets a number."""
-        taken = [_order(folder)[1] for folder in self._found() if _step(folder) == step]
-        return self.folder / (f"{_name(step)}.{max(taken) + 1}" if taken else _name(step))
-
-    def _remove_superfluous(self, newest: Path) -> None:
-        found = self._found()
-        earlier = [each for each in found if _step(each) < _step(newest) and self._looks_intact(each)]
-        keep = {newest, *earlier[: self.keep_last - 1]}
-        for folder in found:
-            if folder not in keep:
-                _remove(folder)
-
-    def _looks_intact(self, folder: Path) -> bool:
-        try:
-            _verify(folder, contents=False)
-        except (OSError, ValueError):
-            return False
-        return folder not in self._damaged
+        return sorted((path for path in entries if NAME.fullmatch(path.name)), key=_step)
 
     def _remove_leftovers(self) -> None:
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _order(folder: Path) -> tuple[int, int]:
-    """(step, number among the checkpoints of that step), from a folder's name."""
-    step, _, number = folder.name.removeprefix("step-").partition(".")
-    return int(step), int(number or 1)
-
-
 def _step(folder: Path) -> int:
-    return _order(folder)[0]
+    return int(folder.name.removeprefix("step-"))
 
 
-def _manifest(step: int, files: Any) -> str:
-    return json.dumps({"schema": SCHEMA, "step": step, "files": files}, indent=1) + "\n"
+def _manifest(folder: Path, step: int) -> str:
+    """The size and the sha256 of each file but the manifest."""
+    files = {
+        path.name: {"size": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    return json.dumps({"schema": 1, "step": step, "files": files}, indent=1) + "\n"
 
 
-def _measure(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def _verify(folder: Path, *, contents: bool) -> None:
-    """Compare a checkpoint with its manifest; without ``contents`` only the names and sizes of its files.
-
-    Raises:
-        ValueError: a file is not as written.
-        OSError: a file cannot be read.
-    """
-    text = (folder / MANIFEST).read_text(encoding="utf-8")
-    try:
-        files = json.loads(text)["files"]
-        sizes = {name: file["size"] for name, file in files.items()}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{MANIFEST}: not a manifest") from None
-    if text != _manifest(_step(folder), files):
-        raise ValueError(f"{MANIFEST}: not as written, or of another step or release")
-    found = {path.name for path in folder.iterdir()} - {MANIFEST}
-    if different := sorted(found ^ sizes.keys()):
-        raise ValueError(f"{different[0]}: {'unexpected' if different[0] in found else 'missing'}")
-    for name, size in sizes.items():
-        if (folder / name).stat().st_size != size:
-            raise ValueError(f"{name}: {(folder / name).stat().st_size} bytes instead of {size}")
-        if contents and _measure(folder / name) != files[name]:
-            raise ValueError(f"{name}: its content changed")
+def _verify(folder: Path) -> None:
+    """Raise a ``ValueError`` or ``OSError`` if a checkpoint is not as it was written."""
+    written, found = (folder / MANIFEST).read_text(encoding="utf-8"), _manifest(folder, _step(folder))
+    if written != found:
+        files = json.loads(found)["files"]
+        changed = [name for name, file in files.items() if file["sha256"] not in written]
+        raise ValueError(f"{', '.join(changed) or 'its list of files'}: not as written")
 
 
 def _flush(path: Path) -> None:
@@ -238,3 +193,95 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.old")))
     except OSError as error:
         log.warning("%s: cannot be removed (%s)", folder, error)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The outcome of a training.
+
+    Attributes:
+        metrics: validation metrics of the best weights.
+        step: at which they were measured.
+        last_metrics: validation metrics at the end.
+        steps: of the whole training.
+    """
+
+    metrics: dict[str, float]
+    step: int
+    last_metrics: dict[str, float]
+    steps: int
+
+    def write(self, folder: Path, **more: Any) -> dict[str, Any]:
+        """Write ``metrics.json`` (on the first process) and return its content.
+
+        The best weights' metrics are at the top level, those of the last step under ``last``. The training
+        is then complete, and its checkpoints are removed.
+        """
+        content = {**self.metrics, **more, "step": self.step, "steps": self.steps, "last": self.last_metrics}
+        if PartialState().is_main_process:
+            with writing(str(folder / "metrics.json")):
+                write_json(folder / "metrics.json", content)
+            Checkpoints(folder / CHECKPOINTS, keep_last=1).clear()
+            log.info("written: %s (weights of step %s, metrics.json, metrics.jsonl)", folder, self.step)
+        return content
+
+
+@dataclass(slots=True)
+class BestCheckpoint:
+    """Keeps the best weights in a folder, and at the end the last ones in ``last`` if they differ.
+
+    Attributes:
+        metric: decides which weights are the best.
+        folder: where they go.
+        save: writes the weights and their metrics; called on every process, as the weights may be sharded.
+        best: metrics of the best weights, and their step.
+        last: metrics of the last validation, and its step.
+    """
+
+    metric: str
+    folder: Path
+    save: Callable[[Path, dict[str, float]], None]
+    best: Measured | None = None
+    last: Measured | None = None
+
+    @property
+    def step(self) -> int:
+        """Of the last validation; 0 before the first."""
+        return self.last[1] if self.last else 0
+
+    def state(self) -> dict[str, Measured | None]:
+        """What a resumed training continues with."""
+        return {"best": self.best, "last": self.last}
+
+    def update(self, metrics: dict[str, float], step: int) -> None:
+        """Save the weights if they are the best so far; of equals the first is kept.
+
+        Raises:
+            InputError: the metric is not among the metrics.
+            RunError: the weights cannot be written.
+        """
+        require_metric(self.metric, metrics)
+        self.last = (metrics, step)
+        sign = 1.0 if self.metric in HIGHER_IS_BETTER else -1.0
+        if self.best is None or sign * metrics[self.metric] > sign * self.best[0][self.metric]:
+            self.best = (metrics, step)
+            self._save(self.folder, self.best)
+
+    def finish(self, steps: int) -> Fitted:
+        """Save the last weights where they are not the best."""
+        if self.best is None or self.last is None:
+            raise RunError("the training ended without a validation")
+        if self.last[1] != self.best[1]:
+            self._save(self.folder / "last", self.last)
+        return Fitted(self.best[0], self.best[1], self.last[0], steps)
+
+    def _save(self, folder: Path, measured: Measured) -> None:
+        metrics, step = measured
+        with writing(f"{folder}: the weights of step {step}"):
+            self.save(folder, metrics)
+
+
+def require_metric(metric: str, known: Iterable[str]) -> None:
+    """Check that ``fit.best_metric`` is one of the metrics that are measured."""
+    if metric not in known:
+        raise InputError(f"fit.best_metric={metric}: choose one of {', '.join(known)}")

@@ -19,19 +19,19 @@ from mllm_protector.data.tokens import choose_pad_id
 from mllm_protector.errors import InputError
 from mllm_protector.files import content_key
 from mllm_protector.metrics import perplexity
-from mllm_protector.models.backbone import Backbone, require_length
+from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.parts import part_saver
 from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, corrections
-from mllm_protector.training.best import require_metric
+from mllm_protector.training.checkpoints import require_metric
 from mllm_protector.training.logging import Tracker
-from mllm_protector.training.loop import Task
+from mllm_protector.training.loop import Run, Task
 from mllm_protector.training.losses import LanguageLoss, mean_loss
 from mllm_protector.training.part import open_backbone, train_part, tuned, unmeasured
-from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, Run
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume
 
 log = logging.getLogger(__name__)
 
@@ -59,23 +59,7 @@ def train_detoxifier(
 ) -> dict[str, Any]:
     """Train a detoxifier and write it, with its metrics, to ``output_dir``.
 
-    Args:
-        data: pairs; single labelled answers are refused.
-        benchmarks: name to benchmark; their questions are looked for in the training queries.
-        contaminated: ``drop`` leaves out training records with such a question.
-        both_harmful: what to learn where both answers are harmful (``records.corrections``).
-        backbone: makes the pretrained model's description; called once.
-        tuning: adapters or everything.
-        fit: how to optimise.
-        checkpoint: when to write checkpoints.
-        resume: ``auto`` continues a stopped training in ``output_dir``, ``never`` starts over.
-        tracker: takes the metrics.
-        max_length: longest prompt and rewrite together in tokens; longer ones are cut and counted.
-        prompt: a template with ``{query}`` and ``{answer}``, or ``None`` for the package's own.
-        chat: send the prompt through the backbone's chat template.
-        output_dir: gets the weights, ``guard.json``, ``metrics.json``, ``metrics.jsonl`` and
-            ``data_report.md``.
-        seed: of the adapters, the order, dropout and the shuffled control.
+    ``configs/train_detoxifier.yaml`` describes the arguments. ``backbone`` is called once.
 
     Returns:
         The content of ``metrics.json``: ``loss`` (nats per target token, or per example, as
@@ -111,8 +95,7 @@ def train_detoxifier(
         chat=chat,
     )
     pretrained = base.load_causal_lm()
-    require_length(pretrained, max_length)
-    model = tuned(pretrained, "CAUSAL_LM", [], tuning, packing=fit.packing)
+    model = tuned(pretrained, "CAUSAL_LM", [], tuning, max_length=max_length, packing=fit.packing)
     loss = LanguageLoss(model)
     with first_process_first():
         encoded, encoded_validation, shuffled = (

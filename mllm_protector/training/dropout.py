@@ -49,13 +49,7 @@ class KeyedDropout(torch.nn.Dropout):
     """Dropout by keys; PyTorch's own where there are none."""
 
     def __init__(self, p: float, name: str, keys: Keys) -> None:
-        """Bind a layer to the keys of its model.
-
-        Args:
-            p: share of the channels that are dropped, in [0, 1).
-            name: tells this layer's masks from another's.
-            keys: of the current forward pass.
-        """
+        """``name`` tells this layer's masks from another's; all layers of a model share ``keys``."""
         super().__init__(p)
         self._layer = zlib.crc32(name.encode())
         self._keys = keys
@@ -101,11 +95,7 @@ def attention_dropout(model: torch.nn.Module) -> float:
 def dropout_keys(batch: Batch, examples: Sequence[int], *, seed: int, step: int) -> torch.Tensor:
     """The key of each position; (B, T) int32, the shape of ``input_ids``.
 
-    Args:
-        batch: padded on the right, or packed.
-        examples: the number of each example among all, in the order of the batch.
-        seed: of the run.
-        step: in which the batch is computed.
+    The batch is packed or padded on the right; ``examples`` are the numbers of its rows among all examples.
     """
     numbers = torch.tensor(examples)
     if is_packed(batch):

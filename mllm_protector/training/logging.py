@@ -4,15 +4,16 @@ import json
 import logging
 import secrets
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
 from mllm_protector.errors import RunError
 from mllm_protector.files import write_text, writing
+from mllm_protector.training.settings import FitConfig
 
 log = logging.getLogger(__name__)
 
@@ -20,38 +21,25 @@ SHOWN = 4
 """Metrics of a validation that the log shows; metrics.jsonl has them all."""
 
 
-class Tracker(Protocol):
+class Tracker:
     """Takes metrics while a model trains. Only the first process calls it."""
 
     def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
         """Called once before the first step; ``resumed`` if an earlier call for the folder had steps."""
-        ...
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Called with metrics as they arise."""
-        ...
 
     def finish(self) -> None:
         """Called once at the end, unless the training failed."""
-        ...
 
 
-@dataclass(frozen=True, slots=True)
-class NoTracker:
+class NoTracker(Tracker):
     """Nothing besides ``metrics.jsonl``."""
-
-    def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
-        """Do nothing."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
-class WandbTracker:
+class WandbTracker(Tracker):
     """Weights & Biases.
 
     Attributes:
@@ -103,50 +91,6 @@ class WandbTracker:
         self._run.finish()
 
 
-@dataclass
-class Meter:
-    """How fast a training is, and how much of it is padding.
-
-    Attributes:
-        tokens: real ones so far.
-        positions: all that were computed, with padding.
-        seconds: of training, without validations and checkpoints.
-    """
-
-    tokens: int = 0
-    positions: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, positions: int, seconds: float) -> dict[str, float]:
-        """Count a step; returns means of the whole training so far."""
-        self.tokens += tokens
-        self.positions += positions
-        self.seconds += seconds
-        return {
-            "tokens_per_second": self.tokens / self.seconds,
-            "padded_over_real": self.positions / self.tokens,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a training is when its log begins, and what to log.
-
-    Attributes:
-        done: steps made before; 0 for a new training.
-        validated: the last of them with a validation.
-        total: steps of the whole training.
-        every: steps between lines of ``metrics.jsonl``; all validations are written.
-        best_metric: shown first of a validation's metrics.
-    """
-
-    done: int
-    validated: int
-    total: int
-    every: int
-    best_metric: str
-
-
 class MetricLogger:
     """Writes ``metrics.jsonl``, feeds the tracker, and shows a bar on a terminal or a few lines elsewhere.
 
@@ -158,20 +102,27 @@ class MetricLogger:
         self,
         output_dir: Path,
         tracker: Tracker,
-        settings: Mapping[str, Any],
-        progress: Progress,
+        config: FitConfig,
+        facts: Mapping[str, Any],
         *,
+        done: int,
+        validated: int,
+        total: int,
         active: bool,
     ) -> None:
-        """Open nothing yet; the tracker gets ``settings``. ``active`` on the first process only."""
+        """Open nothing yet.
+
+        The tracker gets ``config``, ``facts`` and all metrics. ``done`` steps were made before, the last
+        validation among them after step ``validated``. Only the first process is ``active``.
+        """
         self.path = output_dir / "metrics.jsonl"
-        self._tracker = tracker
-        self._settings = settings
-        self._progress = progress
+        self._tracker, self._config, self._facts = tracker, config, facts
+        self._done, self._validated, self._total = done, validated, total
         self._active = active
+        self._tokens, self._seconds = 0, 0.0
         self._bar = tqdm(
-            total=progress.total,
-            initial=progress.done,
+            total=total,
+            initial=done,
             desc="training",
             unit="step",
             disable=None if active else True,  # None: no bar where there is no terminal
@@ -181,7 +132,8 @@ class MetricLogger:
         if self._active:
             with writing(str(self.path)):
                 write_text(self.path, "".join(self._lines_to_keep()))
-            self._tracker.start(str(self.path.parent), self._settings, resumed=self._progress.done > 0)
+            settings = {"fit": asdict(self._config), **self._facts}
+            self._tracker.start(str(self.path.parent), settings, resumed=self._done > 0)
         return self
 
     def __exit__(
@@ -191,33 +143,34 @@ class MetricLogger:
         if self._active and kind is None:
             self._tracker.finish()
 
-    def trained(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a step: its ``loss``, ``learning_rate``, ``tokens_per_second`` and others."""
+    def trained(self, step: int, metrics: Mapping[str, float], *, tokens: int, seconds: float) -> None:
+        """Log a step: its ``loss``, ``learning_rate`` and others, and the mean speed since the start."""
+        self._tokens += tokens
+        self._seconds += seconds
+        speed = self._tokens / self._seconds
         text = (
-            f"loss {metrics['loss']:.4f}, learning rate {metrics['learning_rate']:.1e}, "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s"
+            f"loss {metrics['loss']:.4f}, learning rate {metrics['learning_rate']:.1e}, {speed:,.0f} tokens/s"
         )
-        total = self._progress.total
         self._bar.update()
         self._bar.set_postfix_str(text)
-        if step % self._progress.every == 0 or step == total:
-            self._write("train", step, metrics)
-        if self._bar.disable and step % max(1, total // 10) == 0:
-            self._show(f"step {step:,} of {total:,}: {text}")
+        if step % self._config.log_every == 0 or step == self._total:
+            self._write("train", step, {**metrics, "tokens_per_second": speed})
+        if self._bar.disable and step % max(1, self._total // 10) == 0:
+            self._show(f"step {step:,} of {self._total:,}: {text}")
 
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log a validation."""
         self._write("validation", step, metrics)
         first = dict.fromkeys(
-            name for name in (self._progress.best_metric, "loss", *metrics) if name in metrics
+            name for name in (self._config.best_metric, "loss", *metrics) if name in metrics
         )
         text = ", ".join(f"{name} {metrics[name]:.4f}" for name in list(first)[:SHOWN])
-        self._show(f"step {step:,} of {self._progress.total:,}: validation {text}")
+        self._show(f"step {step:,} of {self._total:,}: validation {text}")
 
     def _lines_to_keep(self) -> Iterator[str]:
         """The lines written up to the checkpoint; one that was cut off is none."""
-        keep = {"train": self._progress.done, "validation": self._progress.validated}
-        if self._progress.done:
+        keep = {"train": self._done, "validation": self._validated}
+        if self._done:
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n") and (row := json.loads(line))["step"] <= keep[row["kind"]]:
                     yield line

@@ -9,12 +9,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import set_seed
 from transformers import get_scheduler
@@ -26,22 +27,13 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.packing import body
 from mllm_protector.models.tuning import weight_count
 from mllm_protector.processes import Processes, start_accelerator
-from mllm_protector.training.best import BestCheckpoint, Fitted
-from mllm_protector.training.checkpoints import CHECKPOINTS
+from mllm_protector.training.checkpoints import CHECKPOINTS, BestCheckpoint, Fitted
 from mllm_protector.training.dropout import attention_dropout
-from mllm_protector.training.interruption import Interruption, Stopped
-from mllm_protector.training.logging import Meter, MetricLogger, Progress
+from mllm_protector.training.logging import MetricLogger, Tracker
 from mllm_protector.training.losses import LossFunction
-from mllm_protector.training.parallel import (
-    Objective,
-    Parallel,
-    StepResult,
-    micro_batches,
-    prepare,
-    take_step,
-)
-from mllm_protector.training.resume import Resumption, TrainingState
-from mllm_protector.training.settings import FitConfig, Run, free_memory, out_of_memory_help
+from mllm_protector.training.parallel import Objective, Parallel, micro_batches, prepare, take_step
+from mllm_protector.training.resume import Interruption, Resumption, Stopped, TrainingState
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, out_of_memory_help
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +65,27 @@ class Task:
     identity: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """How and where to train.
+
+    Attributes:
+        fit: how to optimise.
+        checkpoint: when to write to ``output_dir/checkpoints``; ``Fitted.write`` removes them.
+        resume: ``auto`` continues from the newest intact checkpoint if there is one, ``never`` starts over.
+        tracker: takes the metrics as they arise, besides ``metrics.jsonl``.
+        output_dir: where everything goes.
+        seed: of the order of examples and of dropout.
+    """
+
+    fit: FitConfig
+    checkpoint: CheckpointConfig
+    resume: Resume
+    tracker: Tracker
+    output_dir: Path
+    seed: int
+
+
 def fit(task: Task, run: Run) -> Fitted:
     """Train a model; keep the best weights in ``run.output_dir``, and the last in ``last`` if they differ.
 
@@ -89,14 +102,14 @@ def fit(task: Task, run: Run) -> Fitted:
     accelerator = start_accelerator(config.precision)
     processes: Processes[Any] = Processes(accelerator.process_index, accelerator.num_processes)
     set_seed(run.seed, device_specific=True)
-    lengths = lengths_of(task.examples)
-    plan = Plan(lengths, config, processes.count, run.seed)
+    plan = Plan(lengths_of(task.examples), config, processes.count, run.seed)
     _announce(model, plan)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if config.compile:
         body(model).compile(dynamic=True)
-    memory_help = partial(out_of_memory_help, model, config, longest=max(lengths), processes=processes.count)
+    longest = max(plan.lengths)
+    memory_help = partial(out_of_memory_help, model, config, longest=longest, processes=processes.count)
     with memory_help():
         parallel = prepare(accelerator, Objective(model, task.loss), partial(_optimizer, config=config))
     # Not prepared by accelerate, which would step it once for each process.
@@ -106,7 +119,7 @@ def fit(task: Task, run: Run) -> Fitted:
         num_warmup_steps=round(config.warmup * plan.total),
         num_training_steps=plan.total,
     )
-    settings = {**config.of_influence(), "seed": run.seed, "lengths": lengths_digest(lengths)}
+    settings = {**config.of_influence(), "seed": run.seed, "lengths": lengths_digest(plan.lengths)}
     resumption = Resumption(
         run.output_dir / CHECKPOINTS,
         run.checkpoint,
@@ -115,21 +128,21 @@ def fit(task: Task, run: Run) -> Fitted:
         state=TrainingState(model, parallel.optimizer, scheduler, processes),
     )
 
-    def save_weights(folder: Path, metrics: dict[str, float]) -> None:
+    def save(folder: Path, metrics: dict[str, float]) -> None:
         weights = parallel.weights(model)  # gathered by all processes
         if accelerator.is_main_process:
             task.save(folder, metrics, weights)
 
-    # "keeper" is the name under which earlier releases wrote it.
-    best = BestCheckpoint(
-        config.best_metric, run.output_dir, save_weights, **resumption.progress.get("keeper", {})
-    )
-    meter = Meter(**resumption.progress.get("meter", {}))
+    # "keeper" is the key that earlier releases wrote to their checkpoints.
+    best = BestCheckpoint(config.best_metric, run.output_dir, save, **resumption.progress.get("keeper", {}))
     logger = MetricLogger(
         run.output_dir,
         run.tracker,
-        {"fit": asdict(config), "seed": run.seed, "processes": processes.count},
-        Progress(resumption.step, best.step, plan.total, config.log_every, config.best_metric),
+        config,
+        {"seed": run.seed, "processes": processes.count},
+        done=resumption.step,
+        validated=best.step,
+        total=plan.total,
         active=accelerator.is_main_process,
     )
 
@@ -144,30 +157,29 @@ def fit(task: Task, run: Run) -> Fitted:
         if plan.is_validated(resumption.step) and best.step < resumption.step:
             validate(resumption.step)  # the signal that stopped it came first
         for step, epoch, shares in plan.steps_after(resumption.step):
-            begun = time.perf_counter()
-            rows = task.examples
+            begun, rows = time.perf_counter(), task.examples
             batches = micro_batches(shares, processes.index, rows, task.collate, seed=run.seed, step=step)
             result = take_step(accelerator, parallel, batches, config.clip_norm, config.normalise)
-            speed = meter.add(result.tokens, result.positions, time.perf_counter() - begun)
-            _require_finite(result, step, config)
+            if not result.finite:
+                raise RunError(
+                    f"step {step}: the loss is {result.loss}, the gradient norm {result.gradient_norm}; "
+                    "nothing of this step was saved. Lower fit.learning_rate (now "
+                    f"{config.learning_rate}) or look at the data"
+                )
             scheduler.step()
-            logger.trained(
-                step,
-                {
-                    "loss": result.loss,
-                    "gradient_norm": result.gradient_norm,
-                    "learning_rate": scheduler.get_last_lr()[0],
-                    **speed,
-                    "epoch": epoch,
-                },
-            )
+            metrics = {
+                "loss": result.loss,
+                "gradient_norm": result.gradient_norm,
+                "learning_rate": scheduler.get_last_lr()[0],
+                "padded_over_real": result.positions / result.tokens,
+                "epoch": epoch,
+            }
+            logger.trained(step, metrics, tokens=result.tokens, seconds=time.perf_counter() - begun)
             signal = processes.largest(interruption.signal or 0)
             if not signal and plan.is_validated(step):
                 validate(step)
                 signal = processes.largest(interruption.signal or 0)  # a validation may take long
-            resumption.after_step(
-                step, lambda: {"keeper": best.state(), "meter": asdict(meter)}, stopping=bool(signal)
-            )
+            resumption.after_step(step, lambda: {"keeper": best.state()}, stopping=bool(signal))
             if signal:
                 raise Stopped(Signals(signal), step)
         fitted = best.finish(plan.total)
@@ -177,14 +189,7 @@ def fit(task: Task, run: Run) -> Fitted:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which steps a training makes, and after which of them it validates.
-
-    Attributes:
-        lengths: of the examples, in tokens.
-        config: how to optimise.
-        processes: how many train together.
-        seed: of the order.
-    """
+    """Which steps a training makes, and after which of them it validates; ``lengths`` are in tokens."""
 
     lengths: Sequence[int]
     config: FitConfig
@@ -239,7 +244,7 @@ def _announce(model: torch.nn.Module, plan: Plan) -> None:
         f"{plan.total:,}",
         plan.config.batch_size,
         plan.processes,
-        free_memory() / 2**30,
+        _free_memory() / 2**30,
     )
     if dropped := attention_dropout(model):
         log.info(
@@ -247,6 +252,14 @@ def _announce(model: torch.nn.Module, plan: Plan) -> None:
             "the number of processes",
             100 * dropped,
         )
+
+
+def _free_memory() -> int:
+    """Bytes that this process can still take, of the GPU if there is one."""
+    if not torch.cuda.is_available():
+        return int(psutil.virtual_memory().available)
+    cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0]) + cached
 
 
 def _optimizer(objective: torch.nn.Module, config: FitConfig) -> torch.optim.Optimizer:
@@ -266,11 +279,3 @@ def _validated(task: Task, parallel: Parallel, processes: Processes[Any], step: 
     if not all(map(math.isfinite, metrics.values())):
         raise RunError(f"step {step}: a validation metric is not a finite number: {metrics}")
     return metrics
-
-
-def _require_finite(result: StepResult, step: int, config: FitConfig) -> None:
-    if not result.finite:
-        raise RunError(
-            f"step {step}: the loss is {result.loss}, the gradient norm {result.gradient_norm}; nothing of "
-            f"this step was saved. Lower fit.learning_rate (now {config.learning_rate}) or look at the data"
-        )

@@ -30,11 +30,8 @@ CHUNK_ELEMENTS = 2**24
 def detector_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Binary cross-entropy of the one logit of each text, summed over the batch; a scalar.
 
+    The batch is padded or packed, with ``labels`` (S,) float32, 1.0 for harmful.
     Source: paper section 3 (plain BCE; the official code adds it twice, and a ranking term).
-
-    Args:
-        model: a sequence classifier with one output, or one wrapped by PEFT.
-        batch: padded or packed, with ``labels`` (S,) float32, 1.0 for harmful.
     """
     logits = packed_logits(model, batch) if is_packed(batch) else model(**model_inputs(batch)).logits
     return torch.nn.functional.binary_cross_entropy_with_logits(
@@ -50,19 +47,13 @@ class LanguageLoss:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """Check how the model's head works; the model is not kept.
-
-        Args:
-            model: a causal language model, or one wrapped by PEFT.
-        """
+        """Check how the head of a causal language model works; the model is not kept."""
         self.linear_head = has_linear_head(model)
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The losses of a batch, summed; a scalar in nats.
 
-        Args:
-            model: the model it was made for.
-            batch: padded or packed, with ``labels`` (B, T) int64, ``IGNORED`` outside the target.
+        The batch is padded or packed, with ``labels`` (B, T) int64, ``IGNORED`` outside the target.
         """
         rows, columns, targets = _targets(batch)
         if self.linear_head:
@@ -162,13 +153,7 @@ def summed_cross_entropy(
     """The cross-entropy of ``hidden @ weight.T + bias`` against the targets, summed; a scalar in nats.
 
     Matrix products are in autocast's dtype if it is on, else in that of ``hidden``; the rest is in float32.
-    On a GPU Liger's kernel does the same if it is installed.
-
-    Args:
-        hidden: (N, H).
-        weight: (V, H).
-        bias: (V,) or ``None``.
-        targets: (N,) int64.
+    On a GPU Liger's kernel does the same if it is installed. Shapes: (N, H), (V, H), (V,), (N,) int64.
     """
     kernel = _liger() if hidden.is_cuda else None
     dtype = _compute_dtype(hidden)

@@ -1,7 +1,7 @@
 """How the processes of one training hold its model, and one step that they make together.
 
-The launcher decides: by itself each process holds a copy (DDP); ``configs/accelerate/fsdp2.yaml`` shards
-weights, gradients and optimizer state (FSDP2, on GPUs and CPUs alike).
+By default each process holds a copy (DDP); ``configs/accelerate/fsdp2.yaml`` shards weights, gradients and
+optimizer state (FSDP2, on GPUs and CPUs alike).
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import parse_flag_from_env
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,11 +23,10 @@ from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.errors import InputError
 from mllm_protector.training.dropout import KEYS, dropout_keys, use_keyed_dropout
 from mllm_protector.training.losses import LossFunction
+from mllm_protector.training.resume import WHOLE
 from mllm_protector.training.settings import Normalise
 
 E = TypeVar("E")
-
-MakeOptimizer = Callable[[torch.nn.Module], torch.optim.Optimizer]
 
 
 class Objective(torch.nn.Module):
@@ -38,7 +37,7 @@ class Objective(torch.nn.Module):
     """
 
     def __init__(self, model: torch.nn.Module, loss_fn: LossFunction) -> None:
-        """Bind a model to a loss; the model's dropout layers are replaced by keyed ones."""
+        """Replace the model's dropout layers by keyed ones."""
         super().__init__()
         self.model = model
         self._loss_fn = loss_fn
@@ -59,7 +58,7 @@ class Parallel:
     """
 
     def __init__(self, objective: Any, optimizer: torch.optim.Optimizer, *, reshard: bool = False) -> None:
-        """Hold what ``prepare`` made; ``reshard``: layers are sharded again after their forward pass."""
+        """``reshard``: layers are sharded again after their forward pass."""
         self.objective = objective
         self.optimizer = optimizer
         self._reshard = reshard
@@ -101,27 +100,24 @@ class Parallel:
 
         Every process must call it. The first process gets everything, on the CPU if it was sharded.
         """
-        if not self._shards:
-            return model.state_dict()
-        gathered: dict[str, Any] = get_model_state_dict(
-            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = (
+            get_model_state_dict(model, options=WHOLE) if self._shards else model.state_dict()
         )
-        return gathered
+        return weights
 
 
-def prepare(accelerator: Accelerator, objective: torch.nn.Module, make_optimizer: MakeOptimizer) -> Parallel:
+def prepare(
+    accelerator: Accelerator,
+    objective: torch.nn.Module,
+    make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+) -> Parallel:
     """Copy or shard an objective as the launcher asked for, and make its optimizer.
 
-    Args:
-        accelerator: has joined the processes.
-        objective: the module whose ``forward`` gives the loss.
-        make_optimizer: over the parameters of the module it is given; shards are other parameters.
+    ``make_optimizer`` gets the wrapped objective, because shards are other parameters.
 
     Raises:
-        InputError: DeepSpeed, or the first version of FSDP.
+        InputError: the first version of FSDP.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise InputError("DeepSpeed is not supported; launch with configs/accelerate/fsdp2.yaml or ddp.yaml")
     # From the environment: accelerate silently forgets the launcher's request where there is no GPU.
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         wrapped = accelerator.prepare(objective)
@@ -169,19 +165,16 @@ class StepResult(NamedTuple):
     Attributes:
         loss: mean per target, or per example, of the whole step.
         gradient_norm: before clipping.
-        tokens: real ones, without padding.
+        finite: whether both are finite and the weights were updated.
+        tokens: without padding.
         positions: all that were computed, with padding.
     """
 
     loss: float
     gradient_norm: float
+    finite: bool
     tokens: int
     positions: int
-
-    @property
-    def finite(self) -> bool:
-        """Whether the weights were updated."""
-        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
 def micro_batches(
@@ -217,15 +210,18 @@ def take_step(
 
     The gradient is that of the mean loss over all targets, or examples, of the step, on all processes. If it
     or the loss is not finite, the weights stay as they are.
-
-    Args:
-        accelerator: joins the processes.
-        parallel: the objective and its optimizer.
-        batches: of this process; every process has the same number.
-        clip_norm: longest gradient, or ``None``.
-        normalise: what the summed loss is divided by.
+    Every process has the same number of ``batches``.
     """
-    targets, examples, tokens, positions = _count(accelerator, batches)
+    counts = torch.zeros(4, dtype=torch.float64)
+    for batch, examples in batches:
+        tokens, positions = count_tokens(batch)
+        targets = int((batch["labels"] != IGNORED).sum())
+        counts += (
+            torch.tensor([targets, examples, tokens, positions])
+            if examples
+            else torch.tensor([0, 0, 0, positions])
+        )
+    targets, examples, tokens, positions = accelerator.reduce(counts.to(accelerator.device)).tolist()
     divisor = targets if normalise == "tokens" else examples
     summed = torch.zeros((), device=accelerator.device)
     for number, each in enumerate(batches, start=1):
@@ -236,21 +232,9 @@ def take_step(
             (loss * (accelerator.num_processes / divisor)).backward()
         summed += loss.detach()
     norm = parallel.clip_gradient(clip_norm)
-    mean = accelerator.reduce(summed, reduction="sum") / divisor
-    result = StepResult(mean.item(), norm, int(tokens), int(positions))
-    if result.finite:
+    mean = (accelerator.reduce(summed) / divisor).item()
+    finite = math.isfinite(mean) and math.isfinite(norm)
+    if finite:
         parallel.optimizer.step()
     parallel.optimizer.zero_grad()
-    return result
-
-
-def _count(accelerator: Accelerator, batches: Sequence[MicroBatch]) -> list[float]:
-    """Targets, examples, tokens and positions of all processes; a filler has positions alone."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    for batch, examples in batches:
-        tokens, positions = count_tokens(batch)
-        targets = int((batch["labels"] != IGNORED).sum())
-        counted = (targets, examples, tokens) if examples else (0, 0, 0)
-        sums += torch.tensor([*counted, positions], dtype=torch.float64)
-    together: list[float] = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
-    return together
+    return StepResult(mean, norm, finite, int(tokens), int(positions))

@@ -11,16 +11,15 @@ from transformers import PreTrainedModel
 from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokenized import Tokenized
-from mllm_protector.models.backbone import Backbone
+from mllm_protector.models.backbone import Backbone, require_length
 from mllm_protector.models.guard_file import GuardFile, Kind, library_versions, warn_of
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.parts import provenance
 from mllm_protector.models.tuning import Task as ModelTask
 from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import first_process_first
-from mllm_protector.training.best import Fitted
-from mllm_protector.training.loop import Task, fit
-from mllm_protector.training.settings import Run
+from mllm_protector.training.checkpoints import Fitted
+from mllm_protector.training.loop import Run, Task, fit
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +32,20 @@ def open_backbone(backbone: Callable[[], Backbone], seed: int) -> Backbone:
 
 
 def tuned(
-    pretrained: PreTrainedModel, task: ModelTask, fresh: Sequence[str], tuning: Tuning, *, packing: bool
+    pretrained: PreTrainedModel,
+    task: ModelTask,
+    fresh: Sequence[str],
+    tuning: Tuning,
+    *,
+    max_length: int,
+    packing: bool,
 ) -> torch.nn.Module:
-    """The model to train.
-
-    Args:
-        pretrained: as loaded.
-        task: what it is trained for.
-        fresh: its modules without pretrained weights.
-        tuning: adapters or everything.
-        packing: texts will be packed.
+    """The model to train; ``fresh`` are its modules without pretrained weights.
 
     Raises:
-        InputError: the model cannot be tuned so, or cannot read packed texts.
+        InputError: the model has fewer positions, cannot be tuned so, or cannot read packed texts.
     """
+    require_length(pretrained, max_length)
     model = tuning.prepare(pretrained, task, fresh)
     if packing:
         use_packed_attention(model)
@@ -61,16 +60,7 @@ def unmeasured(
     data: Mapping[str, Any],
     **own: Any,
 ) -> GuardFile:
-    """The ``guard.json`` of a part before its training: no metrics yet.
-
-    Args:
-        kind: which part it is.
-        base: what it is trained from.
-        tuning: adapters or everything.
-        encoder: renders its input.
-        data: facts about the training data.
-        own: fields of this kind of part.
-    """
+    """The ``guard.json`` of a part before its training, with the fields of this kind of part."""
     return GuardFile(
         kind=kind,
         tuning=tuning.kind,
@@ -86,28 +76,13 @@ def unmeasured(
 
 
 def train_part(task: Task, run: Run, guard: GuardFile, encoded: Tokenized[Any]) -> Fitted:
-    """Train a part, with the warnings that its user needs.
-
-    Args:
-        task: what to learn.
-        run: how and where.
-        guard: from ``unmeasured``.
-        encoded: the training rows, which know how many texts were too long.
-    """
-    if encoded.shortened:
-        log.warning(
-            "%d of %d training questions are too long for max_length=%d tokens: only head and tail are read",
-            encoded.shortened,
-            len(encoded),
-            guard.max_length,
-        )
-    if encoded.truncated:
-        log.warning(
-            "%d of %d training texts are longer than max_length=%d tokens and were cut",
-            encoded.truncated,
-            len(encoded),
-            guard.max_length,
-        )
+    """Train a part, with warnings of texts that are too long and of a part that guards nothing."""
+    for count, words in (
+        (encoded.shortened, "questions are too long for max_length=%d tokens: only head and tail are read"),
+        (encoded.truncated, "texts are longer than max_length=%d tokens and were cut"),
+    ):
+        if count:
+            log.warning("%d of %d training " + words, count, len(encoded), guard.max_length)  # noqa: G003
     warn_of(guard)
     fitted = fit(task, run)
     warn_of(guard)

@@ -1,27 +1,23 @@
 """How a training optimises, when it writes checkpoints, and what to lower if the memory runs out."""
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
-import psutil
 import torch
+from annotated_types import Interval
 
 from mllm_protector.data.batching import MicroBatchLimit
-from mllm_protector.errors import InputError, RunError
-from mllm_protector.models.backbone import pick_device
+from mllm_protector.errors import RunError
 from mllm_protector.models.generating import is_out_of_memory
 from mllm_protector.models.tuning import is_quantized
-from mllm_protector.training.logging import Tracker
+from mllm_protector.ranges import Count, Rate, Share
 
-Schedule = Literal["linear", "cosine", "constant_with_warmup"]
-Precision = Literal["fp32", "bf16"]
 Normalise = Literal["tokens", "examples"]
 Resume = Literal["auto", "never"]
+Positive = Annotated[float, Interval(ge=1e-9, le=1e9)]
 
 WITHOUT_INFLUENCE = (
     "micro_batch_tokens",
@@ -36,73 +32,38 @@ WITHOUT_INFLUENCE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitConfig:
-    """How to optimise.
+    """How to optimise; the options of ``fit`` say what each key means.
 
     The result depends on ``batch_size``, not on how a step is divided: the ``micro_batch`` settings,
     ``packing``, ``gradient_checkpointing`` and the number of processes change memory and speed only. That
     includes dropout (``training.dropout``), except dropout of attention weights.
 
     Attributes:
-        epochs: passes over the training data.
-        max_steps: stop after this many steps, whatever ``epochs`` says; ``None`` for no limit.
-        batch_size: examples in one step, over all processes.
-        micro_batch_tokens: positions in one forward pass of one process; ``None`` for no limit.
-        micro_batch_size: examples in one forward pass of one process; ``None`` for no limit.
-        packing: put texts end to end, without padding; for decoders (Llama, Qwen, Mistral, ...).
-        normalise: divide the summed loss of a step by its target ``tokens``, or by its ``examples`` as in
-            the paper's formula. A detector has one target per example.
-        learning_rate: the peak, reached after the warm-up.
-        schedule: from the peak down: ``linear`` or ``cosine`` to zero, or ``constant_with_warmup``.
-        warmup: share of all steps, in [0, 1).
-        weight_decay: on matrices; biases and norms are never decayed.
-        clip_norm: longest gradient, or ``None``.
+        normalise: divides the summed loss of a step by its target ``tokens``, or by its ``examples`` as in
+            the paper's formula.
+        weight_decay: of matrices; biases and norms are never decayed.
         precision: ``bf16`` computes in bfloat16 with float32 weights, head and loss.
-        gradient_checkpointing: compute activations again in the backward pass: a third more work, far less
-            memory.
-        compile: use ``torch.compile``, which takes a minute at the start.
-        validate_every: steps between validations; ``None`` for once an epoch.
         best_metric: the validation metric that decides which weights are kept.
-        log_every: steps between lines of ``metrics.jsonl``.
     """
 
-    epochs: int
-    max_steps: int | None
-    batch_size: int
-    micro_batch_tokens: int | None
-    micro_batch_size: int | None
+    epochs: Count
+    max_steps: Count | None
+    batch_size: Count
+    micro_batch_tokens: Count | None
+    micro_batch_size: Count | None
     packing: bool
     normalise: Normalise
-    learning_rate: float
-    schedule: Schedule
-    warmup: float
-    weight_decay: float
-    clip_norm: float | None
-    precision: Precision
+    learning_rate: Rate
+    schedule: Literal["linear", "cosine", "constant_with_warmup"]
+    warmup: Share
+    weight_decay: Share
+    clip_norm: Positive | None
+    precision: Literal["fp32", "bf16"]
     gradient_checkpointing: bool
     compile: bool
-    validate_every: int | None
+    validate_every: Count | None
     best_metric: str
-    log_every: int
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            InputError: naming the key and its value.
-        """
-        counts = ("epochs", "max_steps", "batch_size", "micro_batch_tokens", "micro_batch_size")
-        _require_counts(self, *counts, "validate_every", "log_every")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate={self.learning_rate}: must be positive")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"warmup={self.warmup}: must be a share of the steps in [0, 1)")
-        if self.weight_decay < 0:
-            raise InputError(f"weight_decay={self.weight_decay}: must not be negative")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"clip_norm={self.clip_norm}: must be positive, or null for no limit")
-        for name, kind in (("schedule", Schedule), ("precision", Precision), ("normalise", Normalise)):
-            if getattr(self, name) not in (choices := get_args(kind)):
-                raise InputError(f"{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+    log_every: Count
 
     def of_influence(self) -> dict[str, Any]:
         """The settings that change the result, beyond the rounding of sums."""
@@ -118,7 +79,7 @@ class FitConfig:
     @property
     def validation_batch(self) -> MicroBatchLimit:
         """The most that one forward pass of a validation may hold: padded, and without gradients."""
-        return MicroBatchLimit(tokens=self.micro_batch_tokens, examples=self.micro_batch_size)
+        return replace(self.micro_batch, packed=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,43 +89,12 @@ class CheckpointConfig:
     Attributes:
         every_steps: steps between checkpoints; ``None``: not by steps.
         every_minutes: minutes between checkpoints; ``None``: not by time.
-        keep_last: how many intact checkpoints to keep.
+        keep_last: how many checkpoints to keep.
     """
 
-    every_steps: int | None
-    every_minutes: float | None
-    keep_last: int
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            InputError: naming the key and its value.
-        """
-        _require_counts(self, "every_steps", "keep_last")
-        if self.every_minutes is not None and not self.every_minutes > 0:
-            raise InputError(f"every_minutes={self.every_minutes}: must be positive, or null")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """How and where to train.
-
-    Attributes:
-        fit: how to optimise.
-        checkpoint: when to write to ``output_dir/checkpoints``; ``Fitted.write`` removes them.
-        resume: ``auto`` continues from the newest intact checkpoint if there is one, ``never`` starts over.
-        tracker: takes the metrics as they arise, besides ``metrics.jsonl``.
-        output_dir: where everything goes.
-        seed: of the order of examples and of dropout.
-    """
-
-    fit: FitConfig
-    checkpoint: CheckpointConfig
-    resume: Resume
-    tracker: Tracker
-    output_dir: Path
-    seed: int
+    every_steps: Count | None
+    every_minutes: Positive | None
+    keep_last: Count
 
 
 @contextmanager
@@ -196,14 +126,7 @@ def out_of_memory_help(
 
 
 def remedies(model: torch.nn.Module, config: FitConfig, *, longest: int, processes: int) -> list[str]:
-    """Settings that take less memory than the present ones, the cheapest first.
-
-    Args:
-        model: what is trained.
-        config: how.
-        longest: tokens of the longest example, which always has to fit.
-        processes: how many train together.
-    """
+    """Settings that take less memory than the present ones, the cheapest first."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     frozen = [parameter for parameter in matrices if not parameter.requires_grad]
     found = []
@@ -223,19 +146,3 @@ def remedies(model: torch.nn.Module, config: FitConfig, *, longest: int, process
             found.append("backbone.dtype=bfloat16")
         found.append("backbone.quantization=4bit")
     return [*found, f"max_length={longest // 2}"]
-
-
-def free_memory() -> int:
-    """Bytes that this process can still take, of the GPU if there is one."""
-    device = pick_device()
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    return int(psutil.virtual_memory().available)
-
-
-def _require_counts(config: FitConfig | CheckpointConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value}: must be at least 1")

@@ -25,9 +25,9 @@ from mllm_protector.outputs import claimed
 from mllm_protector.processes import Processes
 from mllm_protector.ranges import Count, Rate, Seed
 from mllm_protector.training.logging import NoTracker
-from mllm_protector.training.loop import Task, Weights, fit
+from mllm_protector.training.loop import Run, Task, Weights, fit
 from mllm_protector.training.losses import LanguageLoss, mean_loss
-from mllm_protector.training.settings import CheckpointConfig, FitConfig, Run
+from mllm_protector.training.settings import CheckpointConfig, FitConfig
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +51,7 @@ def toy_mllm(
 ) -> HuggingFaceMLLM:
     """The toy MLLM from a folder, trained first if it is not there.
 
-    Args:
-        folder: where it is kept and reused.
-        epochs: passes over the toy turns.
-        batch_size: of training and of answering.
-        learning_rate: the peak.
-        max_new_tokens: the longest answer.
-        seed: of weights and order.
+    ``learning_rate`` is the peak; ``max_new_tokens`` limits an answer, and the rest is about the training.
 
     Raises:
         InputError: the folder holds a toy MLLM of other settings, or files of somebody else, or several
@@ -85,13 +79,7 @@ def toy_mllm(
 
 
 def _train(
-    folder: Path,
-    turns: Sequence[ToyTurn],
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
+    folder: Path, turns: Sequence[ToyTurn], *, epochs: int, batch_size: int, learning_rate: float, seed: int
 ) -> None:
     untrained = save_tiny_llava(
         folder / "untrained",
@@ -146,24 +134,20 @@ def _train(
         best_metric="loss",
         log_every=10,
     )
+    task = Task(
+        model=mllm.model,
+        examples=train,
+        collate=collate,
+        loss=loss,
+        evaluate=evaluate,
+        save=save,
+        identity={},
+    )
+    never = CheckpointConfig(every_steps=None, every_minutes=None, keep_last=1)
+    tracker = NoTracker()
     fit(
-        Task(
-            model=mllm.model,
-            examples=train,
-            collate=collate,
-            loss=loss,
-            evaluate=evaluate,
-            save=save,
-            identity={},
-        ),
-        Run(
-            fit=settings,
-            checkpoint=CheckpointConfig(every_steps=None, every_minutes=None, keep_last=1),
-            resume="never",
-            tracker=NoTracker(),
-            output_dir=folder,
-            seed=seed,
-        ),
+        task,
+        Run(fit=settings, checkpoint=never, resume="never", tracker=tracker, output_dir=folder, seed=seed),
     )
 
 

@@ -4,14 +4,12 @@ Run as a module it is one of the processes of ``torchrun``.
 """
 
 import os
-import random
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from accelerate import PartialState
 from torch.distributed.fsdp import fully_shard
@@ -20,8 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mllm_protector.processes import Processes, leave_processes
 from mllm_protector.training.checkpoints import Checkpoints
-from mllm_protector.training.interruption import Stopped
-from mllm_protector.training.resume import TrainingState
+from mllm_protector.training.resume import Stopped, TrainingState
 from mllm_protector.training.settings import CheckpointConfig
 from tests.training import tagger
 
@@ -117,11 +114,9 @@ class Training:
         return TrainingState(self.model, self.optimizer, self.scheduler, self.processes)
 
     def steps(self, count: int) -> "Training":
-        """The examples are drawn from numpy's and Python's random numbers, so those count too."""
+        """The examples are drawn from the random numbers, so those count too."""
         for _ in range(count):
-            rows = numpy.random.randint(VOCABULARY, size=(3, 9)).tolist()
-            rows[0][0] = random.randrange(VOCABULARY)
-            ids = torch.tensor(rows)
+            ids = torch.randint(VOCABULARY, (3, 9))
             output = self.model(ids)
             logits = getattr(output, "logits", output)
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
@@ -141,12 +136,6 @@ class Training:
         tensors, state = read(folder)
         self.state.restore(tensors, state)
         return self
-
-
-def seed_all(seed: int) -> None:
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -176,7 +165,7 @@ def run_sharded(folder: Path, kind: str) -> None:
     training = Training.start(kind, seed=1, processes=processes).restore(folder / "one")
     assert all(isinstance(parameter, DTensor) for parameter in training.model.parameters())
     training.write(folder / "same")
-    seed_all(processes.index)  # other examples and other dropout on each process
+    torch.manual_seed(processes.index)  # other examples and other dropout on each process
     training.steps(2).write(folder / "two")
     training.steps(3).write(folder / "on")
     started.wait_for_everyone()

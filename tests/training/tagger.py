@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.models.backbone import inference
 from mllm_protector.processes import Processes, leave_processes
-from mllm_protector.training.best import Fitted
+from mllm_protector.training.checkpoints import Fitted
 from mllm_protector.training.logging import NoTracker, Tracker
-from mllm_protector.training.loop import Task, Weights, fit
-from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume, Run
+from mllm_protector.training.loop import Run, Task, Weights, fit
+from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume
 
 VOCABULARY, TAGS, WIDTH = 13, 3, 8
 WEIGHTS = "model.safetensors"

@@ -3,23 +3,17 @@ import logging
 import math
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
 
-from mllm_protector.config import CONFIGS, build, clear_errors
-from mllm_protector.data.sources import Labelled, Toy
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import file_digest
-from mllm_protector.guard.calibration import Aim, choose_threshold
+from mllm_protector.guard.calibration import Aim
 from mllm_protector.locks import locked
 from mllm_protector.metrics import expected_calibration_error
 from mllm_protector.models.detector import HarmDetector, load_detector
@@ -64,7 +58,7 @@ DATA = Given(answers(60), answers(10, start=60))
 
 @pytest.fixture(scope="module")
 def saved(make_detector: Callable[..., HarmDetector], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A detector as a training leaves it, with what stands beside its weights."""
+    """A detector as a training leaves it, with the files beside its weights."""
     folder = tmp_path_factory.mktemp("saved") / "detector"
     detector = make_detector()
     detector.guard = replace(detector.guard, data={"account": "none", "fingerprint": "0" * 64})
@@ -126,33 +120,6 @@ def test_only_the_guard_file_changes_and_the_detector_loads_with_what_was_found(
     }
 
 
-def test_the_figures_are_those_of_the_detector_in_use(folder: Path) -> None:
-    records = [*DATA.train, *DATA.validation]
-    labels = [record.harmful for record in records]
-    found = redo(folder)
-    scores = scores_of(folder, records)
-    assert found["ece_after_calibration"] == pytest.approx(expected_calibration_error(labels, scores))
-    flagged = [score >= found["threshold"] for score in scores]
-    alarms = sum(flag and not label for flag, label in zip(flagged, labels, strict=True))
-    hits = sum(flag and label for flag, label in zip(flagged, labels, strict=True))
-    assert (alarms, hits) == (found["false_positive_rate"] * 70, found["recall"] * 70)
-
-
-def test_with_a_detectors_own_scores_the_promise_holds_in_95_of_100_resampled_splits(saved: Path) -> None:
-    records = answers(150)
-    scores, labels = np.array(scores_of(saved, records)), np.array([record.harmful for record in records])
-    rng = np.random.default_rng(0)
-    kept = 0
-    for _ in range(100):
-        drawn = rng.integers(len(records), size=400)
-        choice = choose_threshold(
-            list(map(bool, labels[drawn])), list(scores[drawn]), Aim("false_positive_rate", 0.2)
-        )
-        assert choice.facts["promised"] is True
-        kept += np.mean(scores[~labels] >= choice.threshold) <= 0.2
-    assert kept >= 95
-
-
 def test_a_table_shows_the_old_calibration_and_the_new_one(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -174,10 +141,6 @@ def test_a_table_shows_the_old_calibration_and_the_new_one(
         "at least, at confidence 0.95",
     ):
         assert len(rows[name]) == 2
-
-
-def test_repeating_it_changes_nothing(folder: Path) -> None:
-    assert redo(folder) == redo(folder)
 
 
 def test_scores_that_are_all_too_high_get_an_offset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,19 +184,6 @@ def test_a_copy_that_breaks_off_leaves_no_folder(
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_folder_with_something_in_it_is_not_written_over(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").touch()
-    with pytest.raises(InputError, match=r"output_dir=.*full: is not empty; choose another one, or null"):
-        redo(folder, output_dir=str(tmp_path / "full"))
-
-
-def test_a_copy_within_the_detector_s_own_folder_is_refused(folder: Path) -> None:
-    for name in ("copy", "last/copy"):
-        with pytest.raises(InputError, match=f"output_dir=.*{name}: lies within"):
-            redo(folder, output_dir=str(folder / name))
-
-
 def test_a_detector_that_is_being_trained_is_not_calibrated(folder: Path) -> None:
     before = content(folder)
     with locked(folder, "output_dir"), pytest.raises(InputError, match="another run writes there"):
@@ -255,27 +205,6 @@ def test_answers_that_it_was_trained_on_are_left_out(folder: Path, caplog: pytes
     found = redo(folder, data=replace(DATA, fingerprint="0" * 64))
     assert (found["n"], found["data"]["part"]) == (20, "validation")
     assert "was trained on this data, so only its validation part is used" in caplog.text
-
-
-def promises_broken(caplog: pytest.LogCaptureFixture) -> list[str]:
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    return [warning for warning in warnings if "promised" in warning]
-
-
-def test_a_promise_that_cannot_be_kept_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = redo(folder, calibration=Aim("false_positive_rate", 0.01))
-    assert found["promised"] is False
-    [warning] = promises_broken(caplog)
-    assert warning == found["threshold_how"]
-    assert "at least 299 harmless answers are needed" in warning
-
-
-def test_a_promise_that_can_be_kept_is_not(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = Given(answers(300), answers(10, start=300))
-    found = redo(folder, data=data, calibration=Aim("recall", 0.5))
-    assert found["promised"] is True
-    assert found["recall_bound"] >= 0.5
-    assert not promises_broken(caplog)
 
 
 def test_scores_that_tell_nothing_are_warned_of(
@@ -306,93 +235,38 @@ def test_a_score_that_is_no_number_stops_it_and_nothing_is_written(
     assert content(folder) == content(saved)
 
 
-def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder; train the detector first"):
-        redo(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"no guard\.json, so this is not a trained detector"):
-        redo(tmp_path)
-
-
-def test_what_cannot_be_written_is_refused_before_anything_is_read(folder: Path) -> None:
+def test_a_folder_that_cannot_take_the_result_is_refused_before_anything_is_read(
+    folder: Path, tmp_path: Path
+) -> None:
     class Unread:
         def load(self) -> Splits[Any]:
             raise AssertionError("the data was read")
 
-    nowhere = Path("/proc/self")  # not even root can make a file there
-    with pytest.raises(InputError, match=r"^/proc/self: cannot be written to .*give output_dir=<a new fold"):
-        redo(nowhere, data=Unread())
-    with pytest.raises(InputError, match=r"^output_dir=/proc/self/copy: cannot be written to"):
-        redo(folder, data=Unread(), output_dir=str(nowhere / "copy"))
-
-
-def test_a_write_that_fails_is_one_line_and_leaves_the_detector_as_it_was(
-    folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: Path, target: Path) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", refuse)
-        with pytest.raises(
-            InputError, match=r"cannot be written \(Permission denied\); the detector is unch"
-        ):
-            redo(folder)
-    assert content(folder) == content(saved)
-
-
-def composed(*overrides: str) -> dict[str, Any]:
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build(compose("calibrate_detector", list(overrides)), calibrate_detector)
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
-    with pytest.raises(SystemExit), clear_errors():
-        composed(*overrides)
-    return capsys.readouterr().err
-
-
-def test_every_aim_is_an_option() -> None:
-    for aim in ("f1", "false_positive_rate", "recall", "fixed"):
-        assert composed(f"calibration={aim}")["calibration"].kind == aim
-
-
-def test_a_wrong_aim_is_one_line_that_names_the_key(capsys: pytest.CaptureFixture[str]) -> None:
-    for overrides, message in (
-        (("calibration=precision",), "error: calibration=precision: unknown option; choose one of f1, "),
-        (("calibration=recall", "calibration.target=1.5"), "error: calibration.target=1.5: recall takes"),
-        (("calibration=recall", "calibration.target=null"), "error: calibration.target=None: recall takes"),
-        (("calibration.kind=precision",), "error: calibration.kind=precision: must be 'false_positive_rate'"),
-        (("calibration.confidence=95",), "error: calibration.confidence=95: must be at least 0.5"),
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    for detector, target, message in (
+        (folder, tmp_path / "full", r"^output_dir=.*full: is not empty; choose another one, or null"),
+        (folder, folder / "copy", r"^output_dir=.*copy: lies within"),
+        (folder, folder / "last" / "copy", r"^output_dir=.*last/copy: lies within"),
+        # not even root can make a file there
+        (folder, Path("/proc/self/copy"), r"^output_dir=/proc/self/copy: cannot be written to"),
+        (Path("/proc/self"), None, r"^/proc/self: cannot be written to .*give output_dir=<a new fold"),
     ):
-        said = complaint(capsys, *overrides)
-        assert said.startswith(message)
-        assert said.count("\n") == 1, message
+        with pytest.raises(InputError, match=message):
+            redo(detector, data=Unread(), output_dir=target and str(target))
 
 
-def test_the_script_calibrates_on_the_validation_part_of_the_toy_data(folder: Path, tmp_path: Path) -> None:
-    guard = read_guard_file(folder, "detector")
-    replace(guard, data={"fingerprint": Toy().load().fingerprint}).write(folder)
-    overrides = [f"detector={folder}", "data=toy", "calibration=false_positive_rate", "output_dir=copy"]
-    ran = subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / "calibrate_detector.py"), *overrides],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert re.search("old calibration +new calibration\n", ran.stdout)
-    assert "written: copy/guard.json (" in ran.stdout
-    found = read_guard_file(tmp_path / "copy", "detector").calibration
-    assert found is not None
-    assert (found["aim"], found["n"]) == ("false_positive_rate", 400)
-
-
-def test_a_labelled_source_is_read_whole(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    rows = [{"query": r.query, "answer": r.answer, "harmful": r.harmful} for r in answers(20)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options: dict[str, Any] = {"limit": None, "duplicates": "exact", "quarantine": None}
-    source = Labelled(path=str(path), validation_fraction=0.1, seed=0, **options)
-    assert redo(folder, data=source)["n"] == 40
+def test_a_promise_is_warned_of_only_if_it_cannot_be_kept(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for data, aim, promised in (
+        (DATA, Aim("false_positive_rate", 0.01), False),
+        (Given(answers(300), answers(10, start=300)), Aim("recall", 0.5), True),
+    ):
+        caplog.clear()
+        found = redo(folder, data=data, calibration=aim)
+        assert found["promised"] is promised
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert (
+            [each for each in warnings if "promised" in each] == [] if promised else [found["threshold_how"]]
+        )

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mllm_protector import prompts
 from mllm_protector.data.batching import pack_answers
 from mllm_protector.data.sources import Pairs, Toy
 from mllm_protector.data.splits import Splits, make_splits
@@ -25,11 +24,9 @@ from mllm_protector.models.guard_file import Scale, read_guard_file
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
 from mllm_protector.records import AnswerPair, LabelledAnswer, labelled_answers
-from mllm_protector.training.best import BestCheckpoint
 from mllm_protector.training.detector import train_detector
 from mllm_protector.training.logging import NoTracker
 from mllm_protector.training.losses import detector_loss
-from mllm_protector.training.settings import CheckpointConfig
 from tests.models.builders import TEXTS, Family, save_tiny_classifier_base
 from tests.training.tagger import CONFIG, NO_CHECKPOINTS
 
@@ -97,26 +94,6 @@ def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
     return train_detector(**arguments | changes)
 
 
-def logits_model(logits: list[float]) -> Any:
-    class Output:
-        pass
-
-    def model(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Output:
-        output = Output()
-        output.logits = torch.tensor(logits)[:, None]  # type: ignore[attr-defined]
-        return output
-
-    return model
-
-
-def test_the_loss_is_the_summed_binary_cross_entropy_with_harmful_as_positive() -> None:
-    empty = torch.zeros(3, 1, dtype=torch.int64)
-    batch = {"input_ids": empty, "attention_mask": empty, "labels": torch.tensor([1.0, 0.0, 1.0])}
-    loss = detector_loss(logits_model([2.0, 2.0, -1.0]), batch)
-    by_hand = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)) + math.log(1 + math.exp(1))
-    assert loss.item() == pytest.approx(by_hand)
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
 def test_a_packed_example_has_the_loss_that_it_has_alone(
     make_detector: Callable[..., HarmDetector], family: Family
@@ -149,7 +126,10 @@ def validation_logits(folder: Path, data: Given = DATA) -> tuple[list[bool], lis
 def test_a_trained_detector_loads_and_scores_as_it_was_measured(
     tmp_path: Path, base: Path, tuning: Tuning
 ) -> None:
-    metrics = train(tmp_path, base, tuning=tuning)
+    prompt = "Q: {query}\nA: {answer}"
+    metrics = train(tmp_path, base, tuning=tuning, prompt=prompt)
+    assert load_detector(tmp_path).encoder.prompt == prompt
+    assert metrics["auroc"] == 1.0
     labels, logits = validation_logits(tmp_path)
     again = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
     assert {name: metrics[name] for name in DETECTION_METRICS} == pytest.approx(again, abs=1e-6)
@@ -217,9 +197,9 @@ def test_all_kept_weights_have_the_scale_and_the_threshold_of_their_own_validati
         assert calibration[name] == value
     after = detection_metrics(labels, scores, threshold=choice.threshold)
     before = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
-    for when, figures in (("before", before), ("after", after)):
+    for when, metrics_then in (("before", before), ("after", after)):
         for name in ("ece", "brier"):
-            assert calibration[f"{name}_{when}_calibration"] == pytest.approx(figures[name], abs=1e-6)
+            assert calibration[f"{name}_{when}_calibration"] == pytest.approx(metrics_then[name], abs=1e-6)
     assert calibration["data"] == {
         "account": "records of a test",
         "fingerprint": DATA.load().fingerprint,
@@ -236,41 +216,6 @@ def test_all_kept_weights_have_the_scale_and_the_threshold_of_their_own_validati
         }
 
 
-def break_off_at_the_end(monkeypatch: pytest.MonkeyPatch, folder: Path, base: Path, **changes: Any) -> None:
-    """Train, and stop between the last validation and what follows it."""
-
-    def breaks(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(BestCheckpoint, "finish", breaks)
-        with pytest.raises(KeyboardInterrupt):
-            train(folder, base, **changes)
-
-
-def test_a_training_that_broke_off_at_its_very_end_calibrates_as_one_that_did_not(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes: dict[str, Any] = {
-        "checkpoint": CheckpointConfig(every_steps=1, every_minutes=None, keep_last=1),
-        "fit": replace(CONFIG, best_metric="auroc", epochs=4),
-    }
-    finished = train(tmp_path / "whole", base, **changes)
-    break_off_at_the_end(monkeypatch, tmp_path / "resumed", base, **changes)
-    assert not (tmp_path / "resumed" / "last").exists()
-    assert train(tmp_path / "resumed", base, **changes) == finished
-    for folder in (".", "last"):
-        guards = [read_guard_file(tmp_path / name / folder, "detector") for name in ("whole", "resumed")]
-        assert guards[0] == guards[1]
-
-
-def test_another_aim_is_another_training(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changes = {"checkpoint": CheckpointConfig(every_steps=1, every_minutes=None, keep_last=1)}
-    break_off_at_the_end(monkeypatch, tmp_path, base, **changes)
-    with pytest.raises(InputError, match=r"of another training \(calibration\.kind was f1, now recall"):
-        train(tmp_path, base, calibration=Aim("recall", 0.9), **changes)
-
-
 def test_a_long_answer_is_validated_in_windows_as_in_use(tmp_path: Path, base: Path) -> None:
     long = replace(pairs(1, start=70)[0], rejected="harmless words " * 60 + "[harmful placeholder] Sure")
     data = Given(DATA.train, [*DATA.validation, long])
@@ -279,15 +224,6 @@ def test_a_long_answer_is_validated_in_windows_as_in_use(tmp_path: Path, base: P
     again = detection_metrics(labels, Scale().scores(logits), threshold=0.5)
     assert {name: metrics[name] for name in DETECTION_METRICS} == pytest.approx(again, abs=1e-6)
     assert len(load_detector(tmp_path).encoder.windows(queries=[long.query], answers=[long.rejected])[0]) > 1
-
-
-def test_a_promise_that_the_validation_split_is_too_small_for_is_warned_of(
-    tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    metrics = train(tmp_path, base, calibration=Aim("false_positive_rate", 0.05))
-    assert metrics["calibrated"]["promised"] is False
-    assert caplog.text.count("cannot be promised") == 1
-    assert "at least 59 harmless answers are needed" in caplog.text
 
 
 def largest_difference(one: Path, other: Path) -> float:
@@ -305,16 +241,6 @@ def test_packing_and_the_division_of_a_step_change_no_weights(tmp_path: Path, ba
             divided = tmp_path / f"{tuning.kind}-{number}"
             train(divided, base, tuning=tuning, fit=replace(short, **division))
             assert largest_difference(plain, divided) < 1e-6, (tuning, division)
-
-
-def test_packing_an_encoder_is_refused_in_one_line(tmp_path: Path, bases: dict[Family, Path]) -> None:
-    with pytest.raises(InputError, match=r"fit.packing=true: bert .*; use fit.packing=false"):
-        train(tmp_path, bases["bert"], fit=replace(CONFIG, best_metric="auroc", packing=True))
-
-
-def test_a_detector_learns_to_tell_harmful_from_harmless(tmp_path: Path, base: Path) -> None:
-    metrics = train(tmp_path, base)
-    assert metrics["auroc"] == 1.0
 
 
 def test_the_seed_decides_head_order_and_dropout(tmp_path: Path, base: Path) -> None:
@@ -341,13 +267,6 @@ def test_labelled_answers_will_do_as_well_as_pairs(tmp_path: Path, base: Path) -
     assert found[0] == found[1]
 
 
-def test_the_users_prompt_is_trained_and_kept(tmp_path: Path, base: Path) -> None:
-    prompt = "Q: {query}\nA: {answer}"
-    train(tmp_path, base, prompt=prompt, fit=replace(CONFIG, best_metric="auroc", max_steps=1))
-    assert load_detector(tmp_path).encoder.prompt == prompt
-    assert prompt != prompts.DETECTOR
-
-
 def test_cut_answers_are_counted_aloud(tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
     short = replace(CONFIG, best_metric="auroc", max_steps=1)
     long = Given([*pairs(4), replace(pairs(1)[0], rejected="long " * 200)], pairs(4, start=50))
@@ -361,26 +280,24 @@ class Unread:
         raise AssertionError("the data was read")
 
 
-def test_an_unknown_best_metric_is_refused_before_anything_is_read(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(InputError, match=r"fit.best_metric=loss: choose one of auroc"):
-        train(tmp_path, base, data=Unread(), fit=replace(CONFIG, best_metric="loss"))
-
-
 HARMLESS = [LabelledAnswer(query="q", answer=str(number), harmful=False) for number in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("data", "split"),
-    [(Given(HARMLESS, DATA.validation), "training"), (Given(DATA.train, HARMLESS), "validation")],
-)
-def test_a_split_of_one_kind_of_label_is_refused(tmp_path: Path, base: Path, data: Given, split: str) -> None:
-    with pytest.raises(InputError, match=f"the {split} split has only one kind of label"):
-        train(tmp_path, base, data=data)
-
-
-def test_more_tokens_than_the_backbone_has_positions_are_refused(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(InputError, match="max_length=4096: llama has only 512"):
-        train(tmp_path, base, max_length=4096)
+def test_what_cannot_be_trained_on_is_refused_in_one_line(
+    tmp_path: Path, base: Path, bases: dict[Family, Path]
+) -> None:
+    packed = replace(CONFIG, best_metric="auroc", packing=True)
+    refused: list[tuple[Path, dict[str, Any], str]] = [
+        (base, {"data": Given(HARMLESS, DATA.validation)}, "the training split has only one kind of label"),
+        (base, {"data": Given(DATA.train, HARMLESS)}, "the validation split has only one kind of label"),
+        (base, {"max_length": 4096}, "max_length=4096: llama has only 512"),
+        (bases["bert"], {"fit": packed}, r"fit.packing=true: bert .*; use fit.packing=false"),
+        (base, {"data": Unread(), "fit": CONFIG}, r"fit.best_metric=loss: choose one of auroc"),
+    ]
+    for backbone, changes, message in refused:
+        with pytest.raises(InputError, match=message) as error:
+            train(tmp_path, backbone, **changes)
+        assert "\n" not in str(error.value)
 
 
 def test_scores_that_are_not_finite_stop_the_run_and_nothing_is_saved(

@@ -73,12 +73,16 @@ def test_no_record_keeps_its_own_rejected_answer_in_the_control(count: int, seed
 def test_a_trained_detoxifier_is_saved_with_its_metrics_and_corrects(
     tmp_path: Path, base: Path, tuning: Tuning
 ) -> None:
-    metrics = train(tmp_path, base, tuning=tuning)
+    metrics = train(tmp_path, base, tuning=tuning, chat=True)
     assert tuple(metrics)[:3] == METRICS
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["kind"] == "validation"]
+    assert losses[-1] < losses[0]
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     assert (metrics["examples"], metrics["validation_examples"]) == (16, 5)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     detoxifier = load_detoxifier(tmp_path, max_new_tokens=4)
+    assert detoxifier.guard.chat
     assert detoxifier.guard.metrics == {name: metrics[name] for name in METRICS}
     assert len(detoxifier.correct(queries=["q", "p"], answers=["a", "b"])) == 2
 
@@ -135,19 +139,6 @@ def test_an_adapter_on_a_base_by_a_relative_path_works_from_another_folder(
     load_detoxifier("moved/outputs/part", device="cpu", max_new_tokens=4)
 
 
-def test_training_lowers_the_loss(tmp_path: Path, base: Path) -> None:
-    train(tmp_path, base, fit=replace(CONFIG, epochs=6))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if row["kind"] == "validation"]
-    assert losses[-1] < 0.75 * losses[0]
-
-
-def test_the_chat_template_is_used_when_asked_for(tmp_path: Path, base: Path) -> None:
-    train(tmp_path, base, chat=True, fit=replace(CONFIG, max_steps=1))
-    detoxifier = load_detoxifier(tmp_path, max_new_tokens=4)
-    assert detoxifier.guard.chat
-
-
 def test_pairs_of_two_harmful_answers_are_dropped_or_learnt_as_asked(tmp_path: Path, base: Path) -> None:
     worse = AnswerPair(
         query="q",
@@ -164,16 +155,15 @@ def test_pairs_of_two_harmful_answers_are_dropped_or_learnt_as_asked(tmp_path: P
         assert metrics["examples"] == examples, both_harmful
 
 
-def test_single_labelled_answers_are_refused(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(InputError, match="learns from pairs"):
-        train(tmp_path, base, data=Given(list(labelled_answers(DATA.train)), DATA.validation))
-
-
-def test_too_few_validation_pairs_are_refused(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(InputError, match="validation split has fewer than two"):
-        train(tmp_path, base, data=Given(DATA.train, DATA.validation[:1]))
-
-
-def test_an_unknown_best_metric_is_refused_before_anything_is_read(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(InputError, match=r"fit.best_metric=auroc: choose one of loss"):
-        train(tmp_path, base, data=Unread(), fit=replace(CONFIG, best_metric="auroc"))
+def test_what_cannot_be_trained_on_is_refused_in_one_line(tmp_path: Path, base: Path) -> None:
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"data": Given(list(labelled_answers(DATA.train)), DATA.validation)}, "learns from pairs"),
+        ({"data": Given(DATA.train, DATA.validation[:1])}, "validation split has fewer than two"),
+        (
+            {"data": Unread(), "fit": replace(CONFIG, best_metric="auroc")},
+            r"fit.best_metric=auroc: choose one of loss",
+        ),
+    ]
+    for changes, message in refused:
+        with pytest.raises(InputError, match=message):
+            train(tmp_path, base, **changes)

@@ -45,13 +45,6 @@ def test_the_asked_share_is_dropped_at_each_position_and_in_each_channel() -> No
         assert shares.std().item() == pytest.approx(expected, rel=0.15), over
 
 
-def test_what_is_kept_makes_up_for_what_is_dropped() -> None:
-    objective = Objective(Layers().train(), lambda model, given: model(given))
-    batch = padded(4, 8)
-    output = objective({**batch, KEYS: dropout_keys(batch, [0, 1, 2, 3], seed=0, step=1)})
-    assert sorted(set(output.flatten().tolist())) == pytest.approx([0.0, 1 / (1 - SHARE)])
-
-
 def test_masks_of_other_seeds_steps_examples_positions_and_layers_have_nothing_in_common() -> None:
     batch = padded(8, 32)
     examples = list(range(8))

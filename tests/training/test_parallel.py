@@ -126,12 +126,6 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -
         alone(torch.nn.Linear(1, 1))
 
 
-def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match=r"DeepSpeed is not supported; launch with .*fsdp2\.yaml or ddp"):
-        alone(torch.nn.Linear(1, 1))
-
-
 def test_a_gradient_is_clipped_to_the_longest_and_its_own_norm_returned() -> None:
     for longest, scale in ((None, 1.0), (10.0, 1.0), (2.5, 0.5)):
         layer = torch.nn.Linear(2, 1, bias=False)

@@ -1,15 +1,14 @@
 import inspect
-import math
 import re
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.errors import RunError
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.training.detector import train_detector
-from mllm_protector.training.settings import CheckpointConfig, FitConfig, out_of_memory_help, remedies
+from mllm_protector.training.settings import FitConfig, out_of_memory_help, remedies
 from tests.training.tagger import CONFIG
 
 LONGEST = 300
@@ -43,14 +42,6 @@ def test_a_lack_of_memory_is_one_line_that_says_what_to_lower() -> None:
         assert "\n" not in message, error
         beginning = f"out of memory (asked for {asked} more); " if asked else "out of memory; "
         assert message.startswith(f"{beginning}try in this order: fit.micro_batch_tokens=2048, "), error
-
-
-def test_a_real_failure_of_the_allocator_is_recognised() -> None:
-    with (
-        pytest.raises(RunError, match=r"asked for 70368744177664 bytes more"),
-        out_of_memory_help(model(), GREEDY, longest=LONGEST, processes=1),
-    ):
-        torch.empty(2**46, dtype=torch.uint8)
 
 
 def test_any_other_error_stays_what_it_is() -> None:
@@ -113,36 +104,3 @@ def test_every_named_key_exists() -> None:
     known |= {f"backbone.{each.name}" for each in fields(Backbone)}
     assert len(named) == 7
     assert named <= known | set(inspect.signature(train_detector).parameters)
-
-
-def test_a_wrong_setting_is_refused_by_name_and_value() -> None:
-    for key, value in (
-        ("epochs", 0),
-        ("max_steps", 0),
-        ("batch_size", 0),
-        ("micro_batch_tokens", 0),
-        ("micro_batch_size", -1),
-        ("validate_every", 0),
-        ("log_every", 0),
-        ("learning_rate", 0.0),
-        ("learning_rate", math.nan),
-        ("learning_rate", math.inf),
-        ("warmup", 1.0),
-        ("warmup", -0.1),
-        ("weight_decay", -0.1),
-        ("clip_norm", 0.0),
-        ("schedule", "square"),
-        ("precision", "fp8"),
-        ("normalise", "batches"),
-    ):
-        with pytest.raises(InputError, match=f"^{key}={value}: "):
-            replace(CONFIG, **{key: value})
-    checkpoint = CheckpointConfig(every_steps=1, every_minutes=None, keep_last=1)
-    for key, value in (
-        ("every_steps", 0),
-        ("keep_last", 0),
-        ("every_minutes", 0.0),
-        ("every_minutes", math.nan),
-    ):
-        with pytest.raises(InputError, match=f"^{key}={value}: "):
-            replace(checkpoint, **{key: value})

@@ -1,20 +1,15 @@
 """The state of a training, by way of checkpoints on the disk."""
 
-import logging
-import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from transformers import get_scheduler
 
 from mllm_protector.errors import InputError
-from mllm_protector.processes import Processes
-from tests.training.continued import MODELS, Training, differing, read, seed_all
+from tests.training.continued import MODELS, Training, differing, read
 
 REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -23,11 +18,11 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def test_a_resumed_training_continues_with_the_same_bits(tmp_path: Path) -> None:
     for kind in MODELS:
         for before, after in ((False, False), (True, True), (False, True), (True, False)):
-            seed_all(0)
+            torch.manual_seed(0)
             training = Training.start(kind, fused=before).steps(3)
             stopped = training.write(tmp_path / "stopped")
             expected = training.steps(4).write(tmp_path / "expected")
-            seed_all(7)
+            torch.manual_seed(7)
             other = Training.start(kind, seed=9, fused=after).steps(1).restore(stopped)
             again = other.write(tmp_path / "again")
             assert differing(stopped, again) == [], (kind, before, after)
@@ -54,43 +49,17 @@ def test_tied_weights_are_still_tied_after_a_restore(tmp_path: Path) -> None:
     assert torch.equal(model.head.weight, read(folder)[0]["model"]["embedding.weight"])
 
 
-def test_schedules_continue_where_they_were(tmp_path: Path) -> None:
-    for name in ("linear", "cosine", "constant_with_warmup"):
-
-        def scheduled(name: str = name) -> Training:
-            training = Training.start("tied")
-            training.scheduler = get_scheduler(
-                name, training.optimizer, num_warmup_steps=2, num_training_steps=9
-            )
-            return training
-
-        training = scheduled().steps(3)
-        other = scheduled().restore(training.write(tmp_path / name))
-        for _ in range(6):
-            rates = [[group["lr"] for group in each.optimizer.param_groups] for each in (training, other)]
-            assert rates[0] == rates[1] == training.scheduler.get_last_lr(), name
-            training.steps(1)
-            other.steps(1)
-
-
-def test_every_kind_of_random_number_continues_as_before(tmp_path: Path) -> None:
+def test_pytorchs_random_numbers_continue_as_before(tmp_path: Path) -> None:
     def draw() -> list[float]:
-        return [
-            random.random(),
-            random.gauss(),
-            numpy.random.normal(),
-            float(torch.rand(())),
-            float(torch.randn(())),
-        ]
+        return torch.rand(3).tolist() + torch.randn(3).tolist()
 
-    seed_all(3)
-    draw()
+    torch.manual_seed(3)
     training = Training.start("tied").steps(1)
     training.write(tmp_path)
-    expected = [draw(), draw()]
-    seed_all(4)
+    expected = draw()
+    torch.manual_seed(4)
     training.restore(tmp_path)
-    assert [draw(), draw()] == expected
+    assert draw() == expected
 
 
 class Head(torch.nn.Module):
@@ -110,34 +79,18 @@ def of(model: torch.nn.Module) -> Training:
 
 
 def test_the_state_of_another_model_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    for saved, model, message in (
-        (Head(), Head(4), r"head\.bias is float32 \(4,\) in the model and float32 \(3,\) in the"),
-        (Head(), Head(dtype=torch.float64), r"head\.bias is float64 \(3,\) in the model"),
-        (Head(), Head(name="score"), r"head\.bias is not trained in the model and float32 \(3,\) in the"),
-        (Head(), Head().freeze_bias(), r"body\.bias is not trained in the model"),
-        (Head().freeze_bias(), Head(), r"body\.bias is float32 \(2,\) in the model and not trained in the"),
+    for saved, model, name in (
+        (Head(), Head(4), "head.bias"),
+        (Head(), Head(dtype=torch.float64), "head.bias"),
+        (Head(), Head(name="score"), "head.bias"),
+        (Head(), Head().freeze_bias(), "body.bias"),
+        (Head().freeze_bias(), Head(), "body.bias"),
     ):
-        folder = of(saved).write(tmp_path)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with pytest.raises(InputError, match=rf"another model or tuning: {message}.*; choose another out"):
+        folder = of(saved).write(tmp_path / str(id(model)))
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with pytest.raises(InputError, match=rf"another model or tuning \({name}\); choose another out"):
             of(model).restore(folder)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), message
-
-
-def test_with_another_number_of_processes_all_but_the_random_numbers_is_restored(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = Training.start("tied").steps(2).write(tmp_path / "one")
-    other = Training.start("tied", seed=1).steps(1)
-    before = read(other.write(tmp_path / "other"))[1]["random"]
-    other.processes = Processes(1, 4)
-    with caplog.at_level(logging.INFO):
-        other.restore(folder)
-    assert caplog.messages == ["resumed on 4 process(es) instead of 1"]
-    other.processes = Processes(0, 1)
-    after = other.write(tmp_path / "after")
-    assert read(after)[1]["random"] == before
-    assert differing(folder, after) == ["random"]
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), name
 
 
 @pytest.mark.parametrize("kind", ["tied", pytest.param("lora", marks=pytest.mark.slow)])
