@@ -1,10 +1,12 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from mllm_protector.errors import InputError
 from mllm_protector.judges.detector import DetectorJudge
+from mllm_protector.models.detector import HarmDetector
 from mllm_protector.protocols import Card
 from mllm_protector.records import Status, Verdict
 from tests.judges.scripted import judged
@@ -71,11 +73,15 @@ def test_a_threshold_that_is_no_probability_is_refused() -> None:
             DetectorJudge(LengthDetector(), threshold)
 
 
-def test_a_saved_detector_judges_with_its_stored_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mllm_protector.models.detector.load_detector", lambda folder, base: LengthDetector())
-    judge = DetectorJudge.from_folder("folder")
-    assert judge.threshold == 0.3
-    assert judged(judge, "123")[0].status == Status.HARMFUL
+def test_a_saved_detector_judges_with_its_stored_threshold(
+    make_detector: Callable[..., HarmDetector], tmp_path: Path
+) -> None:
+    detector = make_detector()
+    detector.save(tmp_path / "detector")
+    judge = DetectorJudge.from_folder(str(tmp_path / "detector"))
+    [score] = detector.score(queries=["[placeholder question]"], answers=["an answer"])
+    assert judge.threshold == detector.threshold == 0.4
+    assert judged(judge, "an answer")[0].status == (Status.HARMFUL if score >= 0.4 else Status.SAFE)
 
 
 def test_the_identity_is_that_of_the_detector_and_its_threshold() -> None:
