@@ -222,7 +222,7 @@ def _of_the_benchmark(
     if variants is None or len(variants) != 1:
         raise InputError(
             f"{path}: does not say how its questions were asked; give one of {', '.join(VARIANTS)},"
-            f" such as mllm.kinds=[{VARIANTS[-1]}]"
+            f" such as mllm.variants=[{VARIANTS[-1]}]"
         )
     reading: Reading[Stored] = Reading()
     for file, rows in files.items():

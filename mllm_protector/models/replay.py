@@ -9,7 +9,7 @@ How a question finds its answer, the first that applies:
 
 Words alone do not say which image was shown: MM-SafetyBench asks TYPO and SD_TYPO with the same words, and
 words repeat within a scenario. So a row that does not name its variant (``variant``, ``split``) answers a
-question with an image only if ``kinds`` says that the file is of that variant; and where several different
+question with an image only if ``variants`` says that the file is of that variant; and where several different
 answers fit, none is taken: that is an error or, with ``ambiguous="skip"``, a question without answer.
 """
 
@@ -43,7 +43,7 @@ class Replay:
         format: Format = "auto",  # noqa: A002 - the key that users type
         model: str | None = None,
         name: str | None = None,
-        kinds: Sequence[Variant] | None = None,
+        variants: Sequence[Variant] | None = None,
         ambiguous: Literal["refuse", "skip"] = "refuse",
     ) -> None:
         """Read the answers, each text once.
@@ -53,18 +53,18 @@ class Replay:
             format: of the file; ``auto`` looks at the fields.
             model: whose answers these are; it chooses where a file has those of several.
             name: what the results call it; ``None`` for ``replay``.
-            kinds: the variants of the questions, for rows that do not say.
+            variants: those of the questions, for rows that do not say.
             ambiguous: what to do with a question that several different answers fit.
 
         Raises:
             RecordError: a row cannot be used; the message is ``file:line: reason``.
             InputError: the file cannot be used, or does not say enough.
         """
-        for unknown in {*(kinds or ())} - {*VARIANTS}:
-            raise InputError(f"kinds={unknown}: use {', '.join(VARIANTS)}")
+        for unknown in {*(variants or ())} - {*VARIANTS}:
+            raise InputError(f"variants={unknown}: use {', '.join(VARIANTS)}")
         self._path = Path(path)
         self._name = name or "replay"
-        self._variants = None if kinds is None else list(kinds)
+        self._variants = None if variants is None else list(variants)
         self._ambiguous = ambiguous
         reading, self._model = read_answers(self._path, format, self._variants, model)
         log.info("%s: %s", self._path.name, reading.summary())
@@ -136,7 +136,7 @@ class Replay:
             if shown and self._variants is None and unknown is not None:
                 raise InputError(
                     f"{self._path}: row {unknown} does not say which variant was asked; if it was that of"
-                    f" {question.id}, give mllm.kinds=[{question.variant}]"
+                    f" {question.id}, give mllm.variants=[{question.variant}]"
                 )
             self._fitting[case] = self._two_that_differ(
                 [

@@ -7,7 +7,6 @@ import pytest
 from mllm_protector.errors import InputError
 from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.models.detector import HarmDetector
-from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.protocols import Card
 from mllm_protector.records import Status, Verdict
 from tests.judges.scripted import judged
@@ -74,23 +73,15 @@ def test_a_threshold_that_is_no_probability_is_refused() -> None:
             DetectorJudge(LengthDetector(), threshold)
 
 
-def test_a_saved_detector_is_loaded_when_it_first_judges(
-    make_detector: Callable[..., HarmDetector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_saved_detector_judges_with_its_stored_threshold(
+    make_detector: Callable[..., HarmDetector], tmp_path: Path
 ) -> None:
-    folder, loaded = tmp_path / "detector", list[str]()
-    make_detector().save(folder)
-
-    def load(folder: str, base: str | None) -> LengthDetector:
-        loaded.append(folder)
-        return LengthDetector()
-
-    monkeypatch.setattr("mllm_protector.models.detector.load_detector", load)
-    judge = DetectorJudge.from_folder(str(folder))
-    guard = read_guard_file(folder, "detector")
-    assert judge.card.identity["detector"]["weights"] == guard.weights
-    assert not loaded
-    assert judged(judge, "1234567890")[0].status == Status.HARMFUL
-    assert loaded == [str(folder)]
+    detector = make_detector()
+    detector.save(tmp_path / "detector")
+    judge = DetectorJudge.from_folder(str(tmp_path / "detector"))
+    [score] = detector.score(queries=["[placeholder question]"], answers=["an answer"])
+    assert judge.threshold == detector.threshold == 0.4
+    assert judged(judge, "an answer")[0].status == (Status.HARMFUL if score >= 0.4 else Status.SAFE)
 
 
 def test_the_identity_is_that_of_the_detector_and_its_threshold() -> None:

@@ -116,7 +116,7 @@ def test_results_of_vlmevalkit_match_by_scenario_and_words(tmp_path: Path, endin
             "prediction": f"{NOT_OBTAINED} via API.",
         },
     ]
-    replay = Replay(path=write_as(tmp_path / f"model_MMSafetyBench{ending}", rows), kinds=["SD"])
+    replay = Replay(path=write_as(tmp_path / f"model_MMSafetyBench{ending}", rows), variants=["SD"])
     here, there, that, lost = replay.generate(
         [
             ask(1, "What is this?", variant="SD"),
@@ -164,10 +164,10 @@ def test_two_answers_to_the_same_words_are_one_line_that_says_what_to_do(tmp_pat
 def test_words_alone_are_not_enough_where_a_picture_was_shown(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"question": "What?", "category": ILLEGAL, "prediction": "an answer"})
     question = ask(1, "What?", variant="TYPO")
-    with pytest.raises(InputError, match=r"row 1 .*mllm\.kinds=\[TYPO\]"):
+    with pytest.raises(InputError, match=r"row 1 .*mllm\.variants=\[TYPO\]"):
         Replay(path=path).generate([question])
-    assert Replay(path=path, kinds=["TYPO"]).generate([question]) == ["an answer"]
-    assert Replay(path=path, kinds=["SD", "SD_TYPO"]).generate([question]) == [NO_ANSWER]
+    assert Replay(path=path, variants=["TYPO"]).generate([question]) == ["an answer"]
+    assert Replay(path=path, variants=["SD", "SD_TYPO"]).generate([question]) == [NO_ANSWER]
 
 
 def test_a_row_that_names_its_kind_answers_that_kind_only(tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_a_row_that_names_its_kind_answers_that_kind_only(tmp_path: Path) -> Non
         for split in ("SD_TYPO", "TYPO", "Text_only")
     ]
     replay = Replay(path=jsonl(tmp_path, *rows))
-    kinds: list[Variant] = ["TYPO", "TEXT", "SD_TYPO", "SD"]
-    answers = replay.generate([ask(1, "What?", variant=kind) for kind in kinds])
+    variants: list[Variant] = ["TYPO", "TEXT", "SD_TYPO", "SD"]
+    answers = replay.generate([ask(1, "What?", variant=variant) for variant in variants])
     assert answers == ["of TYPO", "of Text_only", "of SD_TYPO", NO_ANSWER]
 
 
@@ -186,8 +186,8 @@ def test_the_same_words_with_another_picture_are_never_guessed(tmp_path: Path) -
     path = jsonl(tmp_path, *rows)
     questions = [ask(key, "What?", variant="SD") for key in (1, 2)]
     with pytest.raises(InputError, match="rows 1 and 3"):
-        Replay(path=path, kinds=["SD"]).generate(questions)
-    answers = Replay(path=path, kinds=["SD"], ambiguous="skip").generate(questions)
+        Replay(path=path, variants=["SD"]).generate(questions)
+    answers = Replay(path=path, variants=["SD"], ambiguous="skip").generate(questions)
     assert all(isinstance(answer, Failure) for answer in answers)
 
 
@@ -235,7 +235,7 @@ def benchmark_folder(tmp_path: Path, answers: dict[str, Any]) -> Path:
 
 def test_the_benchmarks_own_folder_is_read_by_number(tmp_path: Path) -> None:
     folder = benchmark_folder(tmp_path, {"llava": {"text": "of llava", "eval": "safe"}})
-    replay = Replay(path=str(folder), kinds=["SD_TYPO"])
+    replay = Replay(path=str(folder), variants=["SD_TYPO"])
     questions = [
         ask(5, "Rephrased?", variant="SD_TYPO"),
         ask(5, "Rephrased?", variant="SD_TYPO", scenario=FRAUD),
@@ -245,7 +245,7 @@ def test_the_benchmarks_own_folder_is_read_by_number(tmp_path: Path) -> None:
     none = Failure(reason="no answer in questions_with_answers")
     assert replay.generate(questions) == ["of llava", "of fraud", none, none]
     assert replay.card.identity["model"] == "llava"
-    alone = Replay(path=str(folder / f"{FRAUD}.json"), kinds=["SD"])
+    alone = Replay(path=str(folder / f"{FRAUD}.json"), variants=["SD"])
     assert alone.generate([ask(5, variant="SD", scenario=FRAUD)]) == ["of fraud"]
 
 
@@ -253,10 +253,10 @@ def test_one_of_several_models_has_to_be_named(tmp_path: Path) -> None:
     folder = str(benchmark_folder(tmp_path, {"llava": {"text": "a"}, "qwen": {"text": "b"}}))
     for model in (None, "gpt"):
         with pytest.raises(InputError, match=r"llava, qwen.*mllm\.model"):
-            Replay(path=folder, kinds=["SD"], model=model)
-    replay = Replay(path=folder, kinds=["SD"], model="qwen")
+            Replay(path=folder, variants=["SD"], model=model)
+    replay = Replay(path=folder, variants=["SD"], model="qwen")
     assert replay.generate([ask(5, variant="SD")]) == ["b"]
-    with pytest.raises(InputError, match=r"mllm\.kinds"):
+    with pytest.raises(InputError, match=r"mllm\.variants"):
         Replay(path=folder, model="qwen")
 
 
@@ -301,8 +301,8 @@ def test_what_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"{name}.*{reason}") as raised:
             Replay(path=str(tmp_path / name))
         assert "\n" not in str(raised.value)
-    with pytest.raises(InputError, match="kinds=OCR"):
-        Replay(path="x", kinds=["OCR"])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="variants=OCR"):
+        Replay(path="x", variants=["OCR"])  # type: ignore[list-item]
 
 
 def test_a_spreadsheet_without_openpyxl_says_what_to_install(
@@ -321,13 +321,13 @@ def test_the_identity_changes_with_the_answers_and_how_they_are_chosen(tmp_path:
     assert identity["answers"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert json.loads(json.dumps(identity)) == identity
     assert Replay(path=path, model="qwen").card.identity != identity
-    assert Replay(path=path, model="llava", kinds=["SD"]).card.identity != identity
+    assert Replay(path=path, model="llava", variants=["SD"]).card.identity != identity
     jsonl(tmp_path, {"id": "a", "answer": "c"})
     assert Replay(path=path, model="llava").card.identity["answers"] != identity["answers"]
     folder = benchmark_folder(tmp_path, {"llava": {"text": "a"}})
-    before = Replay(path=str(folder), kinds=["SD"]).card.identity
+    before = Replay(path=str(folder), variants=["SD"]).card.identity
     write_json(folder / f"{FRAUD}.json", {"5": {"ans": {"llava": {"text": "changed"}}}})
-    assert Replay(path=str(folder), kinds=["SD"]).card.identity != before
+    assert Replay(path=str(folder), variants=["SD"]).card.identity != before
 
 
 def test_answers_that_no_question_asked_for_are_counted(
