@@ -16,7 +16,7 @@ from mllm_protector.evaluation.items import Item
 from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector
-from mllm_protector.judges.probes import Probe
+from mllm_protector.judges.guard_model import Probe
 from mllm_protector.normalisation import is_blank
 from mllm_protector.protocols import MLLM, Judge
 from mllm_protector.records import (

@@ -10,8 +10,8 @@ from typing import Any
 
 from mllm_protector.errors import InputError
 from mllm_protector.generation.scenario_file import Scenario
-from mllm_protector.judges.criteria import SAFE
-from mllm_protector.judges.fencing import fenced, nonce, readable
+from mllm_protector.judges.asking import fenced, nonce, readable
+from mllm_protector.judges.chat import SAFE
 from mllm_protector.prompts import pieces, template_hash
 
 STAND_IN = "[left out]"

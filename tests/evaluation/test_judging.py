@@ -12,8 +12,7 @@ import pytest
 from mllm_protector.errors import RunError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.chat import ChatJudge
-from mllm_protector.judges.guard_model import GuardModelJudge
-from mllm_protector.judges.probes import PROBES
+from mllm_protector.judges.guard_model import PROBES, GuardModelJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Card
 from mllm_protector.records import CutText

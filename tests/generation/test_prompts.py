@@ -1,6 +1,6 @@
 from mllm_protector.generation.prompts import PROMPTS, SHOWN, STAND_IN, Prompts
 from mllm_protector.generation.scenario_file import Scenario
-from mllm_protector.judges.criteria import SAFE
+from mllm_protector.judges.chat import SAFE
 from mllm_protector.scenarios import Criterion
 
 SCENARIO = Scenario(name="a", description="about {count} bees", pairs=3, criterion=Criterion.HEALTH)

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.judges.chat import ChatJudge
-from mllm_protector.judges.criteria import AGAIN, SAFE
+from mllm_protector.judges.chat import AGAIN, SAFE, ChatJudge
 from mllm_protector.protocols import Cost, Priced
 from mllm_protector.records import JUDGED, Answer, Failure, Status
 from mllm_protector.scenarios import ADVICE, Criterion

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.judges import fencing
-from mllm_protector.judges.fencing import checked, fenced, filled, nonce, readable
+from mllm_protector.judges import asking as fencing
+from mllm_protector.judges.asking import checked, fenced, filled, nonce, readable
 from tests.judges.payloads import PAYLOADS
 
 SPECIAL = re.compile(r"<\||<s>|</s>|\[/?INST\]|<(?:start|end)_of_turn>|<</?SYS>>|<image>|</?think>")

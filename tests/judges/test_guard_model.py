@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.judges.families import FAMILIES
-from mllm_protector.judges.guard_model import GuardModelJudge
+from mllm_protector.judges.guard_model import FAMILIES, GuardModelJudge
 from mllm_protector.protocols import Cost, Priced
 from mllm_protector.records import JUDGED, Answer, Failure, Status
 from tests.judges.payloads import PAYLOADS

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.judges.replies import declined, excerpt, single_word, stated
+from mllm_protector.judges.asking import declined, excerpt, single_word, stated
 from mllm_protector.records import Status
 
 SAFE, HARMFUL = Status.SAFE, Status.HARMFUL
