@@ -23,7 +23,7 @@ DETECTOR = "detector"
 
 
 def differing_pairs(records: Sequence[AnswerPair | LabelledAnswer]) -> list[tuple[int, int]]:
-    """Where the accepted and the rejected answer of each pair with two different labels stand."""
+    """The places of the accepted and the rejected answer of each pair with two different labels."""
     pairs, place = [], 0
     for record in records:
         if isinstance(record, LabelledAnswer):
@@ -42,7 +42,7 @@ def ranking_metrics(
 
     Args:
         labels: True for harmful; both kinds occur.
-        columns: what scored -> P(harmful) of each answer.
+        columns: arm -> P(harmful) of each answer.
         clusters: (N,) from 0 without gaps; answers to one query have the same number.
         seed: of the bootstrap.
     """
@@ -95,13 +95,7 @@ def calibration_metrics(
 def decision_metrics(
     labels: Sequence[bool], flags: Mapping[str, Sequence[bool]], clusters: Ints
 ) -> Iterator[Measurement]:
-    """``tp fp fn tn`` of each arm at its threshold, and the usual rates.
-
-    Args:
-        labels: True for harmful.
-        flags: arm -> whether each answer reaches its threshold.
-        clusters: (N,) the query of each answer.
-    """
+    """``tp fp fn tn`` of each arm at its threshold, and the usual rates."""
     harm = np.array(labels, dtype=bool)
     for arm, flagged in flags.items():
         flag = np.array(flagged, dtype=bool)
@@ -130,13 +124,6 @@ def group_metrics(
     """AUROC of each arm and the detector's decisions in each group, by the alphabet.
 
     There is no AUROC where all answers of a group have one label.
-
-    Args:
-        labels: True for harmful.
-        columns: what scored -> P(harmful) of each answer.
-        flagged: whether the detector flags each answer.
-        clusters: (N,) the query of each answer.
-        names: the group of each answer, or ``None``.
     """
     for group in sorted({name or WITHOUT_GROUP for name in names}):
         inside = np.array([(name or WITHOUT_GROUP) == group for name in names])

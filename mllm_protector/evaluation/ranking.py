@@ -10,17 +10,19 @@ of samples: AUROC of .58 to .997 in 93 % to 99 %, average precision in 94 % to 1
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector.evaluation.statistics import Floats, Ints
-from mllm_protector.metrics import cluster_weights, weighted_average_precision
 
 AUROC_WORTH = 4
 """Independent answers that an AUROC is worth at most, for each query of the rarer label."""
+
+CHUNK = 8_000_000
+"""Weights that ``cluster_weights`` holds at once."""
 
 Flags = NDArray[np.bool_]
 Limits = tuple[float, float] | tuple[None, None]
@@ -28,12 +30,12 @@ Limits = tuple[float, float] | tuple[None, None]
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """A figure, and how it deviates: products of deviations add up to variances and covariances.
+    """A metric and its deviations: products of deviations add up to variances and covariances.
 
     Attributes:
         value: in [0, 1].
         deviations: (D,) of each query, or of each bootstrap sample.
-        most: independent answers that it is worth at most; 0 if that cannot be told.
+        most: independent answers that it is worth at most; 0 if that is unknown.
     """
 
     value: float
@@ -56,7 +58,7 @@ class Ranking:
 
 
 def difference_limits(one: Ranking, other: Ranking) -> Limits:
-    """The 95 % limits of one figure minus another of the same answers.
+    """The 95 % limits of one metric minus another of the same answers.
 
     The distances to their own limits are added as squares, less what the two have in common (Zou 2007,
     "Toward using confidence intervals to compare correlations", Psychological Methods 12).
@@ -105,17 +107,10 @@ def auroc(labels: Flags, scores: Floats, clusters: Ints) -> Ranking:
 def average_precisions(
     labels: Flags, columns: Mapping[str, Floats], clusters: Ints, *, resamples: int, seed: int
 ) -> dict[str, Ranking]:
-    """Average precision of several scorers, with deviations from one bootstrap over queries.
+    """Average precision of several scorers (name -> scores), with deviations from one bootstrap over queries.
 
     An average precision is worth at most as many answers as there are queries with a harmful one, as in Boyd,
     Eng and Page 2013, "Area under the precision-recall curve: point estimates and confidence intervals".
-
-    Args:
-        labels: (N,) True for harmful; both kinds occur.
-        columns: what scored -> (N,) scores.
-        clusters: (N,) from 0 without gaps; answers to one query have the same number.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
     """
     drawn: dict[str, list[Floats]] = {name: [] for name in columns}
     for weights in cluster_weights(clusters, resamples=resamples, seed=seed):
@@ -131,3 +126,38 @@ def average_precisions(
         most = len(np.unique(clusters[labels])) if fewest > 1 and len(values) else 0
         found[name] = Ranking(whole, spread, most)
     return found
+
+
+def cluster_weights(clusters: Ints, *, resamples: int, seed: int) -> Iterator[Floats]:
+    """How often each answer is in a bootstrap sample that draws whole clusters.
+
+    Answers to one query are not independent, so a query is drawn with all its answers or not at all.
+
+    Yields:
+        (b, N) weights, a few samples at a time; ``resamples`` rows in all.
+    """
+    rng = np.random.default_rng(seed)
+    count = int(clusters.max()) + 1
+    step = max(1, CHUNK // len(clusters))
+    for start in range(0, resamples, step):
+        samples = min(step, resamples - start)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=samples)
+        yield drawn[:, clusters].astype(np.float64)
+
+
+def weighted_average_precision(labels: Flags, scores: Floats, weights: Floats) -> Floats:
+    """scikit-learn's average precision under many weightings (B, N) at once, sorted only once.
+
+    Returns:
+        (B,) NaN where a weighting leaves one kind of label only.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    sorted_weights = weights[:, order]
+    tp = np.cumsum(sorted_weights * labels[order], axis=1)[:, ends]
+    fp = np.cumsum(sorted_weights * ~labels[order], axis=1)[:, ends]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision = np.nan_to_num(tp / (tp + fp))
+        average: Floats = (np.diff(tp, prepend=0.0) * precision).sum(axis=1) / tp[:, -1]
+    average[fp[:, -1] == 0] = np.nan
+    return average

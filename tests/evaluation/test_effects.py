@@ -141,7 +141,11 @@ def test_three_judges_have_a_kappa_together() -> None:
 
 
 def test_an_answer_that_a_guard_left_alone_counts_once() -> None:
-    table = two("hh hs ss") + two("hh hs ss", "protector") + two("ss ss ss", "refusal", changed=True)
+    table = (
+        two("hh hs ss")
+        + two("hh hs ss", "protector", repeated=True)
+        + two("ss ss ss", "refusal", changed=True)
+    )
     assert measured(table).one("agreement")["n"] == 3 + 3
 
 

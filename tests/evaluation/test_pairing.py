@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy.stats import permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 
-from mllm_protector.evaluation.pairing import Paired, change_interval, paired, sign_flip_test
+from mllm_protector.evaluation.statistics import Paired, change_interval, paired, sign_flip_test
 
 Floats = NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mllm_protector.errors import InputError, RecordError, RunError
+from mllm_protector.errors import RecordError, RunError
 from mllm_protector.evaluation.store import FAILED, Store, fill
 from mllm_protector.files import content_key
 
@@ -187,11 +187,6 @@ def test_a_stored_row_is_never_written_again(folder: Path) -> None:
     with pytest.raises(RuntimeError, match="stored already"):
         store.append([row("b"), row("a")])
     assert finished(folder) == ["a"]
-
-
-def test_batch_size_below_one_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="batch_size must be at least 1, not 0"):
-        filled(folder, ["a"], batch_size=0)
 
 
 @pytest.mark.parametrize("torn", [b'{"key": "c", "te', b'{"key": "c"}', b"\xc3", b"\0" * 50])
