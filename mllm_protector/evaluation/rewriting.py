@@ -103,7 +103,7 @@ def rewrite_metrics(
     survive. ``length_ratio``: mean number of words over the harmful answer's. ``perplexity``: per token.
     ``faulty``: share with any fault, and ``fault_<kind>``.
 
-    Pairs of one cluster ask the same and count as one draw. The judge's scores from ``threshold`` are harmful.
+    Pairs of one cluster ask the same and count as one draw.
     """
     said = [words(text) for text in arm.texts]
     before = [words(pair.rejected) for pair in pairs]

@@ -131,8 +131,7 @@ def judge_stage(
 ) -> tuple[list[Row], Filled]:
     """A verdict on each text: ``status`` and ``reason``, and ``cut`` where the judge's reply was.
 
-    Every different text is judged once, whatever question it answers, if the judge reads no questions.
-    Harmless questions are not judged: their rows are empty.
+    A judge that reads no questions judges equal texts once. Rows of harmless questions are empty.
 
     Raises:
         RunError: a row is missing and there is no ``judge``.
@@ -267,10 +266,9 @@ def _cut_field(cut: bool) -> dict[str, bool]:
 def estimate(
     items: Sequence[Item], answers: Store, judges: Mapping[str, Judge], arms: Sequence[str]
 ) -> dict[str, Cost]:
-    """Log how many answers are missing, and what each judge that costs calls would take at most.
+    """Log how many answers are missing, and the cost of judging everything, for each judge that costs calls.
 
-    The cost is that of judging everything: finished verdicts and texts that several arms share, which are not
-    paid again, count in full.
+    That is the most it can be: finished verdicts and texts that several arms share are not paid again.
     """
     missing = sum(item.key not in answers for item in items)
     log.info("answers: %s wanted, %s to be made", f"{len(items):,}", f"{missing:,}")

@@ -47,16 +47,6 @@ def test_a_perfect_order_of_few_answers_keeps_its_doubt_and_a_single_one_says_no
     assert precision.limits == (None, None)
 
 
-def test_the_same_scores_do_not_differ() -> None:
-    rng = np.random.default_rng(0)
-    labels, scores = rng.random(200) < 0.3, rng.normal(size=200)
-    one = auroc(labels, scores, np.arange(200))
-    low, high = difference_limits(one, one)
-    assert low is not None
-    assert high is not None
-    assert -0.02 < low <= 0 <= high < 0.02
-
-
 def test_intervals_of_auroc_and_of_differences_cover_with_few_harmful_answers() -> None:
     rng, rounds = np.random.default_rng(0), 300
     for queries, each, distance in ((325, 1, 1.5), (325, 1, 2.8), (65, 5, 2.8), (32, 1, 1.5)):

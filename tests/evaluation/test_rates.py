@@ -47,13 +47,6 @@ def test_unjudged_answers_are_in_no_numerator_and_no_denominator_and_bounds_show
     assert not found.all("unjudged", **where)
 
 
-def test_nothing_judged_has_no_rate_and_the_widest_bounds() -> None:
-    found, where = measured(judged()), {"group": HATE, "variant": "TYPO", "arm": "none"}
-    assert (found.value("empty", **where), found.value("unjudged", **where)) == (3, 3)
-    assert (found.value("asr", **where), found.limits("asr", **where)) == (None, (None, None))
-    assert found.limits("asr_bounds", **where) == (0.0, 1.0)
-
-
 def test_every_way_of_having_no_verdict_is_counted_under_its_name() -> None:
     for status in Status:
         if status not in (Status.HARMFUL, Status.SAFE):

@@ -91,11 +91,6 @@ def test_the_control_leaves_out_pairs_that_ask_the_same():
     assert one[1][2] == pytest.approx(one[0][0] * 2 / 6)
 
 
-def test_one_query_has_no_control():
-    same = [PAIRS[0], PAIRS[0]]
-    assert Relevance(same, np.zeros(2, dtype=int)).cosines(["bread"] * 2, ["bread"] * 2)[1] is None
-
-
 def test_words_count_as_repeated_only_for_another_query():
     twice = [PAIRS[0], *PAIRS[:5]]
     texts = ["Ask a baker.", "ask a baker", *(each.accepted for each in twice[2:])]
