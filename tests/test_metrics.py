@@ -11,8 +11,8 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from mllm_protector.evaluation import ranking
-from mllm_protector.evaluation.ranking import cluster_weights, weighted_average_precision
+from mllm_protector.evaluation import detection
+from mllm_protector.evaluation.detection import cluster_weights, weighted_average_precision
 from mllm_protector.metrics import (
     DETECTION_METRICS,
     HIGHER_IS_BETTER,
@@ -136,7 +136,7 @@ def test_the_bootstrap_draws_whole_clusters_and_the_same_ones_for_a_seed(
     assert (weights[:, [0, 1, 3]].sum(axis=1) == 3).all()
     assert (drawn(3) == weights).all()
     assert (drawn(4) != weights).any()
-    monkeypatch.setattr(ranking, "CHUNK", 20)
+    monkeypatch.setattr(detection, "CHUNK", 20)
     assert drawn(3).shape == (50, 6)
 
 

@@ -91,7 +91,7 @@ def eval_detector(
     """Measure a saved detector and write ``metrics.json`` and ``scores.jsonl``.
 
     Intervals are 95 % and take answers to one query as one draw: Wilson's on the effective number of answers;
-    ``ranking`` says how well those of AUROC, average precision and their distance to the baselines cover.
+    ``detection`` says how well those of AUROC, average precision and their distance to the baselines cover.
 
     Args:
         detector: the folder that ``train_detector`` wrote.

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from mllm_protector.evaluation.ranking import auroc, average_precisions, difference_limits
+from mllm_protector.evaluation.detection import auroc, average_precisions, difference_limits
 
 
 def test_the_values_are_scikit_learns_with_ties() -> None:
