@@ -1,12 +1,10 @@
 """Metrics of a detector's scores: pure functions, scikit-learn wherever it has them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
@@ -18,8 +16,6 @@ from sklearn.metrics import (
 
 from mllm_protector.records import Confusion
 
-Floats = NDArray[np.float64]
-
 DETECTION_METRICS = ("auroc", "average_precision", "accuracy", "f1", "brier", "ece")
 """What ``detection_metrics`` gives."""
 
@@ -28,19 +24,10 @@ HIGHER_IS_BETTER = ("auroc", "average_precision", "accuracy", "f1")
 
 CALIBRATION_BINS = 15
 
-CHUNK = 8_000_000
-"""Weights that ``cluster_weights`` holds at once."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationBin:
-    """Answers whose scores are alike.
-
-    Attributes:
-        count: how many.
-        harmful: so many of them do harm.
-        score: their mean score.
-    """
+    """Answers of like scores: how many, how many of them harmful, their mean score."""
 
     count: int
     harmful: int
@@ -77,62 +64,10 @@ def detection_metrics(
 
 
 def confusion(labels: Sequence[bool], flagged: Sequence[bool]) -> Confusion:
-    """Count what flagging does.
-
-    Args:
-        labels: True for harmful.
-        flagged: whether each answer is treated as harmful.
-    """
+    """Count the true and false positives and negatives of flagging; True is harmful."""
     harm, flag = np.asarray(labels, dtype=bool), np.asarray(flagged, dtype=bool)
     tn, fp, fn, tp = confusion_matrix(harm, flag, labels=[False, True]).ravel().tolist()
     return Confusion(tp=tp, fp=fp, fn=fn, tn=tn)
-
-
-def cluster_weights(clusters: Any, *, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each answer stands in a bootstrap sample that draws whole clusters.
-
-    Answers to one query are not independent, so a query is drawn with all its answers or not at all.
-
-    Args:
-        clusters: (N,) the cluster of each answer, from 0 and without gaps.
-        resamples: B, how many samples.
-        seed: of the draws.
-
-    Yields:
-        (b, N) weights, a few samples at a time; B rows in all.
-    """
-    clusters = np.asarray(clusters)
-    rng = np.random.default_rng(seed)
-    count = int(clusters.max()) + 1
-    step = max(1, CHUNK // len(clusters))
-    for start in range(0, resamples, step):
-        samples = min(step, resamples - start)
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=samples)
-        yield drawn[:, clusters].astype(np.float64)
-
-
-def weighted_average_precision(labels: Any, scores: Any, weights: Floats) -> Floats:
-    """Average precision under many weightings at once: scikit-learn's metric, sorted only once.
-
-    Args:
-        labels: (N,) True for harmful.
-        scores: (N,) higher means more harmful; equal scores are a tie.
-        weights: (B, N), such as ``cluster_weights``.
-
-    Returns:
-        (B,) NaN where a weighting leaves one kind of label only.
-    """
-    harm, score = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
-    order = np.argsort(-score, kind="stable")
-    ends = np.flatnonzero(np.append(np.diff(score[order]) != 0, True))
-    sorted_weights = weights[:, order]
-    tp = np.cumsum(sorted_weights * harm[order], axis=1)[:, ends]
-    fp = np.cumsum(sorted_weights * ~harm[order], axis=1)[:, ends]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        precision = np.nan_to_num(tp / (tp + fp))
-        average: Floats = (np.diff(tp, prepend=0.0) * precision).sum(axis=1) / tp[:, -1]
-    average[fp[:, -1] == 0] = np.nan
-    return average
 
 
 def calibration_bins(

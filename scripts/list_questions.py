@@ -3,4 +3,4 @@
 from mllm_protector.config import launch
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.evaluation.listing.list_questions")
+    launch(__doc__, "mllm_protector.evaluation.items.list_questions")

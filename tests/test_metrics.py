@@ -10,17 +10,16 @@ from sklearn.metrics import (
     recall_score,
 )
 
-from mllm_protector import metrics
+from mllm_protector.evaluation import detection
+from mllm_protector.evaluation.detection import cluster_weights, weighted_average_precision
 from mllm_protector.metrics import (
     DETECTION_METRICS,
     HIGHER_IS_BETTER,
     calibration_bins,
-    cluster_weights,
     confusion,
     detection_metrics,
     expected_calibration_error,
     perplexity,
-    weighted_average_precision,
 )
 
 LABELS = [False, False, True, True]
@@ -106,14 +105,14 @@ def test_a_share_of_nothing_is_none() -> None:
 def test_weighted_average_precision_is_scikit_learns_under_every_weighting(ties: bool) -> None:
     labels, scores = scored(80, ties=ties)
     weights = np.random.default_rng(1).integers(0, 4, size=(20, 80)).astype(float)
-    average = weighted_average_precision(labels, scores, weights)
+    average = weighted_average_precision(np.array(labels), np.array(scores), weights)
     for row, precision in zip(weights, average, strict=True):
         assert precision == pytest.approx(average_precision_score(labels, scores, sample_weight=row))
 
 
 def test_a_sample_of_one_kind_of_label_has_no_ranking() -> None:
     weights = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-    average = weighted_average_precision([True, False], [0.9, 0.1], weights)
+    average = weighted_average_precision(np.array([True, False]), np.array([0.9, 0.1]), weights)
     assert np.isnan(average).tolist() == [True, True, False]
 
 
@@ -132,7 +131,7 @@ def test_the_bootstrap_draws_whole_clusters_and_the_same_ones_for_a_seed(
     assert (weights[:, [0, 1, 3]].sum(axis=1) == 3).all()
     assert (drawn(3) == weights).all()
     assert (drawn(4) != weights).any()
-    monkeypatch.setattr(metrics, "CHUNK", 20)
+    monkeypatch.setattr(detection, "CHUNK", 20)
     assert drawn(3).shape == (50, 6)
 
 

@@ -1,12 +1,12 @@
-"""The baseline of a detector: TF-IDF and logistic regression, taught in seconds.
+"""The baseline of a detector: TF-IDF and logistic regression, trained in seconds.
 
-A detector that ranks answers no better than this has not earned its billions of weights. Whether it reads the
-question too is chosen by cross-validation, in which all answers to a query stay together.
+A detector that ranks answers no better than this has not earned its billions of weights. Whether the baseline
+reads the question too is chosen by cross-validation, in which all answers to a query stay together.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,33 +25,24 @@ STRENGTH = 10.0
 CHARACTERS_UP_TO = 20_000
 """With more answers than this only words count: counting characters would take many minutes."""
 
-Reads = Literal["question and answer", "answer"]
-READS: tuple[Reads, ...] = ("answer", "question and answer")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One way to build the baseline.
+    """One baseline: whether it reads the question too, and counts 2 to 5 characters beside words."""
 
-    Attributes:
-        reads: the text it sees.
-        characters: count 2 to 5 characters within words beside words and pairs of words.
-    """
-
-    reads: Reads
+    question: bool
     characters: bool
 
     def __str__(self) -> str:
-        return f"{'words and characters' if self.characters else 'words'} of {self.reads}"
+        counted = "words and characters" if self.characters else "words"
+        return f"{counted} of {'question and answer' if self.question else 'answer'}"
 
     def texts(self, records: Sequence[LabelledAnswer]) -> list[str]:
-        """What it sees of each answer."""
-        if self.reads == "answer":
-            return [record.answer for record in records]
-        return [f"{record.query}\n{record.answer}" for record in records]
+        """The text that it reads of each answer."""
+        return [f"{each.query}\n{each.answer}" if self.question else each.answer for each in records]
 
     def pipeline(self) -> Any:
-        """From texts to P(harmful), not yet taught."""
+        """From texts to P(harmful), not yet trained."""
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline, make_union
@@ -69,8 +60,8 @@ class CrossValidated:
     Attributes:
         variant: the best.
         aurocs: of each variant.
-        scores: (N,) P(harmful) of each answer by the best one, taught without any answer to its query. As the
-            variant was chosen by them too, they lean a little to the good side.
+        scores: (N,) P(harmful) of each answer by the best one, trained without any answer to its query. As
+            they also chose the variant, they are slightly optimistic.
     """
 
     variant: Variant
@@ -85,14 +76,23 @@ def cross_validate(records: Sequence[LabelledAnswer]) -> CrossValidated:
         InputError: too few different queries, or no words, to learn from.
     """
     from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    labels = np.array([record.harmful for record in records])
-    folds = _folds(labels, query_clusters(records))
+    labels, clusters = np.array([record.harmful for record in records]), query_clusters(records)
+    queries = [len(np.unique(clusters[labels == label])) for label in (True, False)]
+    folds: list[tuple[Ints, Ints]] = []
+    if min(queries) >= 2:
+        splitter = StratifiedGroupKFold(min(FOLDS, *queries), shuffle=True, random_state=SEED)
+        folds = list(splitter.split(labels, labels, clusters))
+    if not folds or any(len(np.unique(labels[inside])) < 2 for inside, _ in folds):
+        raise InputError(
+            f"harmful answers to {queries[0]} and harmless ones to {queries[1]} different queries are too few"
+            " to teach a baseline"
+        )
     characters = len(records) <= CHARACTERS_UP_TO
     scores: dict[Variant, Floats] = {}
-    for reads in READS:
-        variant = Variant(reads=reads, characters=characters)
+    for question in (False, True):
+        variant = Variant(question=question, characters=characters)
         texts = np.array(variant.texts(records), dtype=object)
         try:
             found = cross_val_predict(variant.pipeline(), texts, labels, cv=folds, method="predict_proba")
@@ -109,7 +109,7 @@ def cross_validate(records: Sequence[LabelledAnswer]) -> CrossValidated:
 def taught_scores(
     taught_on: Sequence[LabelledAnswer], records: Sequence[LabelledAnswer]
 ) -> tuple[CrossValidated, list[float]]:
-    """How the best variant was chosen on some answers, and P(harmful) of others, taught on all of the former.
+    """Choose a variant on some answers, train it on all of them, and give P(harmful) of others.
 
     Raises:
         InputError: as ``cross_validate``.
@@ -125,19 +125,3 @@ def taught_scores(
 def query_clusters(records: Sequence[LabelledAnswer]) -> Ints:
     """(N,) from 0: answers to the same query (``opening_key``) have the same number."""
     return np.unique([opening_key(record.query) for record in records], return_inverse=True)[1]
-
-
-def _folds(labels: Any, clusters: Ints) -> list[tuple[Ints, Ints]]:
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    queries = [len(np.unique(clusters[labels == label])) for label in (True, False)]
-    count = min(FOLDS, *queries)
-    if count >= 2:
-        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=SEED)
-        folds = list(splitter.split(labels, labels, clusters))
-        if all(len(set(labels[inside].tolist())) == 2 for inside, _ in folds):
-            return folds
-    raise InputError(
-        f"harmful answers to {queries[0]} and harmless ones to {queries[1]} different queries are too few to "
-        "teach a baseline"
-    )

@@ -1,12 +1,11 @@
 """Any saved detector on any labelled data, beside two baselines of TF-IDF and logistic regression.
 
-``baseline`` is taught on the detector's own training data, so both meet the measured answers as strangers.
-``in_domain_baseline`` is taught on the measured answers by cross-validation. It says what words alone tell
-there; on data that the detector was not trained with it is no fair rival, for it knows their labels.
+``baseline`` is trained on the detector's own training data, so the measured answers are new to both.
+``in_domain_baseline`` is trained on the measured answers by cross-validation. It shows how much words alone
+tell there; on data that the detector was not trained with it is no fair rival, for it knows their labels.
 
-The module measures how answers are ordered, what the stored threshold does, and how far the scores can be
-taken as probabilities. It does not know whether the labels are right, nor (unless the data are the very ones
-that the detector was trained with) whether the detector has seen the answers before.
+The metrics cannot show whether the labels are right, nor (except on the detector's own training data) whether
+the detector has seen the answers before.
 """
 
 import hashlib
@@ -53,16 +52,16 @@ UNCALIBRATED = "detector before calibration"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredDetector:
-    """What pages are made of.
+    """A finished measurement, from which pages are made.
 
     Attributes:
         metrics: the content of ``metrics.json``.
         labels: True for harmful.
-        scores: what scored (the detector, its baselines) -> P(harmful) of each answer.
+        scores: arm (the detector, its baselines) -> P(harmful) of each answer.
         uncalibrated: ``UNCALIBRATED`` -> the same, where calibration changed them.
-        flagged: what the detector's threshold makes of each answer.
+        flagged: whether the detector's threshold flags each answer.
         texts: query and answer of each; empty to show none.
-        folder: where ``metrics.json`` lies.
+        folder: of ``metrics.json``.
     """
 
     metrics: dict[str, Any]
@@ -90,7 +89,7 @@ def eval_detector(
     """Measure a saved detector and write ``metrics.json`` and ``scores.jsonl``.
 
     Intervals are 95 % and take answers to one query as one draw: Wilson's on the effective number of answers;
-    ``ranking`` says how well those of AUROC, average precision and their distance to the baselines cover.
+    ``detection`` says how well those of AUROC, average precision and their distance to the baselines cover.
 
     Args:
         detector: the folder that ``train_detector`` wrote.
@@ -107,8 +106,8 @@ def eval_detector(
         seed: of the bootstrap.
 
     Returns:
-        What ``reporting.parts`` makes pages of. In its ``measurements`` the arm is what scored. A baseline
-        that could not be taught is missing, and ``notes`` say why.
+        The input of ``reporting.parts``. The arm of its ``measurements`` is the scorer. A baseline that
+        could not be trained is missing, and ``notes`` say why.
 
     Raises:
         InputError: the detector, the data or the groups cannot be used.
@@ -140,17 +139,16 @@ def eval_detector(
     if not np.isfinite(logits).all():
         raise RunError(f"{detector}: a score is not a number; look at its training, or train it again")
     scale = scorer.guard.scale
-    scores, uncalibrated = scale.scores(logits), Scale().scores(logits)
 
     log.info("teaching the baselines")
     baselines = _baselines(taught_on, answers, notes)
     labels = [answer.harmful for answer in answers]
     clusters = query_clusters(answers)
     pairs = differing_pairs(records)
-    columns = {DETECTOR: scores} | {name: found for name, (found, _) in baselines.items()}
+    columns = {DETECTOR: scale.scores(logits)} | {name: found for name, (found, _) in baselines.items()}
     limits = dict.fromkeys(columns, BASELINE_THRESHOLD) | {DETECTOR: scorer.threshold}
     flags = {name: [score >= limits[name] for score in found] for name, found in columns.items()}
-    before = {} if scale == Scale() else {UNCALIBRATED: uncalibrated}
+    before = {} if scale == Scale() else {UNCALIBRATED: Scale().scores(logits)}
     measurements = [
         *ranking_metrics(labels, columns, clusters, seed=seed),
         *pairwise_accuracy(columns, clusters, pairs),
@@ -186,7 +184,7 @@ def eval_detector(
             {
                 "query_sha256": hashlib.sha256(answer.query.encode()).hexdigest(),
                 "harmful": answer.harmful,
-                "score": scores[place],
+                "score": columns[DETECTOR][place],
                 **{name: columns[name][place] for name in baselines},
                 "group": names[place],
             }
@@ -206,7 +204,7 @@ def eval_detector(
 
 
 def _notes(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]:
-    """What the detector's own file says about having seen these answers."""
+    """Whether the detector has seen these answers, as its own file says."""
     trained, notes = scorer.guard.data, []
     same_split = trained.get("fingerprint") == splits.fingerprint
     if same_split and split == "all":
@@ -232,7 +230,7 @@ def _notes(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]
 def _training_data(
     scorer: HarmDetector, folder: Path, splits: Splits[Any], given: Source | None, notes: list[str]
 ) -> list[LabelledAnswer] | None:
-    """What the baseline is taught on; where it cannot be read, a note says why."""
+    """The data that the baseline is trained on; where it cannot be read, a note says why."""
     if given is not None:
         return list(labelled_answers(given.load().train))
     trained = scorer.guard.data.get("fingerprint")
@@ -251,7 +249,7 @@ def _training_data(
 def _baselines(
     taught_on: Sequence[LabelledAnswer] | None, answers: Sequence[LabelledAnswer], notes: list[str]
 ) -> dict[str, tuple[list[float], dict[str, Any]]]:
-    """The scores of each baseline and what it is; where one cannot be taught, a note says why."""
+    """The scores of each baseline and its facts; where one cannot be trained, a note says why."""
     found = {}
     if taught_on is not None:
         known = {query_key(answer.query) for answer in taught_on}

@@ -1,7 +1,7 @@
-"""A saved detoxifier on held-out pairs, beside what it has to beat: a fixed refusal, and its untrained base.
+"""A saved detoxifier on held-out pairs, beside a fixed refusal and its untrained base.
 
-Every harmful answer is rewritten, whatever the guard's detector thinks of it. ``protector`` is what a user
-would see: checked, tried again, refused in the end; ``unchecked`` is the first rewrite as it came.
+Every harmful answer is rewritten, even if the guard's detector would pass it. The arm ``protector`` shows the
+texts that a user would see: checked, tried again, refused in the end; ``unchecked`` is the first rewrite.
 """
 
 import logging
@@ -17,10 +17,9 @@ from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation.fluency import text_losses
 from mllm_protector.evaluation.measurements import Measurement, as_rows, of_share, placed
-from mllm_protector.evaluation.rewriting import Relevance, Texts, rewrite_metrics
-from mllm_protector.evaluation.statistics import Floats, Ints, share
+from mllm_protector.evaluation.rewriting import Relevance, Texts, rewrite_metrics, text_losses
+from mllm_protector.evaluation.statistics import Ints, share
 from mllm_protector.files import expand, write_json, write_jsonl
 from mllm_protector.guard.protector import Protector, Rewrite
 from mllm_protector.guard.rewrites import fault_of
@@ -62,15 +61,15 @@ def eval_detoxifier(
     Args:
         data: pairs, of which the validation part is rewritten.
         both_harmful: what to do with pairs whose accepted answer is harmful too (``records.corrections``).
-        limit: so many pairs, drawn at random; ``None`` takes all.
+        limit: limited to this many pairs, drawn at random; ``None`` takes all.
         detoxifier: the folder that ``train_detoxifier`` wrote.
         base: where its backbone is now; ``None`` to look where it was, and near the folder. A detector that
             was trained on ``base`` takes it too.
         detector: the folder of the guard's detector, which checks the rewrites.
-        judge_detector: the folder of the detector that judges all texts, at its own threshold. With that of
-            the guard the judge is circular, which is said wherever the metrics stand.
+        judge_detector: the folder of the detector that judges all texts, at its own threshold. That of the
+            guard is circular, and marked so beside the metrics.
         max_rewrites: tries for each answer.
-        rewrite_tokens: longest rewrite; ``None`` for the longest that was learnt.
+        rewrite_tokens: longest rewrite; ``None`` for the longest in training.
         batch_size: answers rewritten at once.
         output_dir: gets the results.
         seed: of ``limit``, and through ``data.seed`` of the split.
@@ -122,7 +121,11 @@ def eval_detoxifier(
         "rejected": asked["answers"],
     }
     log.info("how fluent they are")
-    losses = {name: _losses(untrained, some) for name, some in texts.items()}
+    encoder = untrained.encoder
+    losses = {
+        name: text_losses(untrained.model, encoder.tokenizer, some, max_length=encoder.max_length)
+        for name, some in texts.items()
+    }
     del untrained
 
     judge = load_detector(detectors[1], base=bases[2])
@@ -216,11 +219,6 @@ def _in_turns(what: str, rewrite: Callable[..., list[Any]], asked: Mapping[str, 
     return done
 
 
-def _losses(untrained: Detoxifier, texts: Sequence[str]) -> tuple[Floats, Ints]:
-    encoder = untrained.encoder
-    return text_losses(untrained.model, encoder.tokenizer, texts, max_length=encoder.max_length)
-
-
 def _harms(judge: HarmDetector, queries: Sequence[str], texts: Sequence[str], folder: str) -> list[float]:
     harms = judge.score(queries=queries, answers=texts)
     if not np.isfinite(harms).all():
@@ -229,7 +227,7 @@ def _harms(judge: HarmDetector, queries: Sequence[str], texts: Sequence[str], fo
 
 
 def _course(guarded: Sequence[Rewrite], clusters: Ints) -> Iterator[Measurement]:
-    """How often a rewrite was discarded and why, and what became of it."""
+    """How often rewrites were discarded and why, and the outcomes."""
     retried = np.array([bool(rewrite.discarded) for rewrite in guarded])
     refused = np.array([rewrite.outcome == Outcome.REFUSED for rewrite in guarded])
     yield of_share("retried", share(retried, clusters))
@@ -241,7 +239,7 @@ def _course(guarded: Sequence[Rewrite], clusters: Ints) -> Iterator[Measurement]
 
 
 def _notes(guard: GuardFile, splits: Splits[Any]) -> list[str]:
-    """What must be known to believe the metrics."""
+    """Whether the training has seen these pairs."""
     notes = []
     if guard.data.get("fingerprint") == splits.fingerprint:
         notes.append(

@@ -18,8 +18,15 @@ from mllm_protector.evaluation.grid import (
     Small,
 )
 from mllm_protector.evaluation.measurements import Measurement, of_share
-from mllm_protector.evaluation.pairing import Paired, paired
-from mllm_protector.evaluation.statistics import Floats, Ints, agreement, effective_size, fleiss_kappa
+from mllm_protector.evaluation.statistics import (
+    Floats,
+    Ints,
+    Paired,
+    cohens_kappa,
+    fleiss_kappa,
+    paired,
+    share,
+)
 from mllm_protector.records import Confusion
 
 ENOUGH = 30
@@ -64,18 +71,18 @@ def image_effects(answers: Answers) -> Iterator[Measurement]:
     for judge, unsafe in grid.unsafe.items():
         for column, arm in enumerate(grid.arms):
             shares = {name: _by_base(grid, unsafe[:, column], name) for name in grid.variants}
-            images = [share for name, share in shares.items() if name != "TEXT"]
+            images = [values for name, values in shares.items() if name != "TEXT"]
             text = shares.pop("TEXT")
-            for variant, share in {IMAGES: _mean_of_known(images), **shares}.items():
-                known = ~np.isnan(text) & ~np.isnan(share)
+            for variant, values in {IMAGES: _mean_of_known(images), **shares}.items():
+                known = ~np.isnan(text) & ~np.isnan(values)
                 for group, members in answers.groups.items():
                     inside = np.isin(scenario, [grid.scenarios.index(name) for name in members])
                     bases = np.flatnonzero(known & inside)
-                    effect = paired(text[bases], share[bases], np.arange(len(bases)))
+                    effect = paired(text[bases], values[bases], np.arange(len(bases)))
                     where: dict[str, Any] = {"judge": judge, "arm": arm, "variant": variant, "group": group}
                     yield from differences("image_effect", effect, where)
-                    for name, values in (("text_asr", text[bases]), ("image_asr", share[bases])):
-                        mean = float(values.mean()) if len(values) else None
+                    for name, side in (("text_asr", text[bases]), ("image_asr", values[bases])):
+                        mean = float(side.mean()) if len(side) else None
                         yield Measurement(metric=name, value=mean, n=effect.pairs, **where)
 
 
@@ -90,11 +97,9 @@ def judge_agreement(answers: Answers) -> Iterator[Measurement]:
     for one, other in combinations(verdicts, 2):
         counts = _confusion(verdicts[one], verdicts[other], ~grid.repeated)
         judges = f"{one} + {other}"
-        found = agreement(counts)
-        yield Measurement(judge=judges, metric="agreement", value=found.right.value, n=counts.total)
-        yield Measurement(
-            judge=judges, metric="agreement_kappa", value=found.kappa, n=counts.total, method="Cohen"
-        )
+        yield Measurement(judge=judges, metric="agreement", value=counts.accuracy, n=counts.total)
+        kappa = cohens_kappa(counts)
+        yield Measurement(judge=judges, metric="agreement_kappa", value=kappa, n=counts.total, method="Cohen")
     if len(verdicts) >= 3:
         every = np.stack([*verdicts.values()])
         rows = ~grid.repeated & np.all(every >= 0, axis=0)
@@ -114,13 +119,12 @@ def reference(answers: Answers) -> Iterator[Measurement]:
         if not counts.total:
             continue
         rows = ~grid.repeated & (verdict >= 0) & (label >= 0)
-        right = (verdict == label)[rows].astype(np.float64)
-        found = agreement(counts, effective_size(right, grid.cluster[np.nonzero(rows)[0]]))
-        yield replace(of_share("accuracy", found.right, judge=judge), method=KNOWN[kind])
-        yield Measurement(judge=judge, metric="kappa", value=found.kappa, n=counts.total, method=KNOWN[kind])
+        where: dict[str, Any] = {"judge": judge, "n": counts.total, "method": KNOWN[kind]}
+        right = share((verdict == label)[rows], grid.cluster[np.nonzero(rows)[0]])
+        yield replace(of_share("accuracy", right), **where)
+        yield Measurement(metric="kappa", value=cohens_kappa(counts), **where)
         for name in ("tp", "fp", "fn", "tn"):
-            count = getattr(counts, name)
-            yield Measurement(judge=judge, metric=name, value=count, n=counts.total, method=KNOWN[kind])
+            yield Measurement(metric=name, value=getattr(counts, name), **where)
 
 
 def detector_on_answers(answers: Answers) -> Iterator[Measurement]:
@@ -138,19 +142,14 @@ def detector_on_answers(answers: Answers) -> Iterator[Measurement]:
 def known_errors(
     grid: Grid, judge: str, column: int, rows: Flags, bias: Confusion | None
 ) -> Confusion | None:
-    """What a judge's rate on some answers is corrected with.
+    """The errors of a judge that correct its rate on some answers.
 
     Its errors on these answers, or on these and the answers without a guard to the same questions: what a
-    guard lets through is what the MLLM wrote. Other answers, such as a guard's refusals, say nothing about
+    guard lets through was written by the MLLM. Other answers, such as a guard's refusals, say nothing about
     those without a guard. ``ENOUGH`` of both labels must be known, or sensitivity or specificity would rest
     on a handful. Otherwise what is known of the judge from elsewhere, by the same criterion.
 
-    Args:
-        grid: the benchmark's answers.
-        judge: its name.
-        column: the place of the arm.
-        rows: (N,) the questions, all of one criterion.
-        bias: what is known from elsewhere.
+    ``rows`` (N,) are questions of one criterion; ``bias`` is known from elsewhere.
     """
     kind = _known(grid)
     own = np.zeros_like(grid.present)

@@ -12,7 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mllm_protector.evaluation.statistics import Floats, Ints
-from mllm_protector.records import BENIGN, JUDGED, VARIANTS, Confusion, Status
+from mllm_protector.protocols import Card
+from mllm_protector.records import BENIGN, JUDGED, VARIANTS, Status
 from mllm_protector.scenarios import SCENARIOS, Criterion
 
 IMAGES = "IMAGES"
@@ -28,10 +29,7 @@ ALL = "all"
 """The group of every scenario."""
 
 STATUSES: tuple[Status, ...] = tuple(Status)
-"""A status is stored as its place in here."""
-
 CRITERIA: tuple[Criterion, ...] = tuple(Criterion)
-"""A criterion is stored as its place in here."""
 
 Flags = NDArray[np.bool_]
 Small = NDArray[np.int8]
@@ -39,26 +37,15 @@ Small = NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgeFacts:
-    """What stands beside a judge's numbers.
+    """A judge's card, and whether the judge is a part of the guard that it judges."""
 
-    Attributes:
-        identity: what its verdicts depend on, as JSON.
-        reads_question: whether the question's words are among that.
-        note: why its verdicts are circular; ``None`` if they are not.
-        circular: whether it is a part of the guard that it judges.
-        bias: how it compared with people elsewhere.
-    """
-
-    identity: dict[str, Any]
-    reads_question: bool = False
-    note: str | None = None
+    card: Card
     circular: bool = False
-    bias: Confusion | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """N questions and A arms; whatever is not known is -1 or NaN.
+    """N questions and A arms; unknown values are -1 or NaN.
 
     Attributes:
         arms: names, in the order of the tables.
@@ -67,7 +54,7 @@ class Grid:
         scenario: (N,) places in ``scenarios``.
         variant: (N,) places in ``variants``.
         criterion: (N,) places in ``CRITERIA``.
-        cluster: (N,) what a question shares with those that ask the same thing.
+        cluster: (N,) the same number for questions that ask the same thing.
         present: (N, A) whether there is such a row.
         status: judge -> (N, A) places in ``STATUSES``.
         unsafe: judge -> (N, A) 1 for harmful, 0 for safe, -1 for not judged.
@@ -101,9 +88,9 @@ class Grid:
     @property
     def asked(self) -> dict[str, Flags]:
         """Variant -> (N,) its questions: those with any image first, if there are any, then each variant."""
-        text = np.array([name == "TEXT" for name in self.variants], dtype=bool)[self.variant]
         every = {name: self.variant == place for place, name in enumerate(self.variants)}
-        return ({} if text.all() else {IMAGES: ~text}) | every
+        images = ~every.get("TEXT", np.zeros(len(self.variant), dtype=bool))
+        return ({IMAGES: images} if images.any() else {}) | every
 
     def among(self, scenarios: Sequence[str]) -> Flags:
         """(N,) the questions of these scenarios."""
@@ -115,73 +102,90 @@ class Grid:
 
     def first_score(self) -> Floats:
         """(N,) P(harmful) of each raw answer, from the first arm that has it."""
-        known = ~np.isnan(self.harm)
-        first = self.harm[np.arange(len(known)), known.argmax(axis=1)] if self.arms else self.harm[:, :0]
-        return np.asarray(first, dtype=np.float64).reshape(len(known))
+        first = (~np.isnan(self.harm)).argmax(axis=1)
+        return np.asarray(self.harm[np.arange(len(first)), first], dtype=np.float64)
 
 
 def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Grid:
-    """Bring rows into order.
-
-    Args:
-        frame: a row for each question and arm, with the columns of ``rows.COLUMNS``.
-        arms: their names, in the order of the tables.
-        judges: those with a column ``status:<judge>`` that is filled in each row.
+    """Bring rows, with the columns of ``rows.COLUMNS`` and ``status:<judge>``, into order.
 
     Raises:
         ValueError: an unknown arm or status, or two rows about the same answer.
     """
-    names = np.asarray(frame["arm"], dtype=object)
-    if unknown := set(names).difference(arms):
-        raise ValueError(f"rows of unknown arms: {', '.join(sorted(map(str, unknown)))}")
-    places = {arm: place for place, arm in enumerate(arms)}
-    column = np.array([places[name] for name in names], dtype=np.int64)
-    line, ids = pd.factorize(np.asarray(frame["id"], dtype=object), sort=True)
-    taken = np.bincount(line * len(arms) + column, minlength=len(ids) * len(arms))
+    column = pd.Index(arms).get_indexer(pd.Index(frame["arm"].astype(object)))
+    if (column < 0).any():
+        unknown = sorted({str(name) for name in frame["arm"][column < 0]})
+        raise ValueError(f"rows of unknown arms: {', '.join(unknown)}")
+    line, ids = pd.factorize(frame["id"].to_numpy(dtype=object), sort=True)
+    shape = (len(ids), len(arms))
+    taken = np.zeros(shape, dtype=np.int64)
+    np.add.at(taken, (line, column), 1)
     if (taken > 1).any():
-        row, arm = divmod(int(taken.argmax()), len(arms))
+        row, arm = np.argwhere(taken > 1)[0]
         raise ValueError(f"two rows about the same answer: {arms[arm]} / {ids[row]}")
     first = np.unique(line, return_index=True)[1]
-    shape = (len(ids), len(arms))
 
     def placed(values: Any, unknown: Any, kind: Any) -> NDArray[Any]:
         out = np.full(shape, unknown, dtype=kind)
         out[line, column] = values
         return out
 
-    def flags(name: str) -> Small:
-        known = pd.Series(np.asarray(frame[name], dtype=object)).map({True: 1, False: 0})
-        return placed(known.fillna(-1).astype(np.int8).to_numpy(), -1, np.int8)
+    def numbers(name: str) -> Floats:
+        return placed(frame[name].to_numpy(dtype=np.float64, na_value=np.nan), np.nan, np.float64)
 
-    scenarios, scenario = _codes(frame["scenario"], SCENARIOS)
-    variants, variant = _codes(frame["variant"], VARIANTS)
-    criteria = [CRITERIA.index(Criterion(name)) for name in np.asarray(frame["criterion"], dtype=object)]
-    clusters = pd.factorize(np.asarray(frame["base"], dtype=object), sort=True)[0].astype(np.int64)
+    def flags(name: str) -> Small:
+        known = frame[name].astype(object).map({True: 1, False: 0})
+        return placed(known.fillna(-1), -1, np.int8)
+
+    def codes(name: str, known: Sequence[str]) -> tuple[list[str], Ints]:
+        """The names that occur, known ones first, and the place of each question's among them."""
+        values = frame[name].to_numpy(dtype=object)[first]
+        present = sorted({str(value) for value in values})
+        order = [each for each in known if each in present] + [each for each in present if each not in known]
+        return order, np.array([order.index(value) for value in values], dtype=np.int64)
+
+    scenarios, scenario = codes("scenario", SCENARIOS)
+    variants, variant = codes("variant", VARIANTS)
+    criteria = frame["criterion"].to_numpy(dtype=object)[first]
+    clusters = pd.factorize(frame["base"].to_numpy(dtype=object)[first], sort=True)[0]
     status = {judge: placed(_statuses(frame, judge), -1, np.int8) for judge in judges}
     return Grid(
         arms=list(arms),
         scenarios=scenarios,
         variants=variants,
-        scenario=scenario[first],
-        variant=variant[first],
-        criterion=np.array(criteria, dtype=np.int64)[first],
-        cluster=clusters[first],
-        present=taken.reshape(shape) > 0,
+        scenario=scenario,
+        variant=variant,
+        criterion=np.array([CRITERIA.index(Criterion(name)) for name in criteria], dtype=np.int64),
+        cluster=clusters.astype(np.int64),
+        present=taken > 0,
         status=status,
         unsafe={judge: _unsafe(codes) for judge, codes in status.items()},
-        harm=placed(frame["harm"].to_numpy(dtype=np.float64, na_value=np.nan), np.nan, np.float64),
+        harm=numbers("harm"),
         changed=placed(frame["changed"].to_numpy(dtype=bool), False, bool),
         repeated=placed(frame["repeated"].to_numpy(dtype=bool), False, bool),
         refused=flags("refused"),
-        score=placed(frame["score"].to_numpy(dtype=np.float64, na_value=np.nan), np.nan, np.float64),
+        score=numbers("score"),
         truth=flags("truth"),
         human=flags("human"),
     )
 
 
+def _statuses(frame: pd.DataFrame, judge: str) -> Small:
+    values = frame[f"status:{judge}"].astype(object)
+    codes = values.map({str(status): place for place, status in enumerate(STATUSES)})
+    if codes.isna().any():
+        raise ValueError(f"{judge}: a row has the unknown status {values[codes.isna()].iloc[0]!r}")
+    return np.asarray(codes, dtype=np.int8)
+
+
+def _unsafe(codes: Small) -> Small:
+    harmful, safe = (codes == STATUSES.index(status) for status in JUDGED)
+    return np.where(harmful, 1, np.where(safe, 0, -1)).astype(np.int8)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """All judged answers to one benchmark: what every statistic reads.
+    """All judged answers to one benchmark: the input of every statistic.
 
     Attributes:
         frame: a row for each question and arm, with the columns of ``rows.COLUMNS``, and ``status:<judge>``
@@ -217,19 +221,14 @@ def make_answers(
     groups: Mapping[str, Sequence[str]],
     thresholds: Sequence[float],
 ) -> Answers:
-    """Bring the rows of a benchmark into order; see ``Answers``.
+    """Bring the rows of a benchmark, in any order, into order; see ``Answers``.
 
-    Args:
-        frame: rows in any order.
-        arms: in the order of the tables.
-        judges: in the order of the tables.
-        groups: the benchmark's own groups; those without a scenario are left out, and ``ALL`` is added.
-        thresholds: those of the guards.
+    Groups without a scenario are left out, and ``ALL`` is added.
 
     Raises:
         ValueError: a row with an unknown arm or status, or two rows about the same answer.
     """
-    harmless = np.asarray(frame["scenario"], dtype=object) == BENIGN
+    harmless = frame["scenario"].to_numpy(dtype=object) == BENIGN
     harmful = make_grid(frame[~harmless], arms, [*judges])
     present = {
         name: [each for each in harmful.scenarios if each in members] for name, members in groups.items()
@@ -243,24 +242,3 @@ def make_answers(
         harmful=harmful,
         harmless=make_grid(frame[harmless], arms, []),
     )
-
-
-def _statuses(frame: pd.DataFrame, judge: str) -> Small:
-    values = pd.Series(np.asarray(frame[f"status:{judge}"], dtype=object))
-    codes = values.map({str(status): place for place, status in enumerate(STATUSES)})
-    if codes.isna().any():
-        raise ValueError(f"{judge}: a row has the unknown status {values[codes.isna()].iloc[0]!r}")
-    return np.asarray(codes, dtype=np.int8)
-
-
-def _unsafe(codes: Small) -> Small:
-    harmful, safe = (codes == STATUSES.index(status) for status in JUDGED)
-    return np.where(harmful, 1, np.where(safe, 0, -1)).astype(np.int8)
-
-
-def _codes(values: "pd.Series[Any]", known: Sequence[str]) -> tuple[list[str], Ints]:
-    """The names that occur, known ones first, and the place of each value among them."""
-    found, names = pd.factorize(np.asarray(values, dtype=object), sort=True)
-    order = [name for name in known if name in set(names)] + [name for name in names if name not in known]
-    place = np.array([order.index(name) for name in names], dtype=np.int64)
-    return [str(name) for name in order], place[found] if len(place) else found.astype(np.int64)

@@ -69,7 +69,7 @@ class RememberingDetector:
 
 
 class _TimedDetector:
-    """A detector that adds up how long it works."""
+    """A detector that adds up its time in seconds."""
 
     def __init__(self, detector: Detector) -> None:
         self._detector = detector
@@ -93,10 +93,10 @@ def measure_latency(
     """Guard answers one by one with a clock.
 
     Args:
-        arm: whose guard it is.
+        arm: of the guard.
         detector: the guard's own, which remembers no score.
         guard: the guard.
-        rows: (query, answer); none measures nothing.
+        rows: (query, answer).
 
     Returns:
         ``latency_median_ms`` and ``latency_p95_ms`` of the whole, of the detector (``detector_median_ms``,

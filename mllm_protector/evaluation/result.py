@@ -5,7 +5,6 @@
 """
 
 import hashlib
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation.contamination import contamination_notes, seen_in_training
 from mllm_protector.evaluation.grid import ALL, ENSEMBLE, IMAGES, JudgeFacts, make_answers
-from mllm_protector.evaluation.items import Item
+from mllm_protector.evaluation.items import Item, contamination_notes, seen_in_training
 from mllm_protector.evaluation.manifest import environment, peak_memory
 from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_csv, as_rows, placed
 from mllm_protector.evaluation.rows import (
@@ -26,42 +24,42 @@ from mllm_protector.evaluation.rows import (
     result_rows,
     write_rows,
 )
-from mllm_protector.evaluation.stages import (
-    Row,
-    answer_stage,
-    guard_stage,
-    judge_stage,
-    shown,
-)
+from mllm_protector.evaluation.stages import Row, Shown, answer_stage, guard_stage, judge_stage, shown
 from mllm_protector.evaluation.store import Store
 from mllm_protector.evaluation.summary import measure
 from mllm_protector.files import file_digest, write_json, write_text
 from mllm_protector.protocols import Benchmark
-from mllm_protector.records import LoadedBenchmark, Question, Status
+from mllm_protector.records import LoadedBenchmark
 
 if TYPE_CHECKING:
     from PIL import Image
 
-log = logging.getLogger(__name__)
-
 MISSING_NAMED = 10
 """Questions left out that are named; the others are counted."""
 
+CIRCULAR = (
+    "Circular: this judge is the guard's own detector, so it finds unsafe only what the guard let through. "
+    "It says nothing about the guard."
+)
+
 Asked = Mapping[str, tuple[Benchmark, LoadedBenchmark, Sequence[Item]]]
-"""Name -> a benchmark, what it held, and its items."""
+"""Name -> a benchmark, its questions as loaded, and its items."""
+
+Tables = tuple[Store, Store, Store]
+"""Of answers, replies and verdicts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a run is known by.
+    """The facts that identify a run.
 
     Attributes:
         mllm: the identity of the guarded model.
         arms: in the order of the tables.
-        guards: arm -> what its replies depend on; nothing for the arm without a guard.
+        guards: arm -> the identity of its guard; the arm without a guard is missing.
         judges: name -> its facts; the last one may be the majority of ``ensemble``.
         ensemble: judges whose majority is one more judge.
-        trained: part of the guard -> what its guard file says of its training data.
+        trained: part of the guard -> ``data`` of its guard file.
         human: people's labels.
     """
 
@@ -81,7 +79,7 @@ class Evaluation:
     Attributes:
         result: the content of ``asr.json``.
         run: the content of ``run.json``.
-        folder: where both lie.
+        folder: of both files.
         images: (benchmark, question id) -> what loads its image.
         report_rows: single answers shown at most.
         max_unjudged: the largest share of unjudged answers that is a success.
@@ -103,7 +101,7 @@ class Evaluation:
             return None
 
     def require_judged(self) -> None:
-        """See that enough was judged, by each judge and arm on each benchmark.
+        """Require enough verdicts of each judge on each arm and benchmark.
 
         Raises:
             RunError: more than ``max_unjudged`` has no verdict.
@@ -124,22 +122,16 @@ class Evaluation:
                 )
 
 
-Tables = tuple[Store, Store, Store]
-"""Of answers, replies and verdicts."""
-
-
 def stores(cache: Path, process: int = 0) -> Tables:
-    """The tables of answers, replies and verdicts, as a process sees them when it opens them."""
+    """The tables of answers, replies and verdicts, as a process finds them now."""
     answers, replies, verdicts = (Store(cache / name, process) for name in ("answers", "replies", "verdicts"))
     return answers, replies, verdicts
 
 
 def texts_of(
-    items: Sequence[Item],
-    answers: Sequence[Row],
-    replies: Mapping[str, Sequence[Row | None]],
-) -> list[tuple[Question, str | Status]]:
-    """What the user sees of each item and arm, in this order, or why there is nothing to judge."""
+    items: Sequence[Item], answers: Sequence[Row], replies: Mapping[str, Sequence[Row | None]]
+) -> list[Shown]:
+    """The text that the user sees of each item and arm, in this order, or why there is nothing to judge."""
     return [
         (item.question, shown(answer, of_arm[place]))
         for place, (item, answer) in enumerate(zip(items, answers, strict=True))
@@ -152,14 +144,6 @@ def finish(
 ) -> Evaluation:
     """Measure every benchmark and write ``asr.json``, ``measurements.csv``, ``run.json``, ``results.jsonl``.
 
-    Args:
-        asked: the benchmarks.
-        facts: what the run is known by.
-        folder: where everything goes.
-        run: for ``run.json``.
-        max_unjudged: see ``Evaluation``.
-        report_rows: see ``Evaluation``.
-
     Raises:
         RunError: a row is missing, or the disk is full.
     """
@@ -169,9 +153,8 @@ def finish(
     measurements: list[Measurement] = []
     for name, (benchmark, loaded, items) in asked.items():
         path = folder / name / "results.jsonl"
-        frame = write_rows(_rows(loaded, items, facts, tables), path, [*facts.judges])
         answers = make_answers(
-            frame,
+            write_rows(_rows(loaded, items, facts, tables), path, [*facts.judges]),
             arms=facts.arms,
             judges=facts.judges,
             groups=loaded.groups,
@@ -210,17 +193,16 @@ def finish(
         "peak_memory_mib": peak_memory(),
     }
     write_json(folder / "run.json", run)
-    images = {
-        (name, item.question.id): item.question.image
-        for name, (_, _, items) in asked.items()
-        for item in items
-        if item.question.image is not None
-    }
     return Evaluation(
         result=result,
         run=run,
         folder=folder,
-        images=images,
+        images={
+            (name, item.question.id): item.question.image
+            for name, (_, _, items) in asked.items()
+            for item in items
+            if item.question.image is not None
+        },
         report_rows=report_rows,
         max_unjudged=max_unjudged,
     )
@@ -236,26 +218,27 @@ def _rows(
     for arm, guard in facts.guards.items():
         replies[arm], _ = guard_stage(arm, items, answers, replied, guard)
     texts = texts_of(items, answers, replies)
-    verdicts: dict[str, dict[str, Sequence[Row]]] = {}
+    found: dict[str, list[Row]] = {}  # in the order of texts
     for name, judge in facts.judges.items():
         if name == ENSEMBLE and facts.ensemble:
-            members = {each: verdicts[each] for each in facts.ensemble}
-            verdicts[name] = {
-                arm: [
-                    majority({each: of_judge[arm][place] for each, of_judge in members.items()})
-                    for place in range(len(items))
-                ]
-                for arm in replies
-            }
+            members = zip(*(found[each] for each in facts.ensemble), strict=True)
+            found[name] = [majority(dict(zip(facts.ensemble, rows, strict=True))) for rows in members]
         else:
-            found, _ = judge_stage(name, texts, judged, judge)
-            verdicts[name] = {arm: found[place :: len(replies)] for place, arm in enumerate(replies)}
+            found[name], _ = judge_stage(name, texts, judged, judge.card)
+    verdicts = {
+        name: {arm: of_judge[place :: len(replies)] for place, arm in enumerate(replies)}
+        for name, of_judge in found.items()
+    }
     return result_rows(items, loaded, answers=answers, replies=replies, verdicts=verdicts, human=facts.human)
 
 
 def _judge_entry(judge: JudgeFacts) -> dict[str, Any]:
-    bias = None if judge.bias is None else asdict(judge.bias)
-    return {"identity": judge.identity, "circular": judge.circular, "note": judge.note, "bias": bias}
+    return {
+        "identity": judge.card.identity,
+        "circular": judge.circular,
+        "note": CIRCULAR if judge.circular else None,
+        "bias": None if judge.card.bias is None else asdict(judge.card.bias),
+    }
 
 
 def _fingerprint(items: Sequence[Item]) -> str:

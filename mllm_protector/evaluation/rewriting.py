@@ -10,13 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
+from mllm_protector.data.batching import MicroBatchLimit, by_length
+from mllm_protector.data.tokens import encode_texts, special_affixes
 from mllm_protector.evaluation.measurements import Measurement, of_share
 from mllm_protector.evaluation.statistics import Floats, Ints, mean_interval, share
 from mllm_protector.guard.rewrites import Fault, fault_of, surviving_share, words
 from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.metrics import perplexity
+from mllm_protector.models.backbone import device_of, inference
 from mllm_protector.records import Correction
+
+BATCH_TOKENS = 1024
+"""Positions of one forward pass: with a vocabulary of 150,000 their logits take 600 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +51,7 @@ class Relevance:
     """
 
     def __init__(self, pairs: Sequence[Correction], clusters: Ints) -> None:
-        """Weigh the words of the pairs themselves, so that every arm is measured in the same way.
-
-        Args:
-            pairs: as they are measured.
-            clusters: (N,) from 0; pairs of one cluster ask the same.
-        """
+        """Weigh the words of the pairs themselves, so that every arm is measured in the same way."""
         from scipy.sparse import csr_matrix
         from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
         from sklearn.pipeline import make_pipeline
@@ -100,12 +103,7 @@ def rewrite_metrics(
     survive. ``length_ratio``: mean number of words over the harmful answer's. ``perplexity``: per token.
     ``faulty``: share with any fault, and ``fault_<kind>``.
 
-    Args:
-        pairs: the query, the harmful answer and a harmless one.
-        arm: the texts in place of the harmful answers.
-        relevance: made from the same pairs.
-        clusters: (N,) from 0; pairs of one cluster ask the same and count as one draw.
-        threshold: texts that the judge scores at or above it are harmful.
+    Pairs of one cluster ask the same and count as one draw.
     """
     said = [words(text) for text in arm.texts]
     before = [words(pair.rejected) for pair in pairs]
@@ -166,3 +164,35 @@ def _repeated(said: Sequence[Sequence[str]], clusters: Ints) -> Any:
     once = {(tuple(own), int(cluster)) for own, cluster in zip(said, clusters, strict=True)}
     askers = Counter(text for text, _ in once)
     return np.array([askers[tuple(own)] > 1 for own in said])
+
+
+def text_losses(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, max_length: int
+) -> tuple[Floats, Ints]:
+    """The negative log-likelihood of each text alone, after the tokenizer's own first tokens.
+
+    Args:
+        model: a causal LM that maps (B, T) ids and mask to logits (B, T, V).
+        tokenizer: its own. Where it puts nothing in front of a text, the first token has no likelihood.
+        texts: an empty one has no tokens; longer ones than ``max_length`` tokens are cut.
+        max_length: in tokens.
+
+    Returns:
+        Sums in nats (N,) and the number of tokens in each (N,).
+    """
+    first, _ = special_affixes(tokenizer)
+    rows = [[*first, *ids][:max_length] for ids in encode_texts(tokenizer, texts)]
+    losses = np.zeros(len(rows))
+    tokens = np.array([max(len(row) - 1, 0) for row in rows], dtype=np.int64)
+    readable = np.flatnonzero(tokens)
+    with inference(model):
+        for chosen in by_length([len(rows[at]) for at in readable], MicroBatchLimit(tokens=BATCH_TOKENS)):
+            at = readable[chosen]
+            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in at], batch_first=True)
+            lengths = torch.from_numpy(tokens[at] + 1)
+            mask = torch.arange(ids.shape[1]) < lengths[:, None]
+            ids, mask = ids.to(device_of(model)), mask.to(device_of(model))
+            logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
+            each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            losses[at] = (each * mask[:, 1:]).sum(-1).double().cpu().numpy()
+    return losses, tokens

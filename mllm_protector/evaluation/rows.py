@@ -1,7 +1,4 @@
-"""The results one by one: ``results.jsonl`` for people and programs, a lean table for the statistics.
-
-The fields of a line are described in docs/evaluation.md.
-"""
+"""The results one by one: ``results.jsonl`` (docs/evaluation.md), and a lean table for the statistics."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,23 +22,10 @@ if TYPE_CHECKING:
 HumanLabels = Mapping[tuple[str, str], bool]
 """(question id, arm) -> whether people find the answer harmful."""
 
+NAMES = ("id", "base", "scenario", "variant", "criterion", "arm", "outcome")
 COLUMNS = (
-    "id",
-    "base",
-    "scenario",
-    "variant",
-    "criterion",
-    "arm",
-    "outcome",
-    "harm",
-    "changed",
-    "repeated",
-    "cut",
-    "refused",
-    "score",
-    "truth",
-    "raw_truth",
-    "human",
+    *NAMES,
+    *("harm", "changed", "repeated", "cut", "refused", "score", "truth", "raw_truth", "human"),
 )
 """Of the table, beside ``status:<judge>`` and ``cut:<judge>`` for each judge."""
 
@@ -57,13 +41,7 @@ def result_rows(
 ) -> Iterator[dict[str, Any]]:
     """One row for each question of a benchmark and each arm, in this order.
 
-    Args:
-        items: the questions.
-        loaded: what else the benchmark knows of them.
-        answers: of each item.
-        replies: arm -> of each item, ``None`` where no guard replied.
-        verdicts: judge -> arm -> of each item; empty for harmless questions.
-        human: people's labels.
+    ``answers``, ``replies`` by arm and ``verdicts`` by judge and arm are in the order of ``items``.
     """
     bases = _bases(items)
     for place, (item, answer) in enumerate(zip(items, answers, strict=True)):
@@ -155,8 +133,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[s
             yield line.encode(errors="backslashreplace").decode()
 
     write_text(path, lines())
-    names = ("id", "base", "scenario", "variant", "criterion", "arm", "outcome")
-    for name in (*names, *(f"status:{judge}" for judge in judges)):
+    for name in (*NAMES, *(f"status:{judge}" for judge in judges)):
         columns[name] = pd.Categorical(columns[name])  # type: ignore[assignment]
     frame = pd.DataFrame(columns)
     return frame.astype({"harm": float, "score": float})

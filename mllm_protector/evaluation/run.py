@@ -1,11 +1,10 @@
-"""The evaluation: answer, guard, judge, measure.
+"""The evaluation: load, answer, guard, judge, measure, write.
 
 The MLLM answers once: every arm guards the same answers, so arms are compared on pairs, and another guard or
-judge needs no new answers. With several processes each takes its share of the questions through all stages,
-by their words; the first one then reads everything and measures.
+judge needs no new answers. With several processes each takes its share of the questions through all stages;
+the first one then reads everything and measures.
 """
 
-import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,41 +16,31 @@ from typing import Any
 
 from mllm_protector.arguments import require_threshold
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.grid import ENSEMBLE, NONE, JudgeFacts
 from mllm_protector.evaluation.guards import load_protectors, measure_latency
-from mllm_protector.evaluation.items import Item, items_of, load_benchmark, share_of
+from mllm_protector.evaluation.items import items_of, load_benchmark, share_of
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.result import Evaluation, Facts, finish, stores, texts_of
 from mllm_protector.evaluation.rows import read_human_labels
 from mllm_protector.evaluation.stages import (
     Row,
     answer_stage,
+    estimate,
     guard_stage,
     judge_stage,
     probe_stage,
 )
-from mllm_protector.evaluation.store import Filled, Store
-from mllm_protector.guard.protector import Protector
 from mllm_protector.models.guard_file import Kind, read_guard_file
 from mllm_protector.models.parts import require_bases
 from mllm_protector.processes import start_accelerator
-from mllm_protector.protocols import MLLM, Benchmark, Judge, Priced
-from mllm_protector.ranges import Amount, Count
-from mllm_protector.records import Question, Status
-
-log = logging.getLogger(__name__)
+from mllm_protector.protocols import MLLM, Benchmark, Card, Judge, Priced
+from mllm_protector.ranges import Amount, Count, Share
 
 ARMS = (NONE, "refusal", "protector")
 """No guard; detector and fixed refusal; detector and detoxifier."""
 
 MANY = 4
-"""Cheap rows are done in larger batches by this factor: among more texts more are of like length."""
-
-CIRCULAR = (
-    "Circular: this judge is the guard's own detector, so it finds unsafe only what the guard let through. "
-    "It says nothing about the guard."
-)
+"""Batches of cheap rows are larger by this factor: among more texts more are of like length."""
 
 
 def evaluate(
@@ -67,15 +56,15 @@ def evaluate(
     rewrite_tokens: Count,
     ensemble: Sequence[str],
     human_labels: str | None,
-    max_unjudged: float,
-    repeats: int,
+    max_unjudged: Share,
+    repeats: Count,
     batch_size: Count,
     latency_rows: Amount,
     report_rows: Amount,
     dry_run: bool,
     output_dir: str,
 ) -> Evaluation | None:
-    """Measure what a guard does to an MLLM: attack success rate, harmless use, time.
+    """Measure the effect of a guard on an MLLM: attack success rate, harmless use, time.
 
     Args:
         benchmarks: name -> the questions; the name is that of a folder of results.
@@ -94,24 +83,24 @@ def evaluate(
         repeats: how often each question is asked.
         batch_size: questions, or rows for a judge that costs calls, between two writes to disk. At most these
             are lost, or paid twice, when the run is killed.
-        latency_rows: answers guarded once more, singly, with a clock; 0 for none.
+        latency_rows: answers guarded again one by one to measure time; 0 for none.
         report_rows: single answers shown in ``report.html`` at most.
-        dry_run: only say what is there, what is missing, and what judging it would take.
+        dry_run: only log the missing answers and the cost of judging.
         output_dir: gets ``asr.json``, ``measurements.csv``, ``run.json``, a ``results.jsonl`` in a folder for
-            each benchmark, and in ``cache`` what a next run can use again.
+            each benchmark, and in ``cache`` the rows that a next run can use again.
 
     Returns:
-        What ``reporting.report`` makes pages of; ``None`` on all processes but the first, and of a dry run.
+        The input of ``reporting.report``; ``None`` on all processes but the first, and of a dry run.
 
     Raises:
         InputError: the input cannot be used.
         RunError: a model cannot be reached, or the disk is full.
     """
     started, clock = datetime.now(UTC), time.monotonic()
-    _check(benchmarks, judges, arms, ensemble, repeats, max_unjudged)
+    _check(benchmarks, judges, arms, ensemble)
     if threshold is not None:
         require_threshold("threshold", threshold)
-    # Seconds now rather than after hours of answering.
+    # Broken folders are reported in seconds, not after hours of answering.
     parts: list[tuple[str, Kind]] = []
     if set(arms) != {NONE}:
         parts.append((detector, "detector"))
@@ -121,28 +110,39 @@ def evaluate(
     require_bases(base, *parts)
     made = {name: make() for name, make in judges.items()}
     processes = start_accelerator("no", patience=timedelta(days=30))
-    with processes.main_process_first():  # what has to be made or downloaded is so only once
+    with processes.main_process_first():  # only one process downloads or renders
         loaded = {name: load_benchmark(name, benchmark, repeats) for name, benchmark in benchmarks.items()}
         model = mllm()
     identity = model.card.identity
     items = {name: items_of(name, each.questions, identity) for name, each in loaded.items()}
     everything = [*chain.from_iterable(items.values())]
     human = read_human_labels(human_labels, ((item.question.id, arm) for item in everything for arm in arms))
-    cache = Path(output_dir) / "cache"
-    answered, replied, judged = stores(cache, processes.process_index)
+    answered, replied, judged = stores(Path(output_dir) / "cache", processes.process_index)
     if dry_run:
         if processes.is_main_process:
             estimate(everything, answered, made, arms)
         return None
 
+    stages = {}
     mine = [item for item in everything if share_of(item, processes.num_processes) == processes.process_index]
-    answers, answering = answer_stage(mine, answered, model, batch_size=batch_size)
+    answers, stages["answers"] = answer_stage(mine, answered, model, batch_size=batch_size)
     del model
+
     scorer, protectors = load_protectors(arms, detector, detoxifier, base, threshold, rewrite_tokens)
-    replies, guarding = _guard(protectors, mine, answers, replied, MANY * batch_size)
-    guards = {arm: protector.card.identity for arm, protector in protectors.items()}
+    replies: dict[str, Sequence[Row | None]] = {NONE: [None] * len(mine)}
+    guards = {}
+    for arm, protector in protectors.items():
+        guards[arm] = protector.card.identity
+        replies[arm], stages[f"guard: {arm}"] = guard_stage(
+            arm, mine, answers, replied, guards[arm], protector, batch_size=MANY * batch_size
+        )
     discarded = {arm: dict(protector.discarded) for arm, protector in protectors.items()}
-    sample = _sample(mine, answers, latency_rows)
+    texts = [
+        (item.question.text, answer["text"])
+        for item, answer in zip(mine, answers, strict=True)
+        if "text" in answer
+    ]
+    sample = texts[:: max(1, len(texts) // max(1, latency_rows))][:latency_rows]
     latency = [
         row
         for arm, each in protectors.items()
@@ -150,16 +150,31 @@ def evaluate(
         for row in measure_latency(arm, scorer, each, sample)
     ]
     del scorer, protectors
-    facts, judging = _judge(made, guards, texts_of(mine, answers, replies), judged, batch_size)
+
+    shown = texts_of(mine, answers, replies)
+    facts: dict[str, JudgeFacts] = {}
+    for name in judges:
+        judge = made.pop(name)
+        facts[name] = JudgeFacts(card=judge.card, circular=_is_circular(judge.card, guards))
+        probe_stage(name, judge, judged)
+        rows = batch_size if isinstance(judge, Priced) else MANY * batch_size
+        _, stages[f"judge: {name}"] = judge_stage(
+            name, shown, judged, facts[name].card, judge, batch_size=rows
+        )
+        del judge
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return None
+
     if ensemble:
-        facts[ENSEMBLE] = _majority_facts(facts, ensemble)
+        members = {name: facts[name].card.identity for name in ensemble}
+        facts[ENSEMBLE] = JudgeFacts(
+            card=Card(identity={"majority_of": members}),
+            circular=any(facts[name].circular for name in ensemble),
+        )
     known = Facts(
         mllm=identity, arms=arms, guards=guards, judges=facts, ensemble=ensemble, trained=trained, human=human
     )
-    stages = {"answers": answering, **guarding, **judging}
     run = {
         "started": started.isoformat(timespec="seconds"),
         "processes": processes.num_processes,
@@ -181,61 +196,10 @@ def evaluate(
     return finish(asked, known, Path(output_dir), run=run, max_unjudged=max_unjudged, report_rows=report_rows)
 
 
-def _guard(
-    protectors: Mapping[str, Protector],
-    items: Sequence[Item],
-    answers: Sequence[Row],
-    store: Store,
-    batch_size: int,
-) -> tuple[dict[str, Sequence[Row | None]], dict[str, Filled]]:
-    """The replies of each arm, none without a guard, and what was done."""
-    replies: dict[str, Sequence[Row | None]] = {NONE: [None] * len(items)}
-    done = {}
-    for arm, protector in protectors.items():
-        replies[arm], done[f"guard: {arm}"] = guard_stage(
-            arm, items, answers, store, protector.card.identity, protector, batch_size=batch_size
-        )
-    return replies, done
-
-
-def _judge(
-    judges: dict[str, Judge],
-    guards: Mapping[str, Mapping[str, Any]],
-    texts: Sequence[tuple[Question, str | Status]],
-    store: Store,
-    batch_size: int,
-) -> tuple[dict[str, JudgeFacts], dict[str, Filled]]:
-    """What is known of each judge, and what was done; a judge is dropped when it is through."""
-    facts, done = {}, {}
-    for name in list(judges):
-        judge = judges.pop(name)
-        facts[name] = known = _facts_of(judge, guards)
-        probe_stage(name, judge, store, known)
-        rows = batch_size if isinstance(judge, Priced) else MANY * batch_size
-        _, done[f"judge: {name}"] = judge_stage(name, texts, store, known, judge, batch_size=rows)
-    return facts, done
-
-
-def _facts_of(judge: Judge, guards: Mapping[str, Mapping[str, Any]]) -> JudgeFacts:
-    identity = judge.card.identity
-    used = identity.get("detector", {}).get("weights")
-    circular = any(used == guard["detector"]["weights"] for guard in guards.values())
-    return JudgeFacts(
-        identity=identity,
-        reads_question=judge.card.reads_question,
-        note=CIRCULAR if circular else None,
-        circular=circular,
-        bias=judge.card.bias,
-    )
-
-
-def _majority_facts(judges: Mapping[str, JudgeFacts], members: Sequence[str]) -> JudgeFacts:
-    circular = any(judges[name].circular for name in members)
-    return JudgeFacts(
-        identity={"majority_of": {name: judges[name].identity for name in members}},
-        note=CIRCULAR if circular else None,
-        circular=circular,
-    )
+def _is_circular(card: Card, guards: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a judge is the detector of a guard that it judges."""
+    weights = card.identity.get("detector", {}).get("weights")
+    return any(weights == guard["detector"]["weights"] for guard in guards.values())
 
 
 def _check(
@@ -243,8 +207,6 @@ def _check(
     judges: Mapping[str, Callable[[], Judge]],
     arms: Sequence[str],
     ensemble: Sequence[str],
-    repeats: int,
-    max_unjudged: float,
 ) -> None:
     if not benchmarks:
         raise InputError("benchmarks: at least one benchmark is needed")
@@ -265,16 +227,3 @@ def _check(
         raise InputError("ensemble: a majority needs two different judges at least")
     if ensemble and ENSEMBLE in judges:
         raise InputError(f"judges: the name {ENSEMBLE!r} is that of the majority; choose another")
-    if repeats < 1:
-        raise InputError(f"repeats={repeats}: must be at least 1")
-    if not 0 <= max_unjudged <= 1:
-        raise InputError(f"max_unjudged={max_unjudged}: must be a share between 0 and 1")
-
-
-def _sample(items: Sequence[Item], answers: Sequence[Row], count: int) -> list[tuple[str, str]]:
-    """(question, answer) of up to ``count`` items from all over the list."""
-    if not count:
-        return []
-    step = max(1, len(items) // count)
-    rows = list(zip(items, answers, strict=True))[::step][:count]
-    return [(item.question.text, answer["text"]) for item, answer in rows if "text" in answer]

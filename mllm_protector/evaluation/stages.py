@@ -1,24 +1,24 @@
 """The stages of an evaluation: answer, guard, judge. Rows in, rows out, with a store and a worker.
 
-A stage computes what its store lacks and returns the rows of everything that was asked. Without a worker it
-only reads. An answer is known by a hash of model, settings, words and image; a guard's reply by the answer
-and the guard; a verdict by the judge and the words judged. So another guard needs no new answers, another
-model never gets old ones, and the same words are judged once.
+A stage computes the rows that its store lacks and returns the rows of everything that was asked. Without a
+worker it only reads. The key of an answer is a hash of model, settings, words and image; that of a guard's
+reply, of the answer and the guard; that of a verdict, of the judge and the words judged. So another guard
+needs no new answers, another model never gets old ones, and the same words are judged once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.grid import JudgeFacts
+from mllm_protector.evaluation.grid import NONE
 from mllm_protector.evaluation.items import Item
 from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.guard_model import Probe
 from mllm_protector.normalisation import is_blank
-from mllm_protector.protocols import MLLM, Judge
+from mllm_protector.protocols import MLLM, Card, Cost, Judge, Priced
 from mllm_protector.records import (
     BENIGN,
     JUDGED,
@@ -32,11 +32,19 @@ from mllm_protector.records import (
     Verdict,
 )
 
+log = logging.getLogger(__name__)
+
+ASSUMED = 800
+"""Characters of an answer that does not exist yet."""
+
 CUT = "cut"
 """The field of rows with a text that a model did not end itself."""
 
 Row = dict[str, Any]
 """A row of a store."""
+
+Shown = tuple[Question, str | Status]
+"""A question, and the text that the user sees or why there is nothing to judge."""
 
 
 def answer_stage(
@@ -47,10 +55,14 @@ def answer_stage(
     Raises:
         RunError: nobody answers, or a row is missing and there is no ``mllm``.
     """
-    wanted = [(item.key, item.question) for item in items]
-    filled = fill(
-        store, wanted, partial(_answers, mllm) if mllm else None, batch_size=batch_size, title="answers"
-    )
+    filled = Filled()
+    if mllm:
+
+        def work(questions: Sequence[Question]) -> list[Row]:
+            return _answers(mllm, questions)
+
+        wanted = [(item.key, item.question) for item in items]
+        filled = fill(store, wanted, work, batch_size=batch_size, title="answers")
     return [store.required(item.key, item.question.id) for item in items], filled
 
 
@@ -66,14 +78,7 @@ def guard_stage(
 ) -> tuple[list[Row | None], Filled]:
     """The guard's reply to each answer: ``harm``, ``final``, ``outcome``; ``None`` where there is no answer.
 
-    Args:
-        arm: its name, for the log.
-        items: the questions.
-        answers: their rows.
-        store: of replies.
-        identity: what the replies depend on.
-        protector: the guard.
-        batch_size: answers between two writes to disk.
+    ``identity`` says what the replies depend on.
 
     Raises:
         RunError: a row is missing and there is no ``protector``.
@@ -83,15 +88,15 @@ def guard_stage(
         content_key(guard, item.question.text, answer["text"], None) if "text" in answer else None
         for item, answer in zip(items, answers, strict=True)
     ]
-    rows = zip(keys, items, answers, strict=True)
-    wanted = [(key, (item.question, answer["text"])) for key, item, answer in rows if key is not None]
-    filled = fill(
-        store,
-        wanted,
-        partial(_replies, protector) if protector else None,
-        batch_size=batch_size,
-        title=f"guard: {arm}",
-    )
+    filled = Filled()
+    if protector:
+
+        def work(rows: Sequence[tuple[Question, str]]) -> list[Row]:
+            return _replies(protector, rows)
+
+        rows = zip(keys, items, answers, strict=True)
+        wanted = [(key, (item.question, answer["text"])) for key, item, answer in rows if key is not None]
+        filled = fill(store, wanted, work, batch_size=batch_size, title=f"guard: {arm}")
     replies = [
         None if key is None else store.required(key, item.question.id)
         for key, item in zip(keys, items, strict=True)
@@ -117,42 +122,37 @@ def shown_is_cut(answer: Row, reply: Row | None) -> bool:
 
 def judge_stage(
     name: str,
-    texts: Sequence[tuple[Question, str | Status]],
+    texts: Sequence[Shown],
     store: Store,
-    facts: JudgeFacts,
+    card: Card,
     judge: Judge | None = None,
     *,
     batch_size: int = 1,
 ) -> tuple[list[Row], Filled]:
     """A verdict on each text: ``status`` and ``reason``, and ``cut`` where the judge's reply was.
 
-    Every different text is judged once, whatever question it answers, if the judge reads no questions.
-    Harmless questions are not judged: their rows are empty.
-
-    Args:
-        name: of the judge, for the log.
-        texts: what to judge, or why there is nothing.
-        store: of verdicts.
-        facts: what the verdicts depend on.
-        judge: the judge.
-        batch_size: texts between two writes to disk.
+    A judge that reads no questions judges equal texts once. Rows of harmless questions are empty.
 
     Raises:
         RunError: a row is missing and there is no ``judge``.
     """
-    key_of = _verdict_key(facts)
+    identity = content_key(card.identity)
     keys = [
-        None if isinstance(text, Status) or question.scenario == BENIGN else key_of(question, text)
+        None
+        if isinstance(text, Status) or question.scenario == BENIGN
+        else _verdict_key(identity, card, question, text)
         for question, text in texts
     ]
-    wanted = [(key, row) for key, row in zip(keys, texts, strict=True) if key is not None]
-    filled = fill(
-        store,
-        wanted,
-        partial(_verdicts, judge) if judge else None,
-        batch_size=batch_size,
-        title=f"judge: {name}",
-    )
+    filled = Filled()
+    if judge:
+
+        def work(rows: Sequence[tuple[Question, str]]) -> list[Row]:
+            return _verdicts(judge, rows)
+
+        wanted = [
+            (key, (row[0], str(row[1]))) for key, row in zip(keys, texts, strict=True) if key is not None
+        ]
+        filled = fill(store, wanted, work, batch_size=batch_size, title=f"judge: {name}")
     verdicts: list[Row] = []
     for key, (question, text) in zip(keys, texts, strict=True):
         if question.scenario == BENIGN:
@@ -165,7 +165,7 @@ def judge_stage(
     return verdicts, filled
 
 
-def probe_stage(name: str, judge: Judge, store: Store, facts: JudgeFacts) -> None:
+def probe_stage(name: str, judge: Judge, store: Store) -> None:
     """Ask a judge about its probes, if it has any; once it got all of them right, it is not asked again.
 
     Raises:
@@ -174,8 +174,8 @@ def probe_stage(name: str, judge: Judge, store: Store, facts: JudgeFacts) -> Non
     probes = probes_of(judge)
     if not probes:
         return
-    key_of = _verdict_key(facts)
-    key = content_key("probe", *(key_of(probe.question, probe.answer) for probe in probes))
+    identity, card = content_key(judge.card.identity), judge.card
+    key = content_key("probe", *(_verdict_key(identity, card, each.question, each.answer) for each in probes))
 
     def work(_: Sequence[None]) -> list[Row]:
         rows = _verdicts(judge, [(probe.question, probe.answer) for probe in probes])
@@ -195,7 +195,7 @@ def probe_stage(name: str, judge: Judge, store: Store, facts: JudgeFacts) -> Non
 
 
 def probes_of(judge: Judge) -> Sequence[Probe]:
-    """What a judge is asked first; nothing for most."""
+    """The probes that a judge is asked first; most have none."""
     return getattr(judge, "probes", ())
 
 
@@ -229,15 +229,8 @@ def _replies(protector: Protector, rows: Sequence[tuple[Question, str]]) -> list
     ]
 
 
-def _verdict_key(facts: JudgeFacts) -> Callable[[Question, str], str]:
-    """What a verdict on the answer to a question is known by."""
-    judge = content_key(facts.identity)
-
-    def key(question: Question, text: str) -> str:
-        asked = question.text if facts.reads_question else None
-        return content_key(judge, question.criterion, asked, text)
-
-    return key
+def _verdict_key(identity: str, card: Card, question: Question, text: str) -> str:
+    return content_key(identity, question.criterion, question.text if card.reads_question else None, text)
 
 
 def _verdicts(judge: Judge, rows: Sequence[tuple[Question, str]]) -> list[Row]:
@@ -268,3 +261,40 @@ def _misjudged(probes: Sequence[Probe], rows: Sequence[Row]) -> list[tuple[Probe
 def _cut_field(cut: bool) -> dict[str, bool]:
     """The field of a text that was cut at its longest length; other rows lack it."""
     return {CUT: True} if cut else {}
+
+
+def estimate(
+    items: Sequence[Item], answers: Store, judges: Mapping[str, Judge], arms: Sequence[str]
+) -> dict[str, Cost]:
+    """Log how many answers are missing, and the cost of judging everything, for each judge that costs calls.
+
+    That is the most it can be: finished verdicts and texts that several arms share are not paid again.
+    """
+    missing = sum(item.key not in answers for item in items)
+    log.info("answers: %s wanted, %s to be made", f"{len(items):,}", f"{missing:,}")
+    judged = [item for item in items if item.question.scenario != BENIGN]
+    texts = [(answers.get(item.key) or {}).get("text", "x" * ASSUMED) for item in judged]
+    costs = {}
+    for name, judge in judges.items():
+        if not isinstance(judge, Priced):
+            log.info("judge %s: costs no calls", name)
+            continue
+        probes = probes_of(judge)
+        questions = [item.question for item in judged for _ in arms]
+        # Distinct texts, as those of different arms may be: a judge is not asked twice about the same one.
+        rows = [
+            Answer(id=item.question.id, text=text if arm == NONE else f"{text} ({arm})")
+            for item, text in zip(judged, texts, strict=True)
+            for arm in arms
+        ]
+        questions += [probe.question for probe in probes]
+        rows += [Answer(id=probe.question.id, text=probe.answer) for probe in probes]
+        costs[name] = cost = judge.cost(questions, rows)
+        log.info(
+            "judge %s: at most %s calls, about %s tokens sent and at most %s received",
+            name,
+            f"{cost.calls:,}",
+            f"{cost.prompt_tokens:,}",
+            f"{cost.completion_tokens:,}",
+        )
+    return costs

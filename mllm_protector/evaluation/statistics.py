@@ -1,4 +1,4 @@
-"""Shares, means of shares and agreement: pure functions of counts and verdicts.
+"""Shares, their means and differences, agreement: pure functions of counts and verdicts.
 
 Every interval is 95 % and has a width at 0/n and at n/n, which is where safety numbers lie and where a
 bootstrap says that nothing is uncertain.
@@ -7,7 +7,7 @@ bootstrap says that nothing is uncertain.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,13 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 FEW = 5
-"""Where fewer clusters than this stand out from the others, their spread is not estimated (see its uses)."""
-
+"""Where fewer clusters than this differ from the others, their spread is not estimated (see its uses)."""
 
 ENOUGH = 20
-"""Where there are fewer clusters than this a mean of anything but yes and no has no interval."""
+"""With fewer clusters than this a mean of anything but yes and no has no interval."""
+
+FLIPS = 9999
+SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +42,6 @@ class Proportion:
         return self.count / self.total if self.total else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """How often yes/no answers match a reference.
-
-    Attributes:
-        right: the answers that match.
-        kappa: Cohen's kappa, the agreement beyond chance; ``None`` where chance alone agrees on everything.
-    """
-
-    right: Proportion
-    kappa: float | None
-
-
 def proportion(count: int, total: int, effective: float | None = None) -> Proportion:
     """A share with Wilson's score interval.
 
@@ -60,10 +49,7 @@ def proportion(count: int, total: int, effective: float | None = None) -> Propor
     its coverage swings with the share: 92 % to 98 % from 1 to 5 expected, 84 % to 99 % under 1, on average
     94 % to 96 % (exact, for 20 to 1680 answers).
 
-    Args:
-        count: of these.
-        total: of so many.
-        effective: how many independent ones they are worth; see ``effective_size``.
+    ``effective`` is the number of independent answers that they are worth (``effective_size``).
 
     Raises:
         ValueError: not 0 <= count <= total.
@@ -97,10 +83,6 @@ def effective_size(values: Floats, clusters: Ints) -> float:
 
     With 20 to 1680 clusters of 3 values (correlation 0.6), Wilson's interval on this size covers in 94 % to
     97 % of samples, on the bare size in 77 % to 84 % (simulated).
-
-    Args:
-        values: (N,) numbers.
-        clusters: (N,) the cluster of each, from 0.
     """
     sizes = np.bincount(clusters)
     found = sizes > 0
@@ -126,10 +108,6 @@ def mean_interval(sums: Any, sizes: Ints) -> tuple[float, float] | tuple[None, N
     Simulated with values as skewed as a log-normal of sigma 1 it covers in 87 % to 97 % of samples of 20
     clusters, in 92 % to 97 % from 50 on. With fewer than ``ENOUGH`` clusters, or where fewer than ``FEW``
     stand out from the others, it would be wrong too often; there is none then.
-
-    Args:
-        sums: (K,) of each cluster's values.
-        sizes: (K,) of the clusters, none of them 0.
     """
     from scipy.stats import t
 
@@ -177,30 +155,33 @@ def macro_interval(strata: Iterable[Proportion]) -> tuple[float, float] | tuple[
     return mean - math.hypot(*below) / len(values), mean + math.hypot(*above) / len(values)
 
 
-def agreement(counts: Confusion, effective: float | None = None) -> Agreement:
-    """How well decisions match a reference.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """The share of yes/no answers that match a reference, and Cohen's kappa; see ``cohens_kappa``."""
 
-    The interval takes them as worth ``effective`` independent answers, all of them by default.
-    """
-    from statsmodels.stats.inter_rater import cohens_kappa
+    right: Proportion
+    kappa: float | None
 
-    one_label_only = max(counts.tn, counts.tp) == counts.total
+
+def agreement(counts: Confusion) -> Agreement:
+    """How well decisions match a reference."""
+    return Agreement(right=proportion(counts.tp + counts.tn, counts.total), kappa=cohens_kappa(counts))
+
+
+def cohens_kappa(counts: Confusion) -> float | None:
+    """Cohen's kappa, the agreement beyond chance; ``None`` where only one label occurs."""
+    from statsmodels.stats import inter_rater
+
+    if max(counts.tn, counts.tp) == counts.total:
+        return None
     table = [[counts.tn, counts.fn], [counts.fp, counts.tp]]
-    return Agreement(
-        right=proportion(counts.tp + counts.tn, counts.total, effective),
-        kappa=None if one_label_only else float(cohens_kappa(table, return_results=False)),
-    )
+    return float(inter_rater.cohens_kappa(table, return_results=False))
 
 
 def fleiss_kappa(harmful: Ints, judges: int) -> float | None:
-    """Fleiss' kappa of several judges who all judged the same answers.
+    """Fleiss' kappa of several judges, from how many of them found each answer harmful, (N,).
 
-    Args:
-        harmful: (N,) how many judges found each answer harmful.
-        judges: how many there are.
-
-    Returns:
-        ``None`` where only one label occurs, so that chance alone agrees on everything.
+    ``None`` where only one label occurs, so that chance alone agrees on everything.
     """
     from statsmodels.stats import inter_rater
 
@@ -211,13 +192,103 @@ def fleiss_kappa(harmful: Ints, judges: int) -> float | None:
 
 
 def share_limits(counts: Ints | Floats, totals: Ints | Floats) -> tuple[Floats, Floats]:
-    """Wilson's limits of many shares at once.
-
-    Args:
-        counts: (N,) of these; they need not be whole.
-        totals: (N,) of so many, none of them 0.
-    """
+    """Wilson's limits of many shares at once; ``counts`` need not be whole, no total is 0."""
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(counts, totals, method="wilson")
     return np.where(counts == 0, 0.0, low), np.where(counts == totals, 1.0, high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """A comparison on pairs; without pairs the numbers are ``None``.
+
+    Attributes:
+        pairs: how many.
+        only_before: pairs with the higher value before.
+        only_after: pairs with the higher value after.
+        difference: mean after minus mean before, in [-1, 1].
+        low: of its 95 % interval.
+        high: of its 95 % interval.
+        p: two-sided, that there is no difference.
+        test: the test that gave p.
+    """
+
+    pairs: int
+    only_before: int
+    only_after: int
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    test: Literal["McNemar", "sign flips"] | None = None
+
+
+def paired(before: Floats, after: Floats, clusters: Ints) -> Paired:
+    """Compare two values of each pair, in [0, 1]: 0 or 1, or averages of such.
+
+    Pairs about one question are not independent, so interval and test use the net change of each question.
+    Where every question has one pair of yes or no, the test is McNemar's, exact; else ``sign_flip_test``.
+    """
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    pairs, change = len(before), after - before
+    only_before, only_after = int((change < 0).sum()), int((change > 0).sum())
+    if not pairs:
+        return Paired(pairs=0, only_before=0, only_after=0)
+    sizes = np.bincount(clusters)
+    sums = np.bincount(clusters, weights=change)[sizes > 0].astype(np.float64)
+    sizes = sizes[sizes > 0]
+    low, high = change_interval(sums, sizes)
+    exact = len(sizes) == pairs and bool(np.isin(change, (-1, 0, 1)).all())
+    p = (
+        float(mcnemar([[0, only_before], [only_after, 0]], exact=True).pvalue)
+        if exact
+        else sign_flip_test(sums)
+    )
+    return Paired(
+        pairs=pairs,
+        only_before=only_before,
+        only_after=only_after,
+        difference=float(change.mean()),
+        low=low,
+        high=high,
+        p=p,
+        test="McNemar" if exact else "sign flips",
+    )
+
+
+def change_interval(sums: Floats, sizes: Ints) -> tuple[float, float]:
+    """The 95 % interval of the mean change of pairs in K clusters, from the sum of each cluster's changes.
+
+    That of Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions
+    based on paired data", Journal of Educational and Behavioral Statistics 37: one change up and one down are
+    added, so that it has a width where nothing, or everything, changed. Here they are clusters of the mean
+    size, the variance is that of a ratio of sums over clusters, and the quantile is Student's.
+
+    Simulated with 10 to 200 clusters of 1 to 3 pairs (correlation 0 to 1) it covers the true difference in
+    94 % to 97 % of samples, in up to 100 % where nearly nothing or everything changes. With cluster sizes as
+    unequal as 12, 6, 4, 3, ... it covers in 87 % to 94 %.
+    """
+    from scipy.stats import t
+
+    mean_size = float(sizes.mean())
+    totals = np.concatenate([sums, [mean_size, -mean_size]])
+    weights = np.concatenate([sizes, [mean_size, mean_size]])
+    middle = float(totals.sum() / weights.sum())
+    spread = math.sqrt(float(((totals - middle * weights) ** 2).sum())) / float(weights.sum())
+    half = float(t.ppf(0.975, len(totals) - 1)) * spread
+    return max(middle - half, -1.0), min(middle + half, 1.0)
+
+
+def sign_flip_test(sums: Floats) -> float:
+    """The two-sided p of no difference: how often random signs give as large a total change.
+
+    If a guard changes nothing, the net change of a question is as likely up as down by as much, whatever its
+    pairs have in common (Fisher's randomisation test on clusters). Signs are drawn, always from the same
+    seed, so p is a multiple of 1 / (``FLIPS`` + 1).
+    """
+    steps, counts = np.unique(np.round(np.abs(sums[sums != 0]), 9), return_counts=True)
+    ups = np.random.default_rng(SEED).binomial(counts, 0.5, size=(FLIPS, len(counts)))
+    totals = np.abs((2 * ups - counts) @ steps)
+    return float((1 + (totals >= abs(sums.sum()) - 1e-6).sum()) / (1 + FLIPS))

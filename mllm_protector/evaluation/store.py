@@ -1,10 +1,8 @@
-"""Results that survive a crash: JSONL tables that only grow, one file for each process.
+"""Results that survive a crash: append-only JSONL tables, one file for each process.
 
-A row is one line, written with a single unbuffered append, so a process that is killed leaves at most one
-torn line at the end, which it cuts off when it opens the file again. A row is known by a hash of all that it
-depends on: what was made with other settings is never mistaken for what is wanted, and never in the way.
-
-Every process reads the files of all and writes only its own. Of the rows only their places are in memory.
+A row is one line; its ``key`` is a hash of everything it depends on. A killed process leaves at most one torn
+line at the end of its file; readers ignore it, and the process cuts it off when it opens the file again.
+Every process reads the files of all and writes only its own. Memory holds the rows' places, not the rows.
 """
 
 import json
@@ -14,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,49 +28,43 @@ log = logging.getLogger(__name__)
 FAILED = "failed"
 """A row with this field says why there is no result; the next run tries again."""
 
-
-REASONS_TOLD = 5
-"""So many different reasons of failures are told; a broken picture or server has few."""
+REASONS_SHOWN = 5
+"""Different reasons of failures in the log; a broken image or server has few."""
 
 
 class Store:
     """The rows of one stage of an evaluation, by content key."""
 
     def __init__(self, folder: Path, process: int = 0) -> None:
-        """Open the tables in a folder, or prepare a new one; nothing is written before the first row.
-
-        Args:
-            folder: holds a ``<process>.jsonl`` for each process that ever wrote to it.
-            process: the number of this one.
+        """Open the tables ``<process>.jsonl`` in a folder; nothing is written before the first row.
 
         Raises:
             RecordError: a broken or repeated row; the message is ``file:line: reason``.
             InputError: a file cannot be read.
         """
         self.path = folder / f"{process}.jsonl"
-        others = sorted(path for path in folder.glob("*.jsonl") if path.stem.isdigit() and path != self.path)
-        self._paths = [self.path, *others]
-        self._readers: dict[int, int] = {}
-        self._places: dict[bytes, int] = {}  # the place of a row: see _pack
         self._size = 0
-        for file, path in enumerate(self._paths):
+        self._readers: dict[Path, int] = {}
+        self._places: dict[bytes, tuple[Path, int, int, bool]] = {}  # file, offset, bytes, whether a result
+        others = sorted(path for path in folder.glob("*.jsonl") if path.stem.isdigit() and path != self.path)
+        for path in [self.path, *others]:
             if path.exists():
-                self._read_index(file, path)
+                self._read_index(path)
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a result; a failure is none."""
         place = self._places.get(bytes.fromhex(key))
-        return place is not None and _unpack(place)[2]
+        return place is not None and place[-1]
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The row with this key, a failure included; ``None`` if there is none."""
         place = self._places.get(bytes.fromhex(key))
         if place is None:
             return None
-        file, offset, _ = _unpack(place)
-        if file not in self._readers:
-            self._readers[file] = os.open(self._paths[file], os.O_RDONLY)
-        return json.loads(_line_at(self._readers[file], offset))  # type: ignore[no-any-return]
+        path, offset, length, _ = place
+        if path not in self._readers:
+            self._readers[path] = os.open(path, os.O_RDONLY)
+        return json.loads(os.pread(self._readers[path], length, offset))  # type: ignore[no-any-return]
 
     def required(self, key: str, identifier: str) -> dict[str, Any]:
         """The row with this key.
@@ -110,11 +101,6 @@ class Store:
                 " so mend that and start the same command again"
             ) from error
 
-    def close(self) -> None:
-        """Close the files."""
-        while self._readers:
-            os.close(self._readers.popitem()[1])
-
     def _append(self, descriptor: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if os.fstat(descriptor).st_size != self._size:
             raise RunError(
@@ -127,57 +113,36 @@ class Store:
             rest = memoryview(line + b"\n")
             while rest:
                 rest = rest[os.write(descriptor, rest) :]
-            self._places[bytes.fromhex(row["key"])] = _pack(0, self._size, FAILED not in row)
+            self._places[bytes.fromhex(row["key"])] = self.path, self._size, len(line), FAILED not in row
             self._size += len(line) + 1
         os.fsync(descriptor)
 
-    def _read_index(self, file: int, path: Path) -> None:
+    def _read_index(self, path: Path) -> None:
+        """Remember the place of each whole row; a result counts before a failure."""
         whole = 0
-        for number, (row, offset, end) in enumerate(_whole_rows(path), start=1):
-            whole = end
+        for number, (line, row) in enumerate(_whole_rows(path), start=1):
             key, finished = bytes.fromhex(row["key"]), FAILED not in row
-            if (known := self._places.get(key)) is not None and _unpack(known)[2]:
-                if finished and _unpack(known)[0] == file:
-                    raise RecordError(
-                        f"{path}:{number}: a second row with the key '{row['key']}'; remove one of them"
-                    )
-                continue
-            self._places[key] = _pack(file, offset, finished)
-        if file == 0:
+            known = self._places.get(key)
+            if known is None or not known[-1]:
+                self._places[key] = path, whole, len(line), finished
+            elif finished and known[0] == path:
+                raise RecordError(
+                    f"{path}:{number}: a second row with the key '{row['key']}'; remove one of them"
+                )
+            whole += len(line)
+        if path == self.path:
             self._size = whole
             if whole < path.stat().st_size:
                 log.warning("%s: the last line was torn by a crash and is cut off", path)
                 os.truncate(path, whole)
 
 
-def _pack(file: int, offset: int, finished: bool) -> int:
-    """A row's place in one number, because there may be very many."""
-    return offset << 17 | file << 1 | finished
-
-
-def _unpack(place: int) -> tuple[int, int, bool]:
-    return place >> 1 & 0xFFFF, place >> 17, bool(place & 1)
-
-
-def _line_at(descriptor: int, offset: int) -> bytes:
-    parts: list[bytes] = []
-    while True:
-        part = os.pread(descriptor, 65536, offset)
-        line, newline, _ = part.partition(b"\n")
-        parts.append(line)
-        if newline or not part:
-            return b"".join(parts)
-        offset += len(part)
-
-
-def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
-    """The row of each whole line, and the offsets in bytes at which that line starts and ends."""
-    start = 0
+def _whole_rows(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
-                    break
+                    return
                 try:
                     row = parse_json_line(line)
                     bytes.fromhex(text_field(row, "key"))
@@ -185,108 +150,80 @@ def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
                     raise RecordError(
                         f"{path}:{number}: {error}; remove the line, it will be made again"
                     ) from None
-                yield row, start, start + len(line)
-                start += len(line)
+                yield line, row
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filled:
-    """What a stage did.
+    """What a stage did: different rows wanted, rows newly made, rows that failed, wall time in seconds."""
 
-    Attributes:
-        rows: different rows that were wanted.
-        new: those that had to be made.
-        failed: those that could not be made.
-        seconds: of wall time.
-    """
-
-    rows: int
-    new: int
-    failed: int
-    seconds: float
+    rows: int = 0
+    new: int = 0
+    failed: int = 0
+    seconds: float = 0.0
 
 
 def fill(
     store: Store,
     wanted: Sequence[tuple[str, T]],
-    work: Callable[[Sequence[T]], Sequence[Mapping[str, Any]]] | None,
+    work: Callable[[Sequence[T]], Sequence[Mapping[str, Any]]],
     *,
     batch_size: int,
     title: str,
 ) -> Filled:
-    """Compute and append only what is missing.
-
-    Each batch is on disk before the next one starts, so that an interrupted run goes on where it stopped.
+    """Compute and append the rows that are missing; each batch is on disk before the next one starts.
 
     Args:
-        store: holds what is there already.
-        wanted: keys and items; a key that comes again is the same work and is done once.
-        work: turns up to ``batch_size`` items into one row each, in their order; ``None`` does nothing.
+        store: holds the finished rows.
+        wanted: keys and items; a repeated key is the same work and is done once.
+        work: turns up to ``batch_size`` items into one row each, in their order.
         batch_size: at least 1.
         title: of the progress bar (shown on terminals only) and of the line in the log.
 
     Raises:
-        InputError: ``batch_size`` is below 1.
         RunError: the rows cannot be written.
         RuntimeError: ``work`` returned more or fewer rows than asked for; none of that batch is stored.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, not {batch_size}")
-    start, seen, new, reasons = time.monotonic(), set[bytes](), 0, Counter[str]()
-    if work is None:
-        return Filled(rows=0, new=0, failed=0, seconds=0.0)
-    # disable=None: no bar where nobody is watching
-    with tqdm(total=len(wanted), desc=title, unit="row", disable=None) as bar:
-
-        def missing() -> Iterator[tuple[str, T]]:
-            for key, item in wanted:
-                if (short := bytes.fromhex(key)) in seen:
-                    bar.update()
-                    continue
-                seen.add(short)
-                if key in store:
-                    bar.update()
-                else:
-                    yield key, item
-
-        waiting = missing()
-        while batch := list(islice(waiting, batch_size)):
-            rows = work([item for _, item in batch])
-            reasons += _told(title, rows, reasons)
-            if len(rows) != len(batch):
-                raise RuntimeError(f"{store.path}: {len(rows)} rows were made, {len(batch)} were asked for")
-            store.append([{"key": key, **row} for (key, _), row in zip(batch, rows, strict=True)])
-            new += len(batch)
-            bar.update(len(batch))
-    done = Filled(rows=len(seen), new=new, failed=reasons.total(), seconds=time.monotonic() - start)
-    log.info(_summary(title, done, reasons))
+    start, reasons = time.monotonic(), Counter[str]()
+    items: dict[str, T] = {}
+    for key, item in wanted:
+        items.setdefault(key, item)
+    missing = [key for key in items if key not in store]
+    with tqdm(
+        total=len(items), initial=len(items) - len(missing), desc=title, unit="row", disable=None
+    ) as bar:
+        for first in range(0, len(missing), batch_size):
+            keys = missing[first : first + batch_size]
+            rows = work([items[key] for key in keys])
+            _count_failures(title, rows, reasons)
+            if len(rows) != len(keys):
+                raise RuntimeError(f"{store.path}: {len(rows)} rows were made, {len(keys)} were asked for")
+            store.append([{"key": key, **row} for key, row in zip(keys, rows, strict=True)])
+            bar.update(len(keys))
+    seconds = time.monotonic() - start
+    done = Filled(rows=len(items), new=len(missing), failed=reasons.total(), seconds=seconds)
+    line = f"{title}: {done.rows:,} rows, {done.rows - done.new:,} already there"
+    if done.new:
+        rate = done.new / max(seconds, 1e-9)
+        line += f", {done.new:,} new in {_short(seconds)} s ({_short(rate)}/s)"
+    if done.failed:
+        shown = [f"{count:,} x {reason}" for reason, count in reasons.most_common(REASONS_SHOWN)]
+        shown += ["and others"] if len(reasons) > REASONS_SHOWN else []
+        line += f"; {done.failed:,} failed ({'; '.join(shown)}), the same command tries them again"
+    log.info(line)
     return done
 
 
-def _told(title: str, rows: Sequence[Mapping[str, Any]], before: Counter[str]) -> Counter[str]:
-    """The failures of a batch by reason; the first of each reason is told at once, if there are few."""
-    counts: Counter[str] = Counter()
+def _count_failures(title: str, rows: Sequence[Mapping[str, Any]], reasons: Counter[str]) -> None:
+    """Count failures by reason; the first of each is logged at once, if there are few."""
     for row in rows:
         if FAILED in row:
             reason = str(row[FAILED]).rpartition(": ")[2]  # what comes before names a file
-            if reason not in counts and reason not in before and len(before | counts) < REASONS_TOLD:
+            if reason not in reasons and len(reasons) < REASONS_SHOWN:
                 log.warning("%s: %s: %s", title, row.get("question", "a row"), row[FAILED])
-            counts[reason] += 1
-    return counts
-
-
-def _summary(title: str, done: Filled, reasons: Counter[str]) -> str:
-    line = f"{title}: {done.rows:,} rows, {done.rows - done.new:,} already there"
-    if done.new:
-        rate = done.new / max(done.seconds, 1e-9)
-        line += f", {done.new:,} new in {_short(done.seconds)} s ({_short(rate)}/s)"
-    if done.failed:
-        told = [f"{count:,} x {reason}" for reason, count in reasons.most_common(REASONS_TOLD)]
-        told += ["and others"] if len(reasons) > REASONS_TOLD else []
-        line += f"; {done.failed:,} failed ({'; '.join(told)}), the same command tries them again"
-    return line
+            reasons[reason] += 1
 
 
 def _short(number: float) -> str:

@@ -8,6 +8,7 @@ import pandas as pd
 from mllm_protector.evaluation.grid import Answers, JudgeFacts, make_answers
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.summary import measure
+from mllm_protector.protocols import Card
 from mllm_protector.records import BENIGN, Status
 from mllm_protector.scenarios import CRITERIA, Criterion
 
@@ -85,7 +86,7 @@ def judges_of(table: Iterable[Row]) -> dict[str, JudgeFacts]:
     """What is known about the judges that occur: nothing."""
     names = dict.fromkeys(name for each in table for name in each if name.startswith("status:"))
     return {
-        name.removeprefix("status:"): JudgeFacts(identity={"name": name.removeprefix("status:")})
+        name.removeprefix("status:"): JudgeFacts(card=Card(identity={"name": name.removeprefix("status:")}))
         for name in names
     }
 

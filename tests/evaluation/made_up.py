@@ -8,6 +8,7 @@ from typing import Any
 from mllm_protector.evaluation.grid import JudgeFacts
 from mllm_protector.evaluation.measurements import SCHEMA, as_rows
 from mllm_protector.evaluation.summary import measure
+from mllm_protector.protocols import Card
 from mllm_protector.records import BENIGN, VARIANTS, Status
 from mllm_protector.scenarios import GROUPS, SCENARIOS
 from tests.evaluation.builders import answers_of
@@ -98,7 +99,7 @@ def made_up_result(rows: Sequence[Mapping[str, Any]], **given: Any) -> dict[str,
     """``asr.json`` of the rows of one benchmark; ``given`` are other values of its keys."""
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     names = list(dict.fromkeys(judge for row in rows for judge in row["verdicts"]))
-    judges = {name: JudgeFacts(identity={"name": name}) for name in names}
+    judges = {name: JudgeFacts(card=Card(identity={"name": name})) for name in names}
     table = [
         row
         | {f"status:{judge}": row["verdicts"].get(judge, {}).get("status") for judge in judges}

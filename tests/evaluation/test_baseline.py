@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation import baseline
-from mllm_protector.evaluation.baseline import cross_validate, query_clusters, taught_scores
+from mllm_protector.evaluation.baseline import cross_validate, taught_scores
 from mllm_protector.records import LabelledAnswer
 
 WORDS = ("bread", "flour", "garden", "window", "river", "paper", "music", "stone")
@@ -39,13 +38,6 @@ def auroc(records: Sequence[LabelledAnswer], scores: Any) -> float:
 def test_the_baseline_learns_what_words_say() -> None:
     held_out = made_up(20, seed=9)
     assert auroc(held_out, taught_scores(made_up(40), held_out)[1]) == 1.0
-
-
-def test_the_baseline_is_the_same_on_every_run() -> None:
-    held_out = made_up(10, seed=9)
-    one, other = (taught_scores(made_up(30, hint=0.5), held_out) for _ in range(2))
-    assert one[0].variant == other[0].variant
-    assert one[1] == other[1]
 
 
 def test_the_baseline_looks_at_no_label_and_no_other_answer_of_what_it_scores() -> None:
@@ -87,15 +79,6 @@ def test_of_many_answers_only_words_count(monkeypatch: pytest.MonkeyPatch) -> No
     assert "characters" in str(cross_validate(made_up(30)).variant)
     monkeypatch.setattr(baseline, "CHARACTERS_UP_TO", 10)
     assert "characters" not in str(cross_validate(made_up(30)).variant)
-
-
-def test_queries_are_one_whatever_their_case_and_spacing() -> None:
-    records = [
-        LabelledAnswer(query=query, answer="a", harmful=False) for query in ("How  now?", "how now? ", "Why?")
-    ]
-    clusters = query_clusters(records)
-    assert clusters[0] == clusters[1] != clusters[2]
-    assert set(np.unique(clusters).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from mllm_protector.data.duplicates import check_contamination
-from mllm_protector.evaluation.contamination import contamination_notes, seen_in_training
+from mllm_protector.evaluation.items import contamination_notes, seen_in_training
 from mllm_protector.records import Question
 from mllm_protector.reporting.sentences import training_lines
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mllm_protector.evaluation.pairing import corrected
+from mllm_protector.evaluation.rates import corrected
 from mllm_protector.records import Confusion
 
 
@@ -13,31 +13,24 @@ def test_correction_takes_out_false_alarms_and_adds_what_was_missed() -> None:
     # 300 harmful of 1000 at sensitivity 0.9 and specificity 0.8: 270 + 140 found
     found = corrected(0.41, 1000, confusion(90, 10, 40, 160))
     assert found is not None
-    assert (found.sensitivity, found.specificity) == (0.9, 0.8)
-    assert found.value == pytest.approx(0.3)
-    assert found.low < 0.3 < found.high
+    value, low, high = found
+    assert value == pytest.approx(0.3)
+    assert low < 0.3 < high
 
 
 def test_a_judge_without_errors_changes_no_rate() -> None:
     found = corrected(0.25, 400, confusion(5000, 0, 0, 5000))
     assert found is not None
-    assert found.value == 0.25
-    assert (found.low, found.high) == pytest.approx((0.21, 0.295), abs=0.005)  # Wilson's
-
-
-def test_few_labels_widen_the_interval() -> None:
-    few, many = (corrected(0.41, 1000, confusion(9 * n, n, 4 * n, 16 * n)) for n in (3, 300))
-    assert few is not None
-    assert many is not None
-    assert few.high - few.low > 2 * (many.high - many.low)
+    assert found[0] == 0.25
+    assert found[1:] == pytest.approx((0.21, 0.295), abs=0.005)  # Wilson's
 
 
 def test_correction_stays_between_none_and_all() -> None:
     low, high = corrected(0.1, 50, confusion(90, 10, 10, 90)), corrected(0.93, 50, confusion(90, 10, 10, 90))
     assert low is not None
     assert high is not None
-    assert (low.value, low.low) == (0.0, 0.0)
-    assert (high.value, high.high) == (1.0, 1.0)
+    assert low[:2] == (0.0, 0.0)
+    assert high[::2] == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -72,5 +65,5 @@ def test_interval_covers_the_truth_with_estimated_errors(
     for hit, rejected, harmful in draws:
         bias = confusion(hit, labels - hit, labels - rejected, rejected)
         found = corrected(harmful / total, total, bias)
-        hits += found is not None and found.low <= truth <= found.high
+        hits += found is not None and found[1] <= truth <= found[2]
     assert 0.93 <= hits / rounds <= 0.97

@@ -94,14 +94,6 @@ def test_the_curve_says_what_passes_and_what_is_flagged_at_each_threshold() -> N
         assert found.limits(metric, group="0.5") == pytest.approx(limits(1, 4)), metric
 
 
-def test_answers_without_a_score_are_in_no_point() -> None:
-    found = measured(scored("hhs", [0.9, None, 0.1]))
-    assert found.value("threshold_asr", group="1.0") == 0.5
-    assert not found.all("threshold_flagged")
-    for table in (rows(HATE, "TEXT", "none", 1, 1), scored("hs", [None, None])):
-        assert not measured(table).all("threshold_asr")
-
-
 def test_the_curve_rises_over_101_thresholds_and_those_in_use() -> None:
     harms: list[float | None] = [(n * 37 % 1000) / 1000 for n in range(1000)]
     curve = measured(scored("hs" * 500, harms)).all("threshold_asr")

@@ -5,7 +5,7 @@ import pytest
 
 from mllm_protector.benchmarks.toy import ToyBenchmark
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation.listing import list_questions
+from mllm_protector.evaluation.items import list_questions
 from mllm_protector.files import write_jsonl
 from mllm_protector.models.replay import Replay
 

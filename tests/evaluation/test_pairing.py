@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy.stats import permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 
-from mllm_protector.evaluation.pairing import Paired, change_interval, paired, sign_flip_test
+from mllm_protector.evaluation.statistics import Paired, change_interval, paired, sign_flip_test
 
 Floats = NDArray[np.float64]
 
@@ -40,10 +40,6 @@ def test_difference_counts_who_changed_sides() -> None:
     # two-sided binomial: twice the chance of at most 4 heads in 24
     assert found.p == pytest.approx(2 * sum(math.comb(24, k) for k in range(5)) / 2**24)
     assert found.p == pytest.approx(mcnemar([[12, 20], [4, 14]], exact=True).pvalue)
-
-
-def test_no_pairs_say_nothing() -> None:
-    assert compare([], []) == Paired(pairs=0, only_before=0, only_after=0)
 
 
 def test_equal_answers_have_no_difference_but_doubt() -> None:
@@ -84,15 +80,6 @@ def test_the_sign_flip_test_is_that_of_scipy() -> None:
     assert sign_flip_test(sums) == pytest.approx(exact, abs=0.01)
 
 
-def test_nothing_depends_on_the_order_of_the_pairs() -> None:
-    rng = np.random.default_rng(0)
-    before, after = (rng.random((2, 90)) < [[0.6], [0.2]]).astype(float)
-    clusters, order = np.arange(90) // 3, rng.permutation(90)
-    one, other = paired(before, after, clusters), paired(before[order], after[order], clusters[order])
-    assert limits(one) == pytest.approx(limits(other), abs=1e-12)
-    assert (one.p, one.difference) == (other.p, pytest.approx(other.difference))
-
-
 def test_the_test_holds_its_level_where_answers_to_a_question_are_alike() -> None:
     rng, rounds = np.random.default_rng(0), 400
     for questions in (20, 80, 300):
@@ -108,21 +95,6 @@ def test_the_test_holds_its_level_where_answers_to_a_question_are_alike() -> Non
         error = 3 * math.sqrt(0.05 * 0.95 / rounds)
         assert 0.02 < rejected / rounds < 0.05 + error, (questions, rejected / rounds)
         assert naive / rounds > 0.1, "what taking the rows as independent would give"
-
-
-def test_several_rows_of_a_question_make_the_test_no_weaker_than_one() -> None:
-    rng, rounds, names = np.random.default_rng(1), 200, np.repeat(np.arange(60), 3)
-    several = one = 0
-    for _ in range(rounds):
-        before, after = alike(rng, 60, 3, 0.5) < 0.5, alike(rng, 60, 3, 0.5) < 0.3
-        found = paired(before.ravel().astype(float), after.ravel().astype(float), names)
-        first = paired(before[:, 0].astype(float), after[:, 0].astype(float), np.arange(60))
-        assert found.p is not None
-        assert first.p is not None
-        several += found.p < 0.05
-        one += first.p < 0.05
-    assert several > 1.2 * one
-    assert several / rounds > 0.7
 
 
 def test_the_interval_covers_the_true_difference_as_often_as_its_docstring_says() -> None:

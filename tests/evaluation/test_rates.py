@@ -5,15 +5,16 @@ import re
 import pytest
 
 from mllm_protector.evaluation.grid import JudgeFacts
-from mllm_protector.evaluation.pairing import corrected
+from mllm_protector.evaluation.rates import corrected
 from mllm_protector.evaluation.statistics import macro_interval, proportion
+from mllm_protector.protocols import Card
 from mllm_protector.records import Confusion, Status
 from mllm_protector.scenarios import GROUPS
 from tests.evaluation.builders import Row, answers_of, benign_rows, measured, row, rows
 
 ILLEGAL, HATE, LEGAL = "01-Illegal_Activitiy", "02-HateSpeech", "10-Legal_Opinion"
 BIAS = Confusion(source="a study", tp=90, fn=10, fp=40, tn=160)
-KNOWN = {"keyword": JudgeFacts(identity={}, bias=BIAS)}
+KNOWN = {"keyword": JudgeFacts(card=Card(identity={}, bias=BIAS))}
 
 
 def judged() -> list[Row]:
@@ -44,13 +45,6 @@ def test_unjudged_answers_are_in_no_numerator_and_no_denominator_and_bounds_show
     where = {"group": ILLEGAL, "variant": "SD", "arm": "none"}
     assert found.limits("asr_bounds", **where) == (0.9, 0.9)
     assert not found.all("unjudged", **where)
-
-
-def test_nothing_judged_has_no_rate_and_the_widest_bounds() -> None:
-    found, where = measured(judged()), {"group": HATE, "variant": "TYPO", "arm": "none"}
-    assert (found.value("empty", **where), found.value("unjudged", **where)) == (3, 3)
-    assert (found.value("asr", **where), found.limits("asr", **where)) == (None, (None, None))
-    assert found.limits("asr_bounds", **where) == (0.0, 1.0)
 
 
 def test_every_way_of_having_no_verdict_is_counted_under_its_name() -> None:
@@ -117,14 +111,14 @@ def test_rates_are_corrected_for_the_known_errors_of_a_judge() -> None:
     found = measured(rows(HATE, "TEXT", "none", 41, 59), judges=KNOWN).one("corrected_asr")
     expected = corrected(0.41, 100, BIAS)
     assert expected is not None
-    assert (found["value"], found["low"], found["high"]) == (expected.value, expected.low, expected.high)
+    assert (found["value"], found["low"], found["high"]) == expected
     assert found["value"] == pytest.approx(0.3)
     assert found["method"] == "sensitivity 0.900 and specificity 0.800 of the judge on a study"
 
 
 def test_where_no_rate_is_corrected_the_method_says_why() -> None:
     table = rows(HATE, "TEXT", "none", 41, 59)
-    circular = {"keyword": JudgeFacts(identity={}, bias=BIAS, circular=True)}
+    circular = {"keyword": JudgeFacts(card=Card(identity={}, bias=BIAS), circular=True)}
     for judges, reason in (
         (circular, "the judge is a part of the guard"),
         (None, "the judge's errors by the criterion harm are not known on such answers"),
@@ -163,7 +157,7 @@ def test_measurements_are_the_same_to_the_byte_for_shuffled_rows() -> None:
         one["truth"], one["human"] = rng.choice([True, False, None]), rng.choice([True, None])
         one["harm"] = rng.random() if one["arm"] == "protector" else None
     table += [each for arm in ("none", "protector") for each in benign_rows(arm, 9, score=0.3, harm=0.4)]
-    judges = {name: JudgeFacts(identity={}) for name in ("keyword", "second")}
+    judges = {name: JudgeFacts(card=Card(identity={})) for name in ("keyword", "second")}
     given = {"arms": ["none", "protector"], "groups": GROUPS, "judges": judges}
     first = json.dumps(measured(table, **given), allow_nan=False)
     for seed in range(3):
@@ -185,5 +179,5 @@ def test_scenarios_of_another_benchmark_are_measured_and_nothing_is_no_fault() -
     found = measured(rows("b-mine", "SD", "none", 1, 1) + rows("a-mine", "SD", "none", 0, 1))
     groups = [each["group"] for each in found.all("asr", variant="SD")]
     assert groups == ["a-mine", "b-mine", "all"]
-    nothing = measured([], judges={"keyword": JudgeFacts(identity={})})
+    nothing = measured([], judges={"keyword": JudgeFacts(card=Card(identity={}))})
     assert {each["value"] for each in nothing} <= {None, 0}

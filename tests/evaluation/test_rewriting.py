@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from mllm_protector.data.tokens import encode_texts
-from mllm_protector.evaluation import fluency
-from mllm_protector.evaluation.fluency import text_losses
-from mllm_protector.evaluation.rewriting import Relevance, Texts, rewrite_metrics
+from mllm_protector.evaluation import rewriting
+from mllm_protector.evaluation.rewriting import Relevance, Texts, rewrite_metrics, text_losses
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.records import Correction
@@ -92,11 +91,6 @@ def test_the_control_leaves_out_pairs_that_ask_the_same():
     assert one[1][2] == pytest.approx(one[0][0] * 2 / 6)
 
 
-def test_one_query_has_no_control():
-    same = [PAIRS[0], PAIRS[0]]
-    assert Relevance(same, np.zeros(2, dtype=int)).cosines(["bread"] * 2, ["bread"] * 2)[1] is None
-
-
 def test_words_count_as_repeated_only_for_another_query():
     twice = [PAIRS[0], *PAIRS[:5]]
     texts = ["Ask a baker.", "ask a baker", *(each.accepted for each in twice[2:])]
@@ -146,5 +140,5 @@ def test_a_text_is_as_likely_as_its_tokens_one_by_one(
             assert loss == pytest.approx(by_hand, rel=1e-4)
         else:
             assert loss == 0
-    monkeypatch.setattr(fluency, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(rewriting, "BATCH_TOKENS", 1)
     assert text_losses(model, tokenizer, texts, max_length=30)[0] == pytest.approx(losses, rel=1e-5)

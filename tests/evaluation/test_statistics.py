@@ -8,7 +8,6 @@ from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats.proportion import proportion_confint
 
 from mllm_protector.evaluation.statistics import (
-    FEW,
     agreement,
     effective_size,
     fleiss_kappa,
@@ -26,13 +25,6 @@ def test_interval_is_wilsons(count: int, total: int) -> None:
     expected = proportion_confint(count, total, alpha=0.05, method="wilson")
     assert (share.low, share.high) == pytest.approx(expected, abs=1e-15)
     assert share.value == count / total
-
-
-def test_interval_of_a_textbook_example() -> None:
-    # 81 of 263: Newcombe 1998, Statistics in Medicine 17, table I, method 3
-    share = proportion(81, 263)
-    assert share.low == pytest.approx(0.2553, abs=5e-5)
-    assert share.high == pytest.approx(0.3662, abs=5e-5)
 
 
 @pytest.mark.parametrize("total", [1, 3, 44, 167, 1680])
@@ -61,11 +53,6 @@ def test_macro_mean_leaves_out_what_was_not_judged() -> None:
     assert macro_mean([0.5, None, 0.0]) == 0.25
     assert macro_mean([None, None]) is None
     assert macro_mean([]) is None
-
-
-def test_macro_interval_of_one_stratum_is_its_own() -> None:
-    share = proportion(81, 97)
-    assert macro_interval([share, proportion(0, 0)]) == pytest.approx((share.low, share.high))
 
 
 def test_macro_interval_adds_distances_as_squares() -> None:
@@ -121,30 +108,10 @@ def test_interval_of_rare_harm_covers_as_often_as_its_docstring_says(total: int)
     assert 0.94 <= np.mean(rare) <= 0.96
 
 
-def test_limits_of_many_shares_are_those_of_each() -> None:
-    counts, totals = np.array([0, 3, 10]), np.array([10, 10, 10])
-    low, high = share_limits(counts, totals)
-    for place, count in enumerate(counts):
-        share = proportion(int(count), 10)
-        assert (low[place], high[place]) == pytest.approx((share.low, share.high))
-
-
-def test_single_values_are_worth_their_number() -> None:
-    assert effective_size(np.array([1.0, 0.0, 1.0]), np.array([4, 0, 2])) == 3.0
-
-
 def test_clusters_of_the_same_value_are_worth_their_number() -> None:
     values = np.repeat([1.0, 0.0] * 25, 3)
     clusters = np.repeat(np.arange(50), 3)
     assert effective_size(values, clusters) == pytest.approx(49)  # 50, less one for the mean
-
-
-def test_unlike_values_in_clusters_are_worth_no_more_than_their_number() -> None:
-    values = np.tile([1.0, 0.0, 0.0], 50)
-    assert effective_size(values, np.repeat(np.arange(50), 3)) == 50.0  # no cluster stands out
-    values[:FEW] = 1.0
-    values[30 : 30 + 3 * FEW : 3] = 0.0
-    assert effective_size(values, np.repeat(np.arange(50), 3)) <= 150.0
 
 
 def test_a_sample_without_a_harmful_answer_is_worth_its_clusters() -> None:
@@ -180,10 +147,6 @@ def test_agreement_counts_what_is_right_and_what_chance_would_give() -> None:
     answers = [1] * 20 + [0] * 10 + [1] * 5 + [0] * 15
     truth = [1] * 30 + [0] * 20
     assert found.kappa == pytest.approx(cohen_kappa_score(answers, truth))
-
-
-def test_kappa_is_zero_for_a_judge_that_always_says_the_same() -> None:
-    assert agreement(Confusion(tp=2, fn=0, fp=2, tn=0)).kappa == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(("found", "rejected"), [(2, 0), (0, 1), (0, 0)])
