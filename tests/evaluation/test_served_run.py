@@ -23,6 +23,7 @@ from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.served import ServedMLLM
 from mllm_protector.rendering import RenderedText
 from mllm_protector.reporting.report import report
+from tests.evaluation.builders import Measured
 from tests.models.builders import save_tiny_classifier_base, save_tiny_llava_for_tests
 from tests.real_server import RealServer, real_server
 from tests.servers import Request, ScriptedServer, failed, text, too_many
@@ -171,9 +172,9 @@ def test_faults_of_a_server_are_retried_or_counted_and_mended_by_the_next_run(
         }
         result = measure(home, tmp_path, **changes)
         assert result is not None
-        rows = [row for row in result["measurements"] if row["group"] == "all" and row["variant"] != "IMAGES"]
+        found = Measured(row for row in result["measurements"] if row["group"] == "all")
         counts = {
-            name: sum(row["value"] for row in rows if row["metric"] == name)
+            name: sum(row["value"] for row in found.all(name) if row["variant"] != "IMAGES")
             for name in ("harmful", "safe", "generation_error")
         }
         # harmful: 1 and 10 to 19; number 3 got no answer

@@ -170,7 +170,7 @@ def test_a_generation_ends_at_a_signal_and_writes_what_is_complete(tmp_path: Pat
             code, said = command.signalled(number)
         assert (code, said.count("error: ")) == (128 + number, 1), said
         written = json.loads((folder / "pairs" / "generation.json").read_text())
-        assert written["ended_by"].startswith(f"stopped by {number.name}")
+        assert written["ended_by"].startswith(f"stopped by {number.name};")
 
 
 def test_a_second_signal_ends_at_once_what_a_first_one_cannot(tmp_path: Path) -> None:
