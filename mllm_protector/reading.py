@@ -6,15 +6,21 @@ read = kept + quarantined + dropped.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mllm_protector.errors import RecordError
-from mllm_protector.rows import Row, read_rows
+from mllm_protector.errors import InputError, RecordError
+from mllm_protector.files import expand, write_jsonl
+from mllm_protector.outputs import probe
+from mllm_protector.rows import Row, parse_json_line, read_rows
 
 T = TypeVar("T")
+
+BAD_ROW = {"file", "line", "reason", "raw"}
+"""The fields of a bad row (see ``Account``)."""
 
 
 class Unwanted(Exception):
@@ -178,3 +184,57 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
     if flag is None:
         raise ValueError(f"field '{name}' must be true or false, not {value!r}")
     return flag
+
+
+def require_quarantine(quarantine: str, source: str | None) -> None:
+    """Check, before anything is read, that bad rows can be written and replace nothing else.
+
+    Args:
+        quarantine: the file for bad rows, as the user typed it.
+        source: the file that is read, if it is one.
+
+    Raises:
+        InputError: they cannot, or would replace another file.
+    """
+    path = expand(quarantine)
+    with _writing(quarantine):
+        if path.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        probe(path.parent)
+    if source is not None and path.exists() and expand(source).exists() and path.samefile(expand(source)):
+        raise InputError(f"quarantine={quarantine}: is the file that is read; name another one for bad rows")
+    if path.exists() and not (path.is_file() and _holds_bad_rows(path)):
+        raise InputError(
+            f"quarantine={quarantine}: holds something else than bad rows of an earlier run, and would be "
+            "replaced; name another file"
+        )
+
+
+def _holds_bad_rows(path: Path) -> bool:
+    try:
+        with path.open("rb") as lines:
+            return path.stat().st_size > 0 and all(parse_json_line(line).keys() == BAD_ROW for line in lines)
+    except (OSError, ValueError):
+        return False
+
+
+def write_quarantine(quarantine: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the bad rows; without any, remove the file of an earlier run.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    with _writing(quarantine):
+        if rows:
+            write_jsonl(expand(quarantine), rows)
+        else:
+            expand(quarantine).unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(quarantine: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        message = f"quarantine={quarantine}: cannot hold the bad rows ({error.strerror})"
+        raise InputError(message) from error

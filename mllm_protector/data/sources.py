@@ -9,8 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Protocol
@@ -26,18 +25,21 @@ from mllm_protector.data.queries import digest
 from mllm_protector.data.splits import Origin, SourceAccount, Splits, T, as_json, held_out, make_splits
 from mllm_protector.data.table import Table, cached, code_digest, open_table, record, write_facts, write_table
 from mllm_protector.errors import InputError
-from mllm_protector.files import content_key, expand, file_digest, write_jsonl
-from mllm_protector.outputs import probe
+from mllm_protector.files import content_key, expand, file_digest
 from mllm_protector.ranges import Seed
-from mllm_protector.reading import Account, flag_field, stream_rows, text_field
+from mllm_protector.reading import (
+    Account,
+    flag_field,
+    require_quarantine,
+    stream_rows,
+    text_field,
+    write_quarantine,
+)
 from mllm_protector.records import AnswerPair, LabelledAnswer
-from mllm_protector.rows import parse_json_line, read_rows
+from mllm_protector.rows import read_rows
 
 Duplicates = Literal["keep", "exact", "near"]
 TEXTS, LABELS = "texts.npy", "labels.npy"
-BAD_ROW = {"file", "line", "reason", "raw"}
-"""The fields of a bad row (see ``reading.Account``)."""
-
 HARM_LABELS = ("accepted_harmful", "rejected_harmful")
 
 
@@ -99,7 +101,7 @@ class FileSource(ABC, Generic[T]):
         if not 0 < self.validation_fraction < 1:
             raise InputError(f"validation_fraction={self.validation_fraction}: must lie between 0 and 1")
         if self.quarantine is not None:
-            _require_place(self.quarantine, self.path)
+            require_quarantine(self.quarantine, self.path)
 
     @abstractmethod
     def origin(self) -> Origin:
@@ -121,7 +123,7 @@ class FileSource(ABC, Generic[T]):
         stored, facts = open_table(folder)
         dropped = Counter(facts["dropped"])
         if self.quarantine is not None:
-            _write_bad_rows(self.quarantine, facts["bad_rows"])
+            write_quarantine(self.quarantine, facts["bad_rows"])
         kept: Table[Any] = Table(stored, record)
         if self.duplicates != "keep":
             kept = kept.take(distinct(np.load(folder / TEXTS), np.load(folder / LABELS), dropped))
@@ -262,45 +264,3 @@ def near_copies(records: Table[Any], content: list[Any]) -> NDArray[np.int64]:
 
     first: NDArray[np.int64] = np.load(cached("near_duplicates", key, make) / "first.npy")
     return first
-
-
-def _require_place(quarantine: str, source: str | None) -> None:
-    """Check, before anything is read, that bad rows can be written and replace nothing else."""
-    path = expand(quarantine)
-    with _writing_bad_rows(quarantine):
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        probe(path.parent)
-    if source is not None and path.exists() and expand(source).exists() and path.samefile(expand(source)):
-        raise InputError(f"quarantine={quarantine}: is the file that is read; name another one for bad rows")
-    if path.exists() and not (path.is_file() and _holds_bad_rows(path)):
-        raise InputError(
-            f"quarantine={quarantine}: holds something else than bad rows of an earlier run, and would be "
-            "replaced; name another file"
-        )
-
-
-def _holds_bad_rows(path: Path) -> bool:
-    try:
-        with path.open("rb") as lines:
-            return path.stat().st_size > 0 and all(parse_json_line(line).keys() == BAD_ROW for line in lines)
-    except (OSError, ValueError):
-        return False
-
-
-def _write_bad_rows(quarantine: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write the bad rows and nothing else: where there are none, those of an earlier run go."""
-    with _writing_bad_rows(quarantine):
-        if rows:
-            write_jsonl(expand(quarantine), rows)
-        else:
-            expand(quarantine).unlink(missing_ok=True)
-
-
-@contextmanager
-def _writing_bad_rows(quarantine: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        message = f"quarantine={quarantine}: cannot hold the bad rows ({error.strerror})"
-        raise InputError(message) from error
