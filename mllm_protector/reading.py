@@ -203,7 +203,9 @@ def require_quarantine(quarantine: str, source: str | None) -> None:
         probe(path.parent)
     if source is not None and path.exists() and expand(source).exists() and path.samefile(expand(source)):
         raise InputError(f"quarantine={quarantine}: is the file that is read; name another one for bad rows")
-    if path.exists() and not (path.is_file() and _holds_bad_rows(path)):
+    if path.exists() and not path.is_file():
+        raise InputError(f"quarantine={quarantine}: not a file; name one for bad rows")
+    if path.exists() and not _holds_bad_rows(path):
         raise InputError(
             f"quarantine={quarantine}: holds something else than bad rows of an earlier run, and would be "
             "replaced; name another file"

@@ -221,7 +221,7 @@ def test_bad_rows_replace_those_of_an_earlier_run_and_no_other_file(tmp_path: Pa
         assert contents(tmp_path) == before
     os.mkfifo(tmp_path / "fifo")
     message = refusal("prepare_data", "data=pairs", **keys | {"data.quarantine": tmp_path / "fifo"})
-    assert message.endswith("is no file; name one for bad rows")
+    assert message.endswith("not a file; name one for bad rows")
     (tmp_path / "fifo").unlink()
     bad = keys | {"data.quarantine": tmp_path / "bad.jsonl"}
     for _ in range(2):

@@ -18,8 +18,6 @@ from mllm_protector.outputs import MARKER, WRITES
 from mllm_protector.training.detoxifier import METRICS
 from tests.forked import Ran, run
 
-pytestmark = pytest.mark.xdist_group("scripts")
-
 REPOSITORY = Path(__file__).parents[1]
 TRAINING = (
     "backbone.vocab_size=600",

@@ -42,7 +42,7 @@ def test_the_latest_questions_are_shown_one_in_a_line() -> None:
 def test_a_users_wording_takes_the_place_of_ours_and_has_another_identity() -> None:
     assert wording(rejected="{question}: {stand_in}").rejected("Why?").endswith(f": {STAND_IN}")
     names = {
-        str(Prompts(prompts, language, form).card.identity)
+        str(Prompts(prompts, language, form).identity())
         for prompts in ({}, {"rejected": "{question} {stand_in}"})
         for language in ("German", "English")
         for form in ("json", "lines")

@@ -5,7 +5,7 @@ import codecs
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from mllm_protector.guard.calibration import Aim
 from mllm_protector.models.detector import HarmDetector, load_detector, score_logits
 from mllm_protector.models.tiny import tiny_backbone
 from mllm_protector.models.tuning import FullTuning
-from mllm_protector.records import labelled_answers
+from mllm_protector.records import AnswerPair, labelled_answers
 from mllm_protector.training.detector import train_detector
 from mllm_protector.training.logging import NoTracker
 from tests.test_normalisation import DISGUISES
@@ -137,16 +137,21 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 """What is not undone; docs/guard.md has the rates."""
 
 
-def flagged_share(detector: HarmDetector, disguise: Callable[[str], str]) -> float:
-    """Of 40 harmful answers that are flagged as they are, the share that is when disguised."""
+@cache
+def flagged_pairs(detector: HarmDetector) -> list[AnswerPair]:
+    """20 pairs of the test set whose harmful answer is flagged as it is."""
     pairs = [pair for pair in toy_pairs("test") if pair.rejected_harmful]
-    queries, answers = [pair.query for pair in pairs], [pair.rejected for pair in pairs]
-    plain = detector.score(queries=queries, answers=answers)
-    flagged = [index for index, score in enumerate(plain) if score >= detector.threshold][:40]
+    scores = detector.score(queries=[pair.query for pair in pairs], answers=[pair.rejected for pair in pairs])
+    return [pair for pair, score in zip(pairs, scores, strict=True) if score >= detector.threshold][:20]
+
+
+def flagged_share(detector: HarmDetector, disguise: Callable[[str], str]) -> float:
+    """Of 20 harmful answers that are flagged as they are, the share that is flagged when disguised."""
+    pairs = flagged_pairs(detector)
     scores = detector.score(
-        queries=[queries[index] for index in flagged], answers=[disguise(answers[index]) for index in flagged]
+        queries=[pair.query for pair in pairs], answers=[disguise(pair.rejected) for pair in pairs]
     )
-    return sum(score >= detector.threshold for score in scores) / len(flagged)
+    return sum(score >= detector.threshold for score in scores) / len(pairs)
 
 
 def test_a_harmful_answer_is_flagged_in_every_disguise(detector: HarmDetector):

@@ -232,6 +232,7 @@ def largest_difference(one: Path, other: Path) -> float:
     return max(float((weights[name] - others[name]).abs().max()) for name in weights)
 
 
+@pytest.mark.slow
 def test_packing_and_the_division_of_a_step_change_no_weights(tmp_path: Path, base: Path) -> None:
     short = replace(CONFIG, best_metric="auroc", epochs=3)
     for tuning in (FullTuning(), LORA):

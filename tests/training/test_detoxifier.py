@@ -87,6 +87,7 @@ def test_a_trained_detoxifier_is_saved_with_its_metrics_and_corrects(
     assert len(detoxifier.correct(queries=["q", "p"], answers=["a", "b"])) == 2
 
 
+@pytest.mark.slow
 def test_packing_and_the_division_of_a_step_change_no_weights(tmp_path: Path, base: Path) -> None:
     for tuning in (FullTuning(), LORA):
         folder = tmp_path / tuning.kind
