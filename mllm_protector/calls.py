@@ -22,7 +22,7 @@ def check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, A
     Args:
         key: of the call; empty for a script's function.
         function: whose signature is the schema.
-        arguments: plain values; a ``_target_`` stands for a call.
+        arguments: plain values; a ``_target_`` describes a call.
 
     Raises:
         InputError: an argument is unknown, missing or of the wrong type, or a ``_target_`` is not ours.

@@ -161,7 +161,7 @@ def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) 
 
 
 def whole_characters(text: str) -> str:
-    """A text that can be encoded: U+FFFD stands for halves of surrogate pairs, which JSON can hold.
+    """A text that can be encoded: U+FFFD replaces halves of surrogate pairs, which JSON can hold.
 
     Every text passes here where it comes in: from files, and from servers.
     """

@@ -144,7 +144,7 @@ def _json_or_array_rows(path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
-    # Bytes that are not UTF-8 pass as escapes, so that the row they stand in can be named.
+    # Bytes that are not UTF-8 pass as escapes, so that their row can be named.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.DictReader(lines, strict=True)
         header = reader.fieldnames or []

@@ -25,7 +25,7 @@ def id_field(row: Mapping[str, Any], name: str) -> str:
 
 
 def name_field(row: Mapping[str, Any], name: str) -> str:
-    """A required text that can stand in a table and in a line of a file.
+    """A required text that fits in a table cell and a line of a file.
 
     Raises:
         ValueError: missing, empty, long, or with characters that cannot be printed.

@@ -59,7 +59,7 @@ class QuestionFile:
         columns: the file's own name for each of ``COLUMNS``; ``None`` is the same name.
         where: only the rows with these texts in these fields.
         scorer: how answers of harmless questions are compared with the known ones; see ``scoring``.
-        instruction: put behind each question on a line of its own; says how to answer.
+        instruction: how to answer; follows each question on its own line.
         images: the folder of the images; ``None`` takes the file's own.
         variants: questions without an image (TEXT), with one (SD), or both.
         limit: at most this many questions, drawn with ``seed``.
@@ -92,7 +92,7 @@ class QuestionFile:
 
         Raises:
             InputError: a file or folder that is missing or broken; ``file:line: reason`` for a bad row, such
-                as one with an id that stands there twice or an image that leads out of its folder.
+                as one with a repeated id or an image that leads out of its folder.
         """
         if self.images is not None and not Path(self.images).is_dir():
             raise InputError(f"images={self.images}: no such folder")

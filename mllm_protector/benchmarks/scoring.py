@@ -1,7 +1,7 @@
 """How right an answer is, by its words alone.
 
 The rules are ours, in the manner of the field: case, punctuation, articles and the way numbers are written do
-not matter, and a known answer counts wherever it stands in the text as whole words. So a text that names
+not matter, and a known answer counts wherever the text contains it as whole words. So a text that names
 several answers, or denies one, can count as right, and other words for the same thing count as wrong: the
 scores tell one arm of an evaluation from another and are not those of the official scripts.
 """
@@ -53,7 +53,7 @@ class Exact:
     answers: tuple[str, ...]
 
     def score(self, text: str) -> float:
-        """The best alternative's share of parts that stand in the text; only the first yes or no counts."""
+        """The best alternative's share of parts that the text contains; only the first yes or no counts."""
         return max(_share_in(each, text) for answer in self.answers for each in answer.split("<OR>"))
 
 
@@ -66,7 +66,7 @@ class Consensus:
     def score(self, text: str) -> float:
         """VQA's accuracy: min(1, n / 3) for an answer of n people, averaged over all sets of all but one.
 
-        The answer is what stands in the text: the longest of answers of which one is part of the other, and
+        The answer is what the text contains: the longest of answers of which one is part of the other, and
         the best of several others. Yes and no count only as the first of either.
         """
         votes = Counter(" ".join(words(answer)) or answer.strip() for answer in self.answers)
@@ -228,7 +228,7 @@ def _first_yes_or_no(text: str) -> str | None:
 
 
 def _longest_in(text: str, answers: Sequence[str]) -> list[int]:
-    """The places of the answers that stand in the text and are no part of a longer one that does."""
+    """The places of the answers that the text contains, except parts of a longer one that it contains."""
     found = [place for place, answer in enumerate(answers) if stands_in(answer, text)]
     return [
         place

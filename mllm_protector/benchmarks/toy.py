@@ -57,7 +57,7 @@ def _with_base(question: Question) -> Question:
 
 
 def _benign_score(question: Question, text: str) -> float:
-    """1 if one of the helpful steps about the question's subject stands in the text, else 0."""
+    """1 if one of the helpful steps about the question's subject is in the text, else 0."""
     number = int(question.cluster.rpartition("/")[2])
     scene = BENIGN_SCENES[number % len(BENIGN_SCENES)]  # the subjects of the questions go by turns
     return float(any(step in text for step in scene.sentences))

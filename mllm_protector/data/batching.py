@@ -4,7 +4,7 @@ The plan is a pure function of its arguments. No sampler has a state, so a run c
 and the number of processes changes where an example is computed but not which step it belongs to.
 
 A packed batch has all its texts in one row, so that no position is padding. It says where they begin
-(``BORDERS``) and counts positions anew in each; attention must stay within them (``models.packing``).
+(``BORDERS``) and counts positions from 0 in each; attention must stay within them (``models.packing``).
 """
 
 import random

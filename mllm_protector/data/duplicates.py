@@ -198,7 +198,7 @@ class Contamination:
 
 
 def question_digest(text: str) -> str:
-    """16 hexadecimal digits that stand for a question: the same for the same words."""
+    """16 hexadecimal digits for a question: the same for the same words."""
     return hashlib.sha256(query_key(text).encode()).hexdigest()[:16]
 
 

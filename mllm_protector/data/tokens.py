@@ -5,7 +5,7 @@ A user's text is always encoded with ``split_special_tokens``: what looks like a
 Most parts read a prompt and its texts tokenised apart (``Layout``). ``JoinedPrompt`` is for weights that
 were trained elsewhere, on prompt and texts as one string: a tokenizer may then join a space of the prompt
 with the word behind it, and to such a part other ids would be another text. Texts are cut there as text, at
-the borders of their own tokens, and every row is tokenised anew.
+the borders of their own tokens, and every row is tokenised again.
 """
 
 import math
@@ -153,7 +153,7 @@ class JoinedPrompt:
         wanted = len(answer) if window is None else min(len(answer), window)
         positions = list(range(len(query)))
         room = self.room + _SAVED
-        # How long a row is, only its tokenising tells. While one is too long, all are cut anew for less
+        # Only tokenising shows how long a row is. While one is too long, all are cut again for less
         # room, so that together they still hold the whole answer.
         while room >= 2:
             kept, size = share(positions, wanted, room, [_GAP_POSITION])

@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 def peak_memory() -> dict[str, float]:
     """The most memory that this process has held so far, in MiB: ``process``, and each GPU it has used."""
-    # Linux's own account starts anew with each program; that of the C library does not.
+    # Linux's own count starts again with each program; that of the C library does not.
     if kib := _first(r"^VmHWM:\s+(\d+) kB$", "/proc/self/status"):
         peak = 1024 * int(kib)
     else:

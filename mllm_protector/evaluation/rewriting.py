@@ -1,7 +1,7 @@
 """Metrics of rewrites: safe, on the question, in new words, fluent. Pure functions of texts and scores.
 
 No metric says that a rewrite is good. A fixed refusal is safe, fluent and on no question; a copy is on the
-question and not safe; so all of them stand beside each other, and beside baselines.
+question and not safe; so all of them are shown together, next to baselines.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """What stands in place of each harmful answer, and what was measured of it.
+    """The replacement of each harmful answer, and what was measured of it.
 
     Attributes:
         texts: one for each pair.

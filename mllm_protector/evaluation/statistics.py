@@ -121,7 +121,7 @@ def mean_interval(sums: Any, sizes: Ints) -> tuple[float, float] | tuple[None, N
 
 
 def macro_mean(values: Iterable[float | None]) -> float | None:
-    """The mean in which each value counts the same, however many answers stand behind it.
+    """The mean in which each value counts the same, whatever its number of answers.
 
     ``None`` (a scenario in which nothing was judged) is left out: it is not a zero. If nothing is left,
     the mean is ``None``.

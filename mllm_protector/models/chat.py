@@ -87,7 +87,7 @@ class ServedChat:
             seed: sent with each request, where the server knows seeds.
             length_field: what the server calls the longest reply; OpenAI's reasoning models know only
                 ``max_completion_tokens``.
-            identity: a name for what stands behind the address, which takes its place in ``identity()``: two
+            identity: a name for the model at the address, which replaces the address in the card: two
                 addresses with one name are one model. It is written into results, so it must not be secret.
 
         Raises:

@@ -71,7 +71,7 @@ class BoundedClient(DefaultAsyncHttpxClient):
 def run_in_background(work: Callable[[], Awaitable[T]]) -> T:
     """The outcome of asynchronous work, which an exception in this thread, such as Ctrl-C, cancels at once.
 
-    It runs in a thread and an event loop of its own, so it also works within another loop, as in a notebook.
+    It runs in its own thread and event loop, so it also works within another loop, as in a notebook.
     """
     with start_blocking_portal() as portal:
         return portal.call(work)

@@ -149,7 +149,7 @@ class HuggingFaceMLLM:
     def encode(self, questions: Sequence[Question]) -> transformers.BatchFeature:
         """One batch for the model: ``input_ids`` and ``attention_mask`` (B, T) int64, padded on the left.
 
-        What stands for the images beside them (``pixel_values``) depends on the model.
+        The inputs for the images (``pixel_values``) depend on the model.
 
         Raises:
             InputError: an image cannot be read.

@@ -49,13 +49,13 @@ class ServedMLLM:
             concurrency: requests under way at once, at most.
             timeout: seconds for one request.
             max_retries: how often a request is repeated.
-            temperature: unless it is 0, each question has a seed of its own, made of ``seed``, its text and
+            temperature: unless it is 0, each question has its own seed, made of ``seed``, its text and
                 which repeat it is.
             base_url: the address up to and with ``/v1``.
             api_key_env: the environment variable that holds the key.
             seed: of sampled answers.
             length_field: what the server calls the longest reply.
-            identity: a name for what stands behind the address.
+            identity: a name for the model at the address.
             system_prompt: a system turn in front of each question.
             image_format: how images are sent; ``png`` keeps every pixel, ``jpeg`` is smaller.
             max_image_side: larger images are scaled down to this many pixels; ``None`` leaves them.

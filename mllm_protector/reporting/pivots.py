@@ -272,7 +272,7 @@ def harmless(data: Pivot) -> Table:
 
 
 def other_metrics(data: Pivot) -> Table:
-    """Every metric that has no table of its own, such as the benchmark's own."""
+    """Every metric without a table, such as those of the benchmark."""
     rows = [row for row in data.rows if row["metric"] not in KNOWN]
     return Table(
         title="Other metrics",

@@ -46,7 +46,7 @@ class Shown:
 
     Attributes:
         row: the line of ``results.jsonl``.
-        statuses: of its verdicts, each once; ``benign`` stands for a question that is not judged.
+        statuses: of its verdicts, each once; ``benign`` means a question that is not judged.
         final: what the user saw; ``None`` if it is the raw answer or there is none.
         folded: whether ``final`` must not be in plain sight: it is not safe to every judge.
     """

@@ -85,7 +85,7 @@ def count(row: Row) -> str:
 
 
 def in_words(name: str) -> str:
-    """A name with what it stands for, if it is one of the usual ones."""
+    """A name with its meaning, if it is one of the usual ones."""
     return f"{name} ({GLOSSARY[name]})" if name in GLOSSARY else name
 
 

@@ -43,7 +43,7 @@ class Meter:
         embedding.register_forward_pre_hook(self._count)
 
     def start(self) -> None:
-        """Begin anew."""
+        """Start again."""
         self._running = True
         self._positions = self._steps = self._memory = 0
         self._real = torch.zeros((), dtype=torch.int64, device=self._device)

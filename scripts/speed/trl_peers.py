@@ -69,7 +69,7 @@ class TrlPeer:
             meter: listens to the model.
             precision: of the computation.
             learning_rate: constant.
-            by_length: rows of like length stand in one batch.
+            by_length: rows of similar length share a batch.
             packed_tokens: length of a packed row, one in each pass; ``None`` for four padded rows in each.
         """
         self._model, self._tokenizer, self._meter, self._precision = model, tokenizer, meter, precision
