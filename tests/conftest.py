@@ -2,6 +2,7 @@
 
 import atexit
 import ipaddress
+import logging
 import os
 import shutil
 import signal
@@ -51,6 +52,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", connect_locally)
+
+
+@pytest.fixture(autouse=True)
+def no_closed_log_handlers() -> None:
+    """A script that an earlier test ran in this process logged to the output that was captured then."""
+    for handler in logging.root.handlers[:]:
+        if getattr(getattr(handler, "stream", None), "closed", False):
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
