@@ -22,7 +22,7 @@ class Ran:
 
 
 def run(name: str, *arguments: str, cwd: Path, processes: int = 1) -> Ran:
-    """Run a script (``train_detector``) or a module (``tests.evaluation.kills``) as from a command line."""
+    """Run a script, such as ``train_detector``, as from a command line."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
@@ -49,10 +49,7 @@ def run(name: str, *arguments: str, cwd: Path, processes: int = 1) -> Ran:
 def _code(name: str, arguments: tuple[str, ...]) -> int:
     sys.argv = [f"{name}.py", *arguments]
     try:
-        if "." in name:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     except SystemExit as stopped:
         return int(stopped.code or 0)
     except BaseException:

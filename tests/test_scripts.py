@@ -37,9 +37,13 @@ EVALUATION = (
 
 
 def subprocess_run(name: str, *arguments: str, cwd: Path) -> Ran:
-    """In a fresh interpreter, which also shows what libraries say when they are imported."""
+    """A script, or a module of the tests, in a fresh interpreter.
+
+    It also shows what libraries say when they are imported, and what it runs may fork safely.
+    """
+    target = ["-m", name] if "." in name else [str(REPOSITORY / "scripts" / f"{name}.py")]
     ran = subprocess.run(
-        [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), *arguments],
+        [sys.executable, *target, *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -149,7 +153,7 @@ def test_an_evaluation_that_is_killed_again_and_again_ends_with_the_same_result(
     outputs = home / "outputs"
     folders = ["--models", str(outputs), "--benchmark", str(outputs / "mmsafety" / "toy_benchmark")]
     counts = ["--kills", kills, "--processes", processes]
-    said_by(run("tests.evaluation.kills", *folders, *counts, cwd=REPOSITORY))
+    said_by(subprocess_run("tests.evaluation.kills", *folders, *counts, cwd=REPOSITORY))
 
 
 def test_runs_are_compared_unless_their_questions_differ(home: Path) -> None:
