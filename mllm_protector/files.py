@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +97,6 @@ def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _STRICT: dict[str, Any] = {"parse_constant": _refused, "object_pairs_hook": _unique}
-
-
-def as_row(record: Any) -> dict[str, Any]:
-    """A frozen record as a JSON object."""
-    return asdict(record)
 
 
 @contextmanager

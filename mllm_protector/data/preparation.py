@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal
 
@@ -16,7 +16,7 @@ from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits, T, make_splits
 from mllm_protector.data.table import cached, code_digest, records_table
 from mllm_protector.errors import InputError
-from mllm_protector.files import as_row, content_key, read_json, write_json, write_jsonl
+from mllm_protector.files import content_key, read_json, write_json, write_jsonl
 from mllm_protector.processes import first_process_first, is_first_process
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Seed
@@ -123,7 +123,7 @@ def prepare_data(
     folder = Path(output_dir)
     splits = prepare(data, benchmarks, contaminated=contaminated, folder=folder).splits
     for name, records in (("train", splits.train), ("validation", splits.validation)) if export else ():
-        write_jsonl(folder / f"{name}.jsonl", map(as_row, records))
+        write_jsonl(folder / f"{name}.jsonl", map(asdict, records))
     log.info("wrote %s", folder / "data_report.md")
 
 

@@ -190,7 +190,7 @@ class _Remembering:
 
     @property
     def card(self) -> Card:
-        return Card(identity=self.detoxifier.card.identity)
+        return self.detoxifier.card
 
 
 def _pairs(records: Sequence[Any]) -> list[AnswerPair]:

@@ -10,9 +10,7 @@ from mllm_protector.evaluation.measurements import Measurement
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector, Refusal
 from mllm_protector.models.detector import load_detector
-from mllm_protector.models.detoxifier import load_detoxifier
-from mllm_protector.models.parts import bases_of
-from mllm_protector.models.shared import can_share, load_shared
+from mllm_protector.models.shared import load_parts
 from mllm_protector.protocols import Card, Corrector, Detector
 
 
@@ -30,14 +28,10 @@ def load_protectors(
     correctors: dict[str, Corrector] = {"refusal": Refusal()}
     if "protector" not in arms:
         scorer = load_detector(detector, base=base)
-    elif can_share(detector, detoxifier):
-        scorer, correctors["protector"] = load_shared(
+    else:
+        scorer, correctors["protector"] = load_parts(
             detector, detoxifier, base=base, max_new_tokens=rewrite_tokens
         )
-    else:
-        one, other = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
-        scorer = load_detector(detector, base=one)
-        correctors["protector"] = load_detoxifier(detoxifier, base=other, max_new_tokens=rewrite_tokens)
     limit = scorer.threshold if threshold is None else threshold
     remembering = RememberingDetector(scorer)
     return scorer, {arm: Protector(remembering, correctors[arm], limit) for arm in arms if arm != NONE}
@@ -65,7 +59,7 @@ class RememberingDetector:
     @property
     def card(self) -> Card:
         """As the detector's own."""
-        return Card(identity=self._detector.card.identity)
+        return self._detector.card
 
 
 class _TimedDetector:
@@ -84,7 +78,7 @@ class _TimedDetector:
 
     @property
     def card(self) -> Card:
-        return Card(identity=self._detector.card.identity)
+        return self._detector.card
 
 
 def measure_latency(

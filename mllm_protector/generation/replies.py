@@ -98,7 +98,7 @@ class KeptChat:
     @property
     def card(self) -> Card:
         """The model's own."""
-        return Card(identity=self._chat.card.identity)
+        return self._chat.card
 
     def complete(
         self,

@@ -21,9 +21,7 @@ from mllm_protector.guard import rewrites
 from mllm_protector.guard.rewrites import Fault
 from mllm_protector.guard.rows import Row, rewrites_of, scores_of
 from mllm_protector.models.detector import load_detector
-from mllm_protector.models.detoxifier import load_detoxifier
-from mllm_protector.models.parts import bases_of
-from mllm_protector.models.shared import can_share, load_shared
+from mllm_protector.models.shared import load_parts
 from mllm_protector.normalisation import normalised
 from mllm_protector.protocols import Card, Corrector, Detector
 from mllm_protector.records import Outcome, Reply
@@ -150,12 +148,8 @@ class Protector:
         corrector: Corrector = Refusal()
         if detoxifier is None:
             scorer = load_detector(detector, base=base, device=device)
-        elif can_share(detector, detoxifier):
-            scorer, corrector = load_shared(detector, detoxifier, base=base, device=device)
         else:
-            one, other = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
-            scorer = load_detector(detector, base=one, device=device)
-            corrector = load_detoxifier(detoxifier, base=other, device=device)
+            scorer, corrector = load_parts(detector, detoxifier, base=base, device=device)
         return cls(scorer, corrector, scorer.threshold, max_answer_tokens=max_answer_tokens)
 
     @property

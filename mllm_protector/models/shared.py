@@ -17,10 +17,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Float32Linear, pick_device
-from mllm_protector.models.detector import HarmDetector, detector_encoder
-from mllm_protector.models.detoxifier import Detoxifier, detoxifier_encoder
+from mllm_protector.models.detector import HarmDetector, detector_encoder, load_detector
+from mllm_protector.models.detoxifier import Detoxifier, detoxifier_encoder, load_detoxifier
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
-from mllm_protector.models.parts import adapter_weights, fitting, part_backbone
+from mllm_protector.models.parts import adapter_weights, bases_of, fitting, part_backbone
 
 DETECTOR, DETOXIFIER = "detector", "detoxifier"
 HEAD = "score"
@@ -159,6 +159,28 @@ def load_shared(
     return (
         HarmDetector(scores, reader, scoring),
         Detoxifier(writes, encoder, writing, max_new_tokens=max_new_tokens),
+    )
+
+
+def load_parts(
+    detector: str | Path,
+    detoxifier: str | Path,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    max_new_tokens: int | None = None,
+) -> tuple[HarmDetector, Detoxifier]:
+    """Load both parts, on one base where they can share it. Arguments as of ``load_shared``.
+
+    Raises:
+        InputError: a folder does not hold what it should, or ``base`` is the base of neither.
+    """
+    if can_share(detector, detoxifier):
+        return load_shared(detector, detoxifier, base=base, device=device, max_new_tokens=max_new_tokens)
+    one, other = bases_of(base, (detector, "detector"), (detoxifier, "detoxifier"))
+    return (
+        load_detector(detector, base=one, device=device),
+        load_detoxifier(detoxifier, base=other, device=device, max_new_tokens=max_new_tokens),
     )
 
 

@@ -3,7 +3,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,7 +20,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation import detection
 from mllm_protector.evaluation import detector as module
 from mllm_protector.evaluation.detector import eval_detector
-from mllm_protector.files import as_row, write_jsonl
+from mllm_protector.files import write_jsonl
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.records import AnswerPair, LabelledAnswer
@@ -224,7 +224,7 @@ def trained_with(path: Path, folder: Path, **data: Any) -> dict[str, Any]:
     """Leave the configuration of a training with a file of pairs, and say what its detector knows of it."""
     settings = {"path": str(path), "validation_fraction": 0.2, "seed": 3, "limit": None}
     settings |= {"duplicates": "exact", "quarantine": None}
-    write_jsonl(path, map(as_row, pairs(0, 40)))
+    write_jsonl(path, map(asdict, pairs(0, 40)))
     known = own(cast("Given", SimpleNamespace(splits=Pairs(**settings).load())))
     folder.mkdir(exist_ok=True)
     content = {"data": {"_target_": "mllm_protector.data.sources.Pairs"} | settings | data, "seed": 3}
@@ -258,7 +258,7 @@ def test_where_the_training_data_cannot_be_read_one_line_says_why(measure: Measu
         assert said.startswith("No baseline taught on the detector's training data: ")
         return str(said)
 
-    write_jsonl(path, map(as_row, pairs(1, 40)))
+    write_jsonl(path, map(asdict, pairs(1, 40)))
     assert "has changed since" in note()
     path.unlink()
     assert "pairs.jsonl" in note()

@@ -154,10 +154,9 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
     scorer = Scorer()
     guard_file = SimpleNamespace(data={"fingerprint": "of an older release"})
     monkeypatch.setattr("mllm_protector.evaluation.run.read_guard_file", lambda folder, kind: guard_file)
-    monkeypatch.setattr(module, "can_share", lambda detector, detoxifier: False)
     monkeypatch.setattr("mllm_protector.evaluation.run.require_bases", lambda base, *parts: None)
     monkeypatch.setattr(module, "load_detector", lambda folder, base: scorer)
-    monkeypatch.setattr(module, "load_detoxifier", lambda folder, base, max_new_tokens: Rewriter())
+    monkeypatch.setattr(module, "load_parts", lambda *folders, base, max_new_tokens: (scorer, Rewriter()))
     return scorer
 
 
