@@ -46,7 +46,8 @@ def launch(usage: str, target: str, then: str | None = None) -> None:
             because torch takes seconds.
         then: the full name of the function that gets what ``target`` returns.
     """
-    script, given = Path(sys.argv[0]).stem, [_quoted(argument) for argument in sys.argv[1:]]
+    script = Path(sys.argv[0]).stem
+    given = [_quoted(each) for argument in sys.argv[1:] for each in _unfolded(argument)]
     sys.argv[1:] = given
     overrides = [argument for argument in given if not argument.startswith("-")]
 
@@ -203,6 +204,16 @@ def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], li
         files += [ConfigFile(path, folder, each.package or "") for path in places if path.is_file()]
     files.sort(key=lambda file: file.path.parent != CONFIGS)
     return flat(content), files  # type: ignore[arg-type]
+
+
+def _unfolded(override: str) -> list[str]:
+    """``data=[a,b]`` as a mixture of the sources a and b; any other override as it is."""
+    key, _, value = override.partition("=")
+    names = value.removeprefix("[").removesuffix("]").split(",")
+    if key != "data" or value != f"[{','.join(names)}]":
+        return [override]
+    sources = [name.strip() for name in names]
+    return ["data=mixture", *(f"+data@data.sources.{name}={name}" for name in sources)]
 
 
 def _quoted(override: str) -> str:

@@ -62,6 +62,10 @@ class Published(FileSource[T]):
             raise InputError(f"{source}: missing {missing} of the columns {[*self.columns]}; found {found}")
         return self.parse
 
+    def unfolded(self, row: Row) -> Iterator[Row]:
+        """The rows, one for each record, that a row of the file or the hub stands for."""
+        yield row
+
     def hub_options(self) -> dict[str, Any]:
         """Further arguments of ``datasets.load_dataset``."""
         return {self.subset_option: self.subset} if self.subset else {}
@@ -85,7 +89,8 @@ class Published(FileSource[T]):
         hub = f"{self.name}@{str(self.revision)[:7]}"
         for file in [None] if self.path is None else self._files():
             source = hub if file is None else str(file)
-            rows = self._hub_rows(hub) if file is None else read_rows(file, texts_only=True)
+            given = self._hub_rows(hub) if file is None else read_rows(file, texts_only=True)
+            rows = chain.from_iterable(map(self.unfolded, given))
             head = list(islice(rows, HEAD))
             if not head:
                 raise InputError(f"{source}: there is no row")

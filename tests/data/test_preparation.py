@@ -100,7 +100,7 @@ def test_what_stands_in_a_benchmark_can_be_left_out(pairs: Pairs, tmp_path: Path
     [account] = prepared.splits.sources
     assert (account.contaminated, account.kept) == (3, account.train + account.validation + 3)
     assert prepared.splits.fingerprint != loaded.fingerprint == prepared.facts()["fingerprint"]
-    assert "3 training records hold a benchmark's question and are left out" in prepared.splits.account
+    assert "3 training and 0 validation records hold a question of a test set" in prepared.splits.account
     json.loads((tmp_path / "data_report.json").read_text())
 
 
@@ -136,7 +136,7 @@ def test_where_nobody_looks_this_is_said(tmp_path: Path, caplog: pytest.LogCaptu
         prepared = prepare(Toy(), {}, contaminated="drop", folder=tmp_path)
     assert prepared.contamination is None
     assert prepared.facts()["contamination"] is None
-    assert "contamination: not checked; benchmark=[mmsafety]" in caplog.text
+    assert "contamination: none; benchmark=[mmsafety]" in caplog.text
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def compute(home: Path) -> dict[str, Any]:
     )
     return {
         "toy": _report(home / "toy-report", "data=toy"),
-        "keep": _report(home / "keep", *own, *asking, "data.duplicates=keep"),
+        "keep": _report(home / "keep", *own, *asking, "contaminated=keep", "data.duplicates=keep"),
         "exact": _report(home / "exact", *own, *asking, "contaminated=drop"),
         "near": _report(home / "near", *some, f"data.path={long}", "data.duplicates=near", "data.limit=24"),
         "mixture": _report(home / "mixture", *mixture),
