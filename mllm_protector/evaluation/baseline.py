@@ -6,14 +6,22 @@ reads the question too is chosen by cross-validation, in which all answers to a 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm_protector.data.queries import opening_key
+from mllm_protector.config import recorded_data
+from mllm_protector.data import test_sets
+from mllm_protector.data.queries import opening_key, query_key
+from mllm_protector.data.sources import Source
+from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.statistics import Floats, Ints
-from mllm_protector.records import LabelledAnswer
+from mllm_protector.models.guard_file import GuardFile
+from mllm_protector.records import LabelledAnswer, labelled_answers
+
+BASELINE_THRESHOLD = 0.5
 
 FOLDS = 5
 SEED = 0
@@ -106,20 +114,104 @@ def cross_validate(records: Sequence[LabelledAnswer]) -> CrossValidated:
     )
 
 
-def taught_scores(
-    taught_on: Sequence[LabelledAnswer], records: Sequence[LabelledAnswer]
-) -> tuple[CrossValidated, list[float]]:
-    """Choose a variant on some answers, train it on all of them, and give P(harmful) of others.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taught:
+    """The best variant for some answers, trained on all of them.
+
+    Attributes:
+        chosen: the variant.
+        pipeline: scikit-learn's.
+        answers: how many it was trained on.
+        queries: theirs, as ``query_key`` gives them.
+    """
+
+    chosen: CrossValidated
+    pipeline: Any
+    answers: int
+    queries: frozenset[str]
+
+    def scores(self, records: Sequence[LabelledAnswer]) -> list[float]:
+        """P(harmful) of other answers."""
+        found = self.pipeline.predict_proba(self.chosen.variant.texts(records))
+        scores: list[float] = found[:, 1].tolist()
+        return scores
+
+
+def teach(records: Sequence[LabelledAnswer]) -> Taught:
+    """Choose a variant by cross-validation and train it.
 
     Raises:
         InputError: as ``cross_validate``.
     """
-    chosen = cross_validate(taught_on)
-    variant = chosen.variant
-    labels = [record.harmful for record in taught_on]
-    pipeline = variant.pipeline().fit(variant.texts(taught_on), labels)
-    scores: list[float] = pipeline.predict_proba(variant.texts(records))[:, 1].tolist()
-    return chosen, scores
+    chosen = cross_validate(records)
+    texts, labels = chosen.variant.texts(records), [record.harmful for record in records]
+    return Taught(
+        chosen=chosen,
+        pipeline=chosen.variant.pipeline().fit(texts, labels),
+        answers=len(records),
+        queries=frozenset(query_key(record.query) for record in records),
+    )
+
+
+def taught_as(
+    guard: GuardFile, folder: Path, sets: Sequence[Splits[Any]], given: Source | None
+) -> Taught | str:
+    """The baseline, trained on what the detector was trained with (or on ``given``), or why there is none."""
+    recorded = guard.data.get("fingerprint")
+    try:
+        if given is not None:
+            splits = given.load()
+        else:
+            own = [each for each in sets if each.fingerprint == recorded]
+            splits = own[0] if own else recorded_data(folder)
+            if splits.fingerprint != recorded:
+                raise InputError("it has changed since, or is split by another rule")
+    except InputError as error:
+        if given is not None:
+            raise
+        return (
+            f"No baseline taught on the detector's training data: {error}. data@baseline_data=... names data."
+        )
+    found = guard.data.get("contamination") or {}
+    records: Sequence[Any] = splits.train
+    if any(each.get("removed") for each in found.values()):
+        left_out = set(test_sets.find(record.query for record in records).rows.tolist())
+        records = [record for place, record in enumerate(records) if place not in left_out]
+    try:
+        return teach(list(labelled_answers(records)))
+    except InputError as error:
+        return f"No baseline: {error}."
+
+
+def compared(
+    trained: Taught | str, answers: Sequence[LabelledAnswer], notes: list[str]
+) -> dict[str, tuple[list[float], dict[str, Any]]]:
+    """P(harmful) of each answer by each baseline, and its facts; a note says why one is missing."""
+    found = {}
+    if isinstance(trained, str):
+        notes.append(trained)
+    else:
+        asked = {query_key(answer.query) for answer in answers}
+        if seen := len(trained.queries & asked):
+            notes.append(f"{seen:,} of the {len(asked):,} measured queries stand in the baseline's data.")
+        what = f"{trained.answers:,} answers of training data"
+        found["baseline"] = trained.scores(answers), _facts(trained.chosen, what)
+    try:
+        chosen = cross_validate(answers)
+        how = "the measured answers to other queries (cross-validation)"
+        found["in_domain_baseline"] = chosen.scores.tolist(), _facts(chosen, how)
+    except InputError as error:
+        notes.append(f"No in-domain baseline: {error}.")
+    return found
+
+
+def _facts(chosen: CrossValidated, taught_on: str) -> dict[str, Any]:
+    return {
+        "variant": str(chosen.variant),
+        "validated": dict(chosen.aurocs),
+        "taught_on": taught_on,
+        "threshold": BASELINE_THRESHOLD,
+    }
 
 
 def query_clusters(records: Sequence[LabelledAnswer]) -> Ints:

@@ -17,12 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mllm_protector.config import recorded_data
+from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import query_key, read_groups
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation.baseline import CrossValidated, cross_validate, query_clusters, taught_scores
+from mllm_protector.evaluation.baseline import BASELINE_THRESHOLD, Taught, compared, query_clusters, taught_as
 from mllm_protector.evaluation.detection import (
     DETECTOR,
     calibration_metrics,
@@ -32,7 +32,7 @@ from mllm_protector.evaluation.detection import (
     pairwise_accuracy,
     ranking_metrics,
 )
-from mllm_protector.evaluation.measurements import as_rows
+from mllm_protector.evaluation.measurements import Measurement, as_rows, placed
 from mllm_protector.files import expand, write_json, write_jsonl
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, Scale
@@ -42,9 +42,8 @@ from mllm_protector.records import LabelledAnswer, labelled_answers
 log = logging.getLogger(__name__)
 
 SCHEMA = 3
-BASELINE_THRESHOLD = 0.5
 
-Split = Literal["validation", "all"]
+Split = Literal["auto", "validation", "all"]
 
 UNCALIBRATED = "detector before calibration"
 """The arm of the detector's scores at temperature 1 and offset 0."""
@@ -85,29 +84,30 @@ def eval_detector(
     save_texts: bool,
     output_dir: str,
     seed: Seed,
-) -> MeasuredDetector:
-    """Measure a saved detector and write ``metrics.json`` and ``scores.jsonl``.
+) -> list[MeasuredDetector]:
+    """Measure a saved detector on one set or several; write ``metrics.json`` and ``scores.jsonl`` of each.
 
     Intervals are 95 % and take answers to one query as one draw: Wilson's on the effective number of answers;
     ``detection`` says how well those of AUROC, average precision and their distance to the baselines cover.
 
     Args:
         detector: the folder that ``train_detector`` wrote.
-        data: pairs or labelled answers.
+        data: pairs or labelled answers. Of a mixture each source is measured for itself, as it is without the
+            others, in a folder of its name. A set of harmless answers alone gives a false positive rate.
         baseline_data: its training part teaches the baseline; ``None`` takes what the detector was trained
             with, by the ``config.yaml`` in its folder.
         base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
-        split: ``validation`` measures on the validation part. ``all`` measures on every record, for data
-            that the detector was not trained with.
+        split: ``validation`` measures on the validation part, ``all`` on every record, and ``auto`` on every
+            record of a test set and on the validation part of other sets.
         group_file: a file with ``query`` and ``group``, for metrics by group; ``None`` for none.
         save_texts: write queries and answers beside their scores, and the worst mistakes into the page.
         output_dir: gets the results.
         seed: of the bootstrap.
 
     Returns:
-        The input of ``reporting.parts``. The arm of its ``measurements`` is the scorer. A baseline that
-        could not be trained is missing, and ``notes`` say why.
+        The input of ``reporting.parts``, one for each set. The arm of its ``measurements`` is the scorer. A
+        baseline that could not be trained is missing, and ``notes`` say why.
 
     Raises:
         InputError: the detector, the data or the groups cannot be used.
@@ -118,21 +118,67 @@ def eval_detector(
         raise InputError(f"output_dir={folder}: holds a trained part; choose another folder")
     scorer = load_detector(expand(detector), base=base, device=device)
     group_of = {} if group_file is None else read_groups(expand(group_file))
-    splits = data.load()
+    sources = data.sources if isinstance(data, Mixture) else {None: data}
+    loaded = [_load(name, source, split, group_of, group_file) for name, source in sources.items()]
+
+    log.info("teaching the baseline")
+    trained = taught_as(scorer.guard, expand(detector), [each.splits for each in loaded], baseline_data)
+    measured = []
+    for each in loaded:
+        place = folder if each.name is None else folder / each.name
+        measured.append(_measure(scorer, detector, each, trained, place, save_texts=save_texts, seed=seed))
+    if isinstance(data, Mixture):
+        rows = [row for each in measured for row in each.metrics["measurements"]]
+        sets = {each.metrics["set"]: each.metrics["data"] for each in measured}
+        facts = {"schema": SCHEMA, "detector": measured[0].metrics["detector"], "sets": sets}
+        write_json(folder / "metrics.json", facts | {"measurements": rows})
+    return measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Set:
+    """Answers to measure on; ``groups`` are theirs, or ``None`` each."""
+
+    name: str | None
+    splits: Splits[Any]
+    split: Split
+    records: Sequence[Any]
+    answers: Sequence[LabelledAnswer]
+    groups: Sequence[str | None]
+
+
+def _load(
+    name: str | None, source: Source, split: Split, group_of: Mapping[str, str], group_file: str | None
+) -> _Set:
+    splits = source.load()
     log.info("data: %s", splits.account)
+    if split == "auto":
+        split = "all" if getattr(source, "test_set", False) else "validation"
     records = splits.validation if split == "validation" else [*splits.train, *splits.validation]
     answers = list(labelled_answers(records))
-    if len({answer.harmful for answer in answers}) < 2:
-        raise InputError(f"{splits.account}; the {split} part has only one kind of label, both are needed")
-    names = [group_of.get(query_key(answer.query)) for answer in answers]
-    if group_of and not any(names):
+    groups = [group_of.get(query_key(answer.query)) for answer in answers]
+    if group_of and not any(groups):
         raise InputError(f"{group_file}: has none of the queries of the data")
+    return _Set(name=name, splits=splits, split=split, records=records, answers=answers, groups=groups)
 
-    notes = _notes(scorer, splits, split)
-    taught_on = _training_data(scorer, expand(detector), splits, baseline_data, notes)
+
+def _measure(
+    scorer: HarmDetector,
+    detector: str,
+    measured: _Set,
+    trained: Taught | str,
+    folder: Path,
+    *,
+    save_texts: bool,
+    seed: int,
+) -> MeasuredDetector:
+    """Score one set; ``trained`` is the baseline, or why there is none."""
+    answers, groups = measured.answers, measured.groups
+    notes = _notes(scorer, measured.splits, measured.split)
+    baselines = compared(trained, answers, notes)
     for note in notes:
         log.warning("%s", note)
-    log.info("scoring %d answers", len(answers))
+    log.info("scoring %s answers%s", f"{len(answers):,}", f" of {measured.name}" if measured.name else "")
     logits = scorer.logits(
         queries=[answer.query for answer in answers], answers=[answer.answer for answer in answers]
     )
@@ -140,24 +186,24 @@ def eval_detector(
         raise RunError(f"{detector}: a score is not a number; look at its training, or train it again")
     scale = scorer.guard.scale
 
-    log.info("teaching the baselines")
-    baselines = _baselines(taught_on, answers, notes)
     labels = [answer.harmful for answer in answers]
     clusters = query_clusters(answers)
-    pairs = differing_pairs(records)
+    pairs = differing_pairs(measured.records)
     columns = {DETECTOR: scale.scores(logits)} | {name: found for name, (found, _) in baselines.items()}
     limits = dict.fromkeys(columns, BASELINE_THRESHOLD) | {DETECTOR: scorer.threshold}
     flags = {name: [score >= limits[name] for score in found] for name, found in columns.items()}
     before = {} if scale == Scale() else {UNCALIBRATED: Scale().scores(logits)}
-    measurements = [
-        *ranking_metrics(labels, columns, clusters, seed=seed),
-        *pairwise_accuracy(columns, clusters, pairs),
-        *decision_metrics(labels, flags, clusters),
-        *calibration_metrics(labels, columns | before),
-        *(group_metrics(labels, columns, flags[DETECTOR], clusters, names) if group_of else ()),
-    ]
+    measurements: list[Measurement] = []
+    if len(set(labels)) == 2:
+        measurements += ranking_metrics(labels, columns, clusters, seed=seed)
+        measurements += pairwise_accuracy(columns, clusters, pairs)
+        measurements += calibration_metrics(labels, columns | before)
+    measurements += decision_metrics(labels, flags, clusters)
+    if any(groups):
+        measurements += group_metrics(labels, columns, flags[DETECTOR], clusters, groups)
     metrics = {
         "schema": SCHEMA,
+        "set": measured.name,
         "detector": {"folder": detector} | scorer.card.identity,
         "threshold": scorer.threshold,
         "threshold_how": scorer.guard.threshold_how,
@@ -168,14 +214,12 @@ def eval_detector(
         "harmful": sum(labels),
         "queries": int(clusters.max()) + 1,
         "pairs": len(pairs),
-        "baselines": {
-            name: facts | {"threshold": BASELINE_THRESHOLD} for name, (_, facts) in baselines.items()
-        },
+        "baselines": {name: facts for name, (_, facts) in baselines.items()},
         "notes": notes,
-        "split": split,
+        "split": measured.split,
         "seed": seed,
-        "data": {"account": splits.account, "fingerprint": splits.fingerprint},
-        "measurements": as_rows(measurements),
+        "data": {"account": measured.splits.account, "fingerprint": measured.splits.fingerprint},
+        "measurements": as_rows(placed(measurements, benchmark=measured.name)),
     }
     write_json(folder / "metrics.json", metrics)
     write_jsonl(
@@ -186,7 +230,7 @@ def eval_detector(
                 "harmful": answer.harmful,
                 "score": columns[DETECTOR][place],
                 **{name: columns[name][place] for name in baselines},
-                "group": names[place],
+                "group": groups[place],
             }
             | ({"query": answer.query, "answer": answer.answer} if save_texts else {})
             for place, answer in enumerate(answers)
@@ -225,50 +269,3 @@ def _notes(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]
     if calibrated_on.get("fingerprint") == splits.fingerprint:
         notes.append("Threshold and scale were chosen on some or all of these answers.")
     return notes
-
-
-def _training_data(
-    scorer: HarmDetector, folder: Path, splits: Splits[Any], given: Source | None, notes: list[str]
-) -> list[LabelledAnswer] | None:
-    """The data that the baseline is trained on; where it cannot be read, a note says why."""
-    if given is not None:
-        return list(labelled_answers(given.load().train))
-    trained = scorer.guard.data.get("fingerprint")
-    try:
-        recorded = splits if trained == splits.fingerprint else recorded_data(folder)
-        if recorded.fingerprint != trained:
-            raise InputError("it has changed since, or is split by another rule")
-    except InputError as error:
-        notes.append(
-            f"No baseline taught on the detector's training data: {error}. data@baseline_data=... names data."
-        )
-        return None
-    return list(labelled_answers(recorded.train))
-
-
-def _baselines(
-    taught_on: Sequence[LabelledAnswer] | None, answers: Sequence[LabelledAnswer], notes: list[str]
-) -> dict[str, tuple[list[float], dict[str, Any]]]:
-    """The scores of each baseline and its facts; where one cannot be trained, a note says why."""
-    found = {}
-    if taught_on is not None:
-        known = {query_key(answer.query) for answer in taught_on}
-        asked = {query_key(answer.query) for answer in answers}
-        if seen := len(known & asked):
-            notes.append(f"{seen:,} of the {len(asked):,} measured queries stand in the baseline's data.")
-        try:
-            chosen, scores = taught_scores(taught_on, answers)
-            found["baseline"] = scores, _facts(chosen, f"{len(taught_on):,} answers of training data")
-        except InputError as error:
-            notes.append(f"No baseline: {error}.")
-    try:
-        chosen = cross_validate(answers)
-        how = "the measured answers to other queries (cross-validation)"
-        found["in_domain_baseline"] = chosen.scores.tolist(), _facts(chosen, how)
-    except InputError as error:
-        notes.append(f"No in-domain baseline: {error}.")
-    return found
-
-
-def _facts(chosen: CrossValidated, taught_on: str) -> dict[str, Any]:
-    return {"variant": str(chosen.variant), "validated": dict(chosen.aurocs), "taught_on": taught_on}

@@ -3,10 +3,13 @@
 Only safetensors are loaded, and code that comes with a model runs only if the user asks for it.
 """
 
+import logging
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +28,12 @@ from mllm_protector.data.batching import moved
 from mllm_protector.errors import InputError
 from mllm_protector.models.tuning import Quantization, is_quantized, keep_trainable, quantization_settings
 
+log = logging.getLogger(__name__)
+
 DTYPES = ("float32", "bfloat16")
+
+FASTER = 1.3
+"""How many times as fast a product of bfloat16 matrices must be on a CPU for bfloat16 to be chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +43,8 @@ class Backbone:
     Attributes:
         name: a local folder, or else a name on the Hugging Face hub.
         revision: the commit to take from the hub; pin it, hub contents change.
-        dtype: of the loaded weights, one of ``DTYPES``. What is trained is kept in float32.
+        dtype: of the loaded weights, one of ``DTYPES``, or ``auto`` for ``fast_dtype``. What is trained is
+            kept in float32.
         attention: transformers' ``attn_implementation``; ``None`` lets transformers choose.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
         quantization: ``8bit`` or ``4bit`` weights, on which only adapters can be trained; ``None`` for none.
@@ -49,9 +58,11 @@ class Backbone:
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown dtype or quantisation."""
+        """Refuse an unknown dtype or quantisation; settle ``auto``."""
+        if self.dtype == "auto":
+            object.__setattr__(self, "dtype", fast_dtype())
         if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype}: use {' or '.join(DTYPES)}")
+            raise InputError(f"dtype={self.dtype}: use {', '.join(DTYPES)} or auto")
         if self.quantization not in (None, *get_args(Quantization)):
             raise InputError(
                 f"quantization={self.quantization}: use {' or '.join(get_args(Quantization))}, or null"
@@ -149,6 +160,28 @@ class Float32Linear(torch.nn.Linear):
         """Map (..., in_features) of any dtype to (..., out_features) float32."""
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float())
+
+
+@cache
+def fast_dtype() -> str:
+    """The faster one of ``DTYPES`` here: by what the GPU has, or on a CPU by a measured matrix product.
+
+    Only some processors multiply bfloat16 fast (AVX512-BF16, AMX); on others it is slower than float32.
+    """
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    seconds = {}
+    for name in DTYPES:
+        left, right = (torch.ones(shape, dtype=getattr(torch, name)) for shape in ((256, 1024), (1024, 1024)))
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - begun)
+        seconds[name] = min(times)
+    ratio = seconds["float32"] / seconds["bfloat16"]
+    log.info("a product of bfloat16 matrices takes %.1f times as long as one of float32", 1 / ratio)
+    return "bfloat16" if ratio > FASTER else "float32"
 
 
 def pick_device(device: str | None = None) -> torch.device:

@@ -12,6 +12,7 @@ from mllm_protector.files import write_text
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.plots import curves
 from mllm_protector.reporting.samples import data_uri
+from mllm_protector.reporting.sets import report_sets
 from mllm_protector.reporting.tables import (
     Row,
     Table,
@@ -71,8 +72,15 @@ READING = (
 )
 
 
-def report_detector(measured: MeasuredDetector) -> None:
-    """Write ``report.html`` and ``report.md``, and print the tables."""
+def report_detector(measured: Sequence[MeasuredDetector]) -> None:
+    """Write ``report.html`` and ``report.md`` of each set; print the tables, of several sets what sums up."""
+    for each in measured:
+        _report_set(each, printed=len(measured) == 1)
+    if measured[0].metrics["set"] is not None:
+        report_sets(measured)
+
+
+def _report_set(measured: MeasuredDetector, *, printed: bool) -> None:
     metrics = upright(measured.metrics)
     rows = metrics["measurements"]
     lines = [_headline(rows), *_remarks(metrics), *(f"Note: {note}" for note in metrics["notes"])]
@@ -97,7 +105,8 @@ def report_detector(measured: MeasuredDetector) -> None:
     )
     write_text(measured.folder / "report.html", page)
     write_text(measured.folder / "report.md", markdown(DETECTOR_TITLE, lines, tables))
-    print_tables(DETECTOR_TITLE, lines, tables)
+    if printed:
+        print_tables(DETECTOR_TITLE, lines, tables)
     log.info("written: %s (metrics.json, scores.jsonl, report.md, report.html)", measured.folder)
 
 
@@ -177,7 +186,12 @@ def _headline(rows: Sequence[Row]) -> str:
                 verdict = "worse than"
             verdicts.append(f"{verdict} the {name}'s {decimal(own)}")
     own = _value(rows, "auroc")
-    return f"AUROC {decimal(own) if own else '-'}: {'; '.join(verdicts) or 'not compared with a baseline'}."
+    if own is None:  # answers with one kind of label
+        found = [(each, _value(rows, each)) for each in ("false_positive_rate", "recall")]
+        return "; ".join(
+            f"{name.replace('_', ' ')} {share(row)} %" for name, row in found if row and row["n"]
+        )
+    return f"AUROC {decimal(own)}: {'; '.join(verdicts) or 'not compared with a baseline'}."
 
 
 def _remarks(metrics: Mapping[str, Any]) -> list[str]:
@@ -206,6 +220,8 @@ def _remarks(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _curves(measured: MeasuredDetector, rows: Sequence[Row]) -> dict[str, bytes]:
+    if len(set(measured.labels)) < 2:
+        return {}
     arms = {DETECTOR: DETECTOR} | {arm: name for arm, name in BASELINES.items() if arm in measured.scores}
     marks = {}
     for arm, name in arms.items():

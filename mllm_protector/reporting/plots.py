@@ -89,6 +89,26 @@ def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, mark
         return {title: _svg(figure) for title, figure in figures.items()}
 
 
+def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, float]]) -> bytes:
+    """A row for each set: the detector's F1 with its interval among those of published guards, as SVG."""
+    with _style():
+        figure = _figure(WIDTH, 1.6 + 0.42 * len(own))
+        axes = figure.add_subplot()
+        places = range(len(own))
+        for place, name in enumerate(own):
+            values = [100 * value for value in published.get(name, {}).values()]
+            label = "published guards" if place == 0 else None
+            axes.plot(values, [place] * len(values), "|", color=COLOURS[0], markersize=12, label=label)
+        shares = _in_percent(list(own.values()))
+        look: dict[str, Any] = {"fmt": "o", "color": COLOURS[2], "capsize": 3, "label": "this detector"}
+        axes.errorbar(shares[0], places, xerr=_reach(shares), **look)
+        axes.set_yticks(places, [_label(name) for name in own])
+        axes.invert_yaxis()
+        _frame(axes, "F1 in %, with 95% intervals")
+        _legend(figure, axes, "F1 at the detector's own threshold")
+        return _svg(figure)
+
+
 def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str] = ()) -> "Figure":
     """A bar for each scenario and arm on the first variant, and for each group its macro mean."""
     variant = next(iter(data.variants), "TEXT")

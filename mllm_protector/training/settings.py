@@ -11,6 +11,7 @@ from annotated_types import Interval
 
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.errors import RunError
+from mllm_protector.models.backbone import fast_dtype
 from mllm_protector.models.generating import is_out_of_memory
 from mllm_protector.models.tuning import is_quantized
 from mllm_protector.ranges import Count, Rate, Share
@@ -42,7 +43,8 @@ class FitConfig:
         normalise: divides the summed loss of a step by its target ``tokens``, or by its ``examples`` as in
             the paper's formula.
         weight_decay: of matrices; biases and norms are never decayed.
-        precision: ``bf16`` computes in bfloat16 with float32 weights, head and loss.
+        precision: ``bf16`` computes in bfloat16 with float32 weights, head and loss; ``auto`` becomes the
+            faster one (``models.backbone.fast_dtype``).
         best_metric: the validation metric that decides which weights are kept.
     """
 
@@ -58,12 +60,18 @@ class FitConfig:
     warmup: Share
     weight_decay: Share
     clip_norm: Positive | None
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "auto"]
     gradient_checkpointing: bool
     compile: bool
     validate_every: Count | None
     best_metric: str
     log_every: Count
+
+    def __post_init__(self) -> None:
+        """Settle the precision."""
+        if self.precision == "auto":
+            fast = "bf16" if fast_dtype() == "bfloat16" else "fp32"
+            object.__setattr__(self, "precision", fast)
 
     def of_influence(self) -> dict[str, Any]:
         """The settings that change the result, beyond the rounding of sums."""

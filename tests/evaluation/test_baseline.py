@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation import baseline
-from mllm_protector.evaluation.baseline import cross_validate, taught_scores
+from mllm_protector.evaluation.baseline import cross_validate, teach
 from mllm_protector.records import LabelledAnswer
 
 WORDS = ("bread", "flour", "garden", "window", "river", "paper", "music", "stone")
@@ -37,14 +37,14 @@ def auroc(records: Sequence[LabelledAnswer], scores: Any) -> float:
 
 def test_the_baseline_learns_what_words_say() -> None:
     held_out = made_up(20, seed=9)
-    assert auroc(held_out, taught_scores(made_up(40), held_out)[1]) == 1.0
+    assert auroc(held_out, teach(made_up(40)).scores(held_out)) == 1.0
 
 
 def test_the_baseline_looks_at_no_label_and_no_other_answer_of_what_it_scores() -> None:
     train, held_out = made_up(30), made_up(10, seed=9)
     turned = [replace(each, harmful=not each.harmful) for each in held_out]
-    assert taught_scores(train, held_out)[1] == taught_scores(train, turned)[1]
-    assert taught_scores(train, held_out)[1][:1] == taught_scores(train, held_out[:1])[1]
+    assert teach(train).scores(held_out) == teach(train).scores(turned)
+    assert teach(train).scores(held_out)[:1] == teach(train).scores(held_out[:1])
 
 
 def test_cross_validated_scores_are_scikit_learns_with_all_answers_to_a_query_in_one_fold() -> None:
@@ -71,7 +71,7 @@ def test_without_a_hint_cross_validated_scores_are_chance_though_words_repeat() 
         for number, name in enumerate(names)
         for copy in range(4)
     ]
-    assert auroc(records, taught_scores(records, records)[1]) > 0.99
+    assert auroc(records, teach(records).scores(records)) > 0.99
     assert auroc(records, cross_validate(records).scores) < 0.7
 
 
