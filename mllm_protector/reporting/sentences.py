@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import Any
 
 from mllm_protector.evaluation.grid import NONE
-from mllm_protector.evaluation.statistics import agreement
+from mllm_protector.evaluation.statistics import cohens_kappa
 from mllm_protector.records import Confusion
 from mllm_protector.reporting.pivots import Pivot
 from mllm_protector.reporting.tables import GLOSSARY, Row, share
@@ -38,12 +38,12 @@ def bias_sentence(bias: Mapping[str, Any] | None) -> str:
     counts = Confusion(**bias) if bias else None
     if counts is None or not counts.total:
         return "Not measured against people."
-    found = agreement(counts)
-    kappa = "" if found.kappa is None else f" (kappa {found.kappa:.2f})"
+    agreed, beyond_chance = counts.accuracy or 0, cohens_kappa(counts)
+    kappa = "" if beyond_chance is None else f" (kappa {beyond_chance:.2f})"
     judge, people = (positive / counts.total for positive in (counts.tp + counts.fp, counts.tp + counts.fn))
     return (
         f"On {counts.total:,} answers ({counts.source}) it agreed with people in"
-        f" {100 * (found.right.value or 0):.1f}%{kappa}: it put the ASR at {100 * judge:.1f}%, people at"
+        f" {100 * agreed:.1f}%{kappa}: it put the ASR at {100 * judge:.1f}%, people at"
         f" {100 * people:.1f}%."
     )
 

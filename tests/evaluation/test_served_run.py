@@ -14,16 +14,13 @@ import pytest
 
 from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.run import evaluate
 from mllm_protector.judges.chat import ChatJudge
-from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.served import ServedMLLM
 from mllm_protector.rendering import RenderedText
-from mllm_protector.reporting.report import report
-from tests.evaluation.builders import Measured
+from tests.evaluation.builders import Measured, evaluated
 from tests.models.builders import save_tiny_classifier_base, save_tiny_llava_for_tests
 from tests.real_server import RealServer, real_server
 from tests.servers import Request, ScriptedServer, failed, text, too_many
@@ -70,28 +67,15 @@ def server(home: Path) -> Iterator[RealServer]:
 
 
 def measure(home: Path, output_dir: Path, **changes: Any) -> dict[str, Any] | None:
-    arguments: dict[str, Any] = {
+    given: dict[str, Any] = {
         "benchmarks": {"made_up": QuestionFile(path=str(home / "questions.jsonl"))},
-        "judges": {"keyword": KeywordJudge},
         "detector": str(home / "detector"),
         "detoxifier": str(home / "detoxifier"),
-        "base": None,
-        "arms": ["none", "refusal", "protector"],
         "threshold": 0.5,
-        "rewrite_tokens": 8,
-        "ensemble": [],
-        "human_labels": None,
-        "max_unjudged": 0.0,
-        "repeats": 1,
         "batch_size": 6,
-        "latency_rows": 0,
-        "report_rows": 50,
-        "dry_run": False,
-        "output_dir": str(output_dir),
     }
-    done = evaluate(**arguments | changes)
-    report(done)
-    return done and done.result
+    found: dict[str, Any] | None = evaluated(output_dir, **given | changes)
+    return found
 
 
 def rows(output_dir: Path) -> list[dict[str, Any]]:
