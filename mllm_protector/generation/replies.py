@@ -56,7 +56,7 @@ class KeptChat:
         """
         rows = [*zip(conversations, seeds or [None] * len(conversations), strict=True)]
         keys = [content_key(self._chat.card.identity, row, max_tokens) for row in rows]
-        missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._replies}
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if self._kept(key) is None}
         left = len(missing) if self._max_calls is None else max(0, self._max_calls - self._replies.lines)
         asked = list(missing)[:left]
 
@@ -78,13 +78,18 @@ class KeptChat:
             if isinstance(reply, Failure) and reply.unreachable:
                 raise RunError(f"{reply.reason}; replies so far are kept, repeat the command to continue")
         found = dict(zip(asked, made, strict=True))
-        return [found[key] if key in found else self._kept(key) for key in keys]
+        for key in keys:
+            if key not in found:
+                kept = self._kept(key)
+                found[key] = NOT_SENT if kept is None else kept
+        return [found[key] for key in keys]
 
-    def _kept(self, key: str) -> str | Failure:
-        row = self._replies.get(key)
-        if row is None or FAILED in row:
-            return NOT_SENT
-        return CutText(row["text"]) if row["cut"] else str(row["text"])
+    def _kept(self, key: str) -> str | None:
+        row = self._replies.get(key) or {}
+        text = row.get("text")
+        if FAILED in row or not isinstance(text, str):  # the latter after an edit by hand
+            return None
+        return CutText(text) if row.get("cut") else text
 
 
 def questions_in(reply: str, form: Form) -> list[str] | None:
