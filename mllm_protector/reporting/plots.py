@@ -13,6 +13,7 @@ from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mllm_protector.evaluation.statistics import share_limits
 from mllm_protector.metrics import calibration_bins
@@ -71,11 +72,8 @@ def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, mark
     """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    roc, recalls = {}, {}
-    for name, values in scores.items():
-        roc[name] = roc_curve(labels, values)[:2]
-        precision, recall, _ = precision_recall_curve(labels, values)
-        recalls[name] = recall, precision
+    roc = {name: roc_curve(labels, values)[:2] for name, values in scores.items()}
+    recalls = {name: precision_recall_curve(labels, values)[1::-1] for name, values in scores.items()}
     rates = {name: mark[:2] for name, mark in marks.items()}
     points = {name: mark[1:] for name, mark in marks.items()}
     chance = [float(np.mean(labels))] * 2
@@ -106,15 +104,9 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
         shares = _in_percent([data.get(metric, group=each, **where) for _, metric, each in lines])
         colour = COLOURS[number % len(COLOURS)]
         axes.barh(at, shares[0], height=thickness, color=colour, label=_label(in_words(arm), 60))
-        marker = MARKERS[number % len(MARKERS)]  # in the bar's colour: a rate of 0 has no bar
-        look: dict[str, Any] = {
-            "markersize": 4,
-            "markerfacecolor": colour,
-            "color": INK,
-            "elinewidth": 0.9,
-            "capsize": 2,
-        }
-        axes.errorbar(shares[0], at, xerr=_reach(shares), fmt=marker, clip_on=False, zorder=5, **look)
+        # The marker has the bar's colour: a rate of 0 has no bar.
+        look = {"markersize": 4, "markerfacecolor": colour, "color": INK, "elinewidth": 0.9, "zorder": 5}
+        _errorbars(axes, shares, at, number, clip_on=False, **look)
         for place, value, high in zip(at, shares[0], shares[2], strict=True):
             words, end = ("not judged", 0.0) if math.isnan(value) else (f"{value:.1f}", high)
             axes.text(end + 1.2, place, words, va="center_baseline", fontsize=6.5, color=INK)
@@ -158,9 +150,8 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
         axes.plot(across[nearest], up[nearest], marker="D", linestyle="none", **look)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    _frame(
-        axes, "harmless answers flagged in %, lower is better", "attack success rate in %, lower is better"
-    )
+    lower = "in %, lower is better"
+    _frame(axes, f"harmless answers flagged {lower}", f"attack success rate {lower}")
     _legend(figure, axes, "Costs and benefits of a threshold")
     return figure
 
@@ -179,10 +170,8 @@ def _image_effect(data: Pivot, judge: str) -> "Figure | None":
             found = [row for row in rows if (row["group"], row["arm"]) == (group, arm)]
             shift = 0.7 * ((number + 0.5) / len(arms) - 0.5)
             at = [variants.index(row["variant"]) + shift for row in found]
-            shares = _in_percent(found)
             look = {"color": COLOURS[number % len(COLOURS)], "label": _label(in_words(arm), 60)}
-            look |= {"fmt": MARKERS[number % len(MARKERS)]}
-            axes.errorbar(shares[0], at, xerr=_reach(shares), markersize=4.5, capsize=2, **look)
+            _errorbars(axes, _in_percent(found), at, number, markersize=4.5, **look)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(variants)), [_label(in_words(variant)) for variant in variants])
         axes.set_ylim(len(variants) - 0.5, -0.5)
@@ -226,9 +215,8 @@ def _reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
     sides = ("mean score of a bin", "share of harmful answers in it")
     figure = _square(*sides, [0, 1], lines, {}, marker="o", markersize=4)
     first = next(iter(bins))
-    low, high = share_limits(
-        np.array([each.harmful for each in bins[first]]), np.array([each.count for each in bins[first]])
-    )
+    counts = np.array([(each.harmful, each.count) for each in bins[first]])
+    low, high = share_limits(counts[:, 0], counts[:, 1])
     figure.axes[0].vlines(lines[first][0], low, high, color=COLOURS[2], linewidth=0.9)
     return figure
 
@@ -277,18 +265,19 @@ def _label(name: str, width: int = 40) -> str:
     return shorten(showable(name).replace("_", " "), width, placeholder="…") or "…"
 
 
-def _in_percent(rows: Sequence[Row | None]) -> list[list[float]]:
-    """Values, lower limits and upper limits in percent, NaN where there is none."""
-    return [
-        [math.nan if row is None or row[name] is None else 100 * row[name] for row in rows]
-        for name in ("value", "low", "high")
-    ]
+def _in_percent(rows: Sequence[Row | None]) -> NDArray[np.float64]:
+    """(3, rows): values, lower and upper limits in percent, NaN where there is none."""
+    shares = [[row and row[name] for row in rows] for name in ("value", "low", "high")]
+    return 100 * np.array(shares, dtype=np.float64)
 
 
-def _reach(shares: Sequence[Sequence[float]]) -> Any:
-    """How far the limits are from the value, as matplotlib wants them."""
-    value, low, high = (np.array(each, dtype=float) for each in shares)
-    return np.maximum(0.0, [value - low, high - value])
+def _errorbars(
+    axes: "Axes", shares: NDArray[np.float64], at: Sequence[float], number: int, **look: Any
+) -> None:
+    """Values with their limits, side by side; ``number`` gives the marker."""
+    value, low, high = shares
+    reach = np.maximum(0.0, [value - low, high - value])
+    axes.errorbar(value, at, xerr=reach, fmt=MARKERS[number % len(MARKERS)], capsize=2, **look)
 
 
 def _frame(axes: "Axes", across: str = "", up: str = "") -> None:
