@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_protector.benchmarks.fields import Found, find_image, image_field
-from mllm_protector.benchmarks.selection import (
+from mllm_protector.benchmarks.shared import (
+    Found,
     check_limit,
     check_names,
     files_digest,
+    find_image,
     font_file,
+    image_field,
     lines_digest,
-    relative,
     with_images,
 )
 from mllm_protector.errors import InputError
@@ -112,7 +113,7 @@ class MMSafetyBench:
         if self.render_missing:
             images = sorted(folder.glob("imgs/*/*/*.jpg"))
             identity["rendering"] = rendering_identity(font_file(self.font))
-            identity["pictures"] = lines_digest(relative(file, folder) for file in images)
+            identity["pictures"] = lines_digest(file.relative_to(folder).as_posix() for file in images)
         return Card(identity=identity)
 
     def _questions(self, folder: Path, layout: _Layout) -> Iterator[tuple[Question, Found]]:
