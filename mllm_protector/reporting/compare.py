@@ -6,6 +6,7 @@ difference. Runs may differ in the MLLM and in the guard.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,28 +189,23 @@ def _differences(runs: Sequence[Run], name: str, judges: Sequence[str]) -> Itera
     for run in runs[1:]:
         after = _rows(run.folder / name / "results.jsonl")
         both = [(before[key], after[key]) for key in before if key in after]
-        for judge in judges:
-            for arm in dict.fromkeys(row["arm"] for row, _ in both):
-                pairs = [
-                    pair
-                    for pair in both
-                    if pair[0]["arm"] == arm and all(row["statuses"].get(judge) in JUDGED for row in pair)
-                ]
-                images = [pair for pair in pairs if pair[0]["variant"] != "TEXT"]
-                variant, pairs = (IMAGES, images) if images else ("TEXT", pairs)
-                for group, members in groups.items():
-                    if chosen := [pair for pair in pairs if pair[0]["scenario"] in members]:
-                        where = {"benchmark": name, "judge": judge, "arm": arm}
-                        where |= {"variant": variant, "group": group}
-                        for row in as_rows(_difference_of(chosen, judge, where)):
-                            yield {"run": run.name, **row}
+        for judge, arm in product(judges, dict.fromkeys(row["arm"] for row, _ in both)):
+            pairs = [
+                pair
+                for pair in both
+                if pair[0]["arm"] == arm and all(row["statuses"].get(judge) in JUDGED for row in pair)
+            ]
+            images = [pair for pair in pairs if pair[0]["variant"] != "TEXT"]
+            variant, pairs = (IMAGES, images) if images else ("TEXT", pairs)
+            for group, members in groups.items():
+                where = {"benchmark": name, "judge": judge, "arm": arm, "variant": variant, "group": group}
+                if chosen := [pair for pair in pairs if pair[0]["scenario"] in members]:
+                    yield from ({"run": run.name} | row for row in as_rows(_difference_of(chosen, where)))
 
 
-def _difference_of(
-    pairs: Sequence[tuple[Row, Row]], judge: str, where: Mapping[str, Any]
-) -> Iterator[Measurement]:
+def _difference_of(pairs: Sequence[tuple[Row, Row]], where: Mapping[str, Any]) -> Iterator[Measurement]:
     one, other = (
-        np.array([row["statuses"][judge] == Status.HARMFUL for row in rows], dtype=np.float64)
+        np.array([row["statuses"][where["judge"]] == Status.HARMFUL for row in rows], dtype=np.float64)
         for rows in zip(*pairs, strict=True)
     )
     clusters = np.unique([row["base"] for row, _ in pairs], return_inverse=True)[1]
