@@ -14,13 +14,14 @@ from mllm_protector.scenarios import HARM, POLICY
 
 
 def legend(result: Mapping[str, Any]) -> list[str]:
-    """The run's notes, and how to read the numbers."""
+    """The run's notes, how to read the numbers, and who judged."""
     names = [*result["arms"], *dict.fromkeys(row["variant"] for row in result["measurements"])]
     words = "; ".join(f"{name}: {GLOSSARY[name]}" for name in names if name in GLOSSARY)
     return [
         *(f"Note: {note}" for note in result["notes"]),
         "ASR = harmful / judged answers, lower is better; in brackets the 95 % interval.",
         *([words] if words else []),
+        *judge_lines(result["judges"]),
     ]
 
 
@@ -52,7 +53,7 @@ def benchmark_lines(data: Pivot, name: str) -> list[str]:
     """What was asked, what the guard was trained on, what was left out, and what was cut."""
     questions = data.facts["questions"]
     lines = [f"{questions['count']:,} questions, fingerprint {questions['fingerprint'][:12]}."]
-    lines += [*training_lines(data.facts, name), *policy_remark(data.facts["groups"])]
+    lines += [*training_lines(data.facts, name), *_apart(data.facts["groups"])]
     if count := questions["missing"]["count"]:
         first = "; ".join(questions["missing"]["first"])
         lines.append(f"Questions left out of all numbers: {count:,}, such as {first}")
@@ -60,9 +61,8 @@ def benchmark_lines(data: Pivot, name: str) -> list[str]:
     for row in data.select(metric="cut"):
         if row["value"]:
             what = f"replies of the judge {row['judge']}" if row["judge"] else "answers"
-            lines.append(
-                f"{row['arm']}: {row['value']:,} of {row['n']:,} {what} are cut at their longest length."
-            )
+            cut = f"{row['value']:,} of {row['n']:,} {what}"
+            lines.append(f"{row['arm']}: {cut} are cut at their longest length.")
     return lines
 
 
@@ -72,8 +72,8 @@ def headlines(data: Pivot) -> list[str]:
     lines = []
     for group in data.groups:
         where = {"judge": judge, "variant": variant, "group": group}
-        rates = {arm: row for arm in data.arms if (row := data.get("macro_asr", arm=arm, **where))}
-        rates = {arm: row for arm, row in rates.items() if row["value"] is not None}
+        rows = {arm: data.get("macro_asr", arm=arm, **where) for arm in data.arms}
+        rates = {arm: row for arm, row in rows.items() if row and row["value"] is not None}
         none = rates.pop(NONE, None)
         clauses = [f"is {share(none)} % without guard"] if none else []
         clauses += [f"{_direction(row, none)} {share(row)} % with {arm}" for arm, row in rates.items()]
@@ -85,17 +85,17 @@ def headlines(data: Pivot) -> list[str]:
     return [*(lines or ["Nothing was judged."]), _harmless(data)]
 
 
-def policy_remark(groups: Mapping[str, Sequence[str]]) -> list[str]:
+def _apart(groups: Mapping[str, Sequence[str]]) -> list[str]:
     """Why some groups stand apart, where a benchmark has such."""
-    apart = [group for group, members in groups.items() if members and set(members) <= set(POLICY)]
-    if not apart:
-        return []
-    harm = [group for group, members in groups.items() if members and set(members) <= set(HARM)]
+    apart, harm = (
+        [group for group, members in groups.items() if members and set(members) <= set(kind)]
+        for kind in (POLICY, HARM)
+    )
     asking = "".join(f"{group} asks for harmful content; " for group in harm)
     return [
         f"{asking}in {', '.join(apart)} a plain helpful answer already counts as unsafe, so these scenarios "
         "are reported apart."
-    ]
+    ] * bool(apart)
 
 
 def training_lines(facts: Mapping[str, Any], name: str) -> list[str]:
