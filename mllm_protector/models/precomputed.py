@@ -10,11 +10,13 @@ import hashlib
 import shutil
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -29,6 +31,9 @@ from mllm_protector.models.packing import body, pretrained
 from mllm_protector.models.tuning import blocks_of
 
 FILE = "states.npy"
+
+FORMAT = 1
+"""Grows when the same rows give another file."""
 
 TOLERANCE = 1e-3
 """The largest difference of a hidden state, relative to the largest one, that counts as rounding."""
@@ -60,11 +65,11 @@ class PlacesOfStates:
         start = self._starts[_key(row)]
         return [place + (place >= self.pad_id) for place in range(start, start + len(row))]
 
-    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
-        """The hidden states (..., hidden) float32 at places (...) int64, on the same device."""
+    def look_up(self, ids: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+        """The hidden states (..., hidden) at places (...) int64, on the same device."""
         places = ids.cpu().numpy()
         places = np.minimum(places - (places > self.pad_id), len(self.states) - 1)
-        return torch.from_numpy(self.states[places]).to(ids.device)
+        return torch.from_numpy(self.states[places]).to(ids.device, dtype)
 
 
 class AtPlaces(Sequence[EncodedAnswer]):
@@ -134,7 +139,8 @@ def precompute(
                     bar.update(length)
         states.flush()
 
-    folder = cached("hidden_states", content_key(base, dtype, blocks, pad_id, whole.hexdigest()), make)
+    made_of = [base, dtype, blocks, pad_id, whole.hexdigest(), transformers.__version__, FORMAT]
+    folder = cached("hidden_states", content_key(made_of), make)
     return PlacesOfStates(np.load(folder / FILE, mmap_mode="r"), different, pad_id)
 
 
@@ -156,7 +162,7 @@ def run_upper_blocks_only(
     for block in stack[: len(stack) - blocks]:
         block.forward = _pass_on(as_tuple=issubclass(kinds[0], tuple))
     embedding: Any = pretrained(model).get_input_embeddings()
-    embedding.forward = places.look_up
+    embedding.forward = partial(places.look_up, dtype=embedding.weight.dtype)
     after = _outputs(model, [places.of(row) for row in some], places.pad_id)
     largest = max(float(one.abs().max()) for one in before)
     difference = max(float((one - other).abs().max()) for one, other in zip(before, after, strict=True))
