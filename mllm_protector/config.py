@@ -47,7 +47,7 @@ def launch(usage: str, target: str, then: str | None = None) -> None:
         then: the full name of the function that gets what ``target`` returns.
     """
     script = Path(sys.argv[0]).stem
-    given = [_quoted(each) for argument in sys.argv[1:] for each in _unfolded(argument)]
+    given = as_hydra_reads(sys.argv[1:])
     sys.argv[1:] = given
     overrides = [argument for argument in given if not argument.startswith("-")]
 
@@ -201,6 +201,11 @@ def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], li
         files += [ConfigFile(path, folder, each.package or "") for path in places if path.is_file()]
     files.sort(key=lambda file: file.path.parent != CONFIGS)
     return flat(content), files  # type: ignore[arg-type]
+
+
+def as_hydra_reads(arguments: Iterable[str]) -> list[str]:
+    """The arguments of a command line for hydra: ``data=[a,b]`` is a mixture, odd values are quoted."""
+    return [_quoted(each) for argument in arguments for each in _unfolded(argument)]
 
 
 def _unfolded(override: str) -> list[str]:
