@@ -501,3 +501,14 @@ def test_a_test_set_is_measured_whole_unless_told_otherwise(measure: Measure) ->
     assert measure(data=whole, split="auto")["answers"] == 20
     whole.test_set = True  # type: ignore[attr-defined]
     assert measure(data=whole, split="auto")["answers"] == 60
+
+
+def test_groups_can_be_the_scenarios_of_the_set(measure: Measure) -> None:
+    answers = [
+        LabelledAnswer(query=f"q {n}", answer=f"forbidden {n}", harmful=n % 2 > 0, scenario="ab"[n // 20])
+        for n in range(40)
+    ]
+    found = measure(data=Given(answers, answers[:2]), split="all", group_file="scenario")
+    assert {row["group"] for row in found["measurements"]} == {None, "a", "b"}
+    with pytest.raises(InputError, match="scenario: the data have none"):
+        measure(group_file="scenario")
