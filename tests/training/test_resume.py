@@ -7,8 +7,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from mllm_protector.data.encoding import Batch
@@ -29,11 +28,12 @@ from mllm_protector.training import resume
 from mllm_protector.training.checkpoints import Checkpoints
 from mllm_protector.training.resume import Stopped
 from mllm_protector.training.settings import CheckpointConfig
+from tests import forked
+from tests.forked import together
 from tests.training import kills, tagger
 from tests.training.kills import left_behind
 from tests.training.tagger import logged, make_model, weights
 
-REPOSITORY = Path(__file__).parents[2]
 THIRD = CheckpointConfig(every_steps=3, every_minutes=None, keep_last=2)
 AN_EPOCH, STEPS = 6, 12
 DROPOUT = 0.3
@@ -301,14 +301,21 @@ def test_a_checkpoint_is_written_when_it_is_due(tmp_path: Path, monkeypatch: pyt
     assert written == [3, 6, 9, 12]
 
 
+def stop_and_resume(folder: Path) -> None:
+    """Two processes train together, and only the second one is asked to stop."""
+    run(folder / "whole")
+    index = PartialState().process_index
+    for name, dropout in (("stopped", DROPOUT), ("plain", 0.0)):
+        loss_fn = at(5, send(signal.SIGTERM)) if index == 1 else tagger.summed_loss
+        with pytest.raises(Stopped) as stopped:
+            run(folder / name, model=make_model(dropout), loss_fn=loss_fn)
+        words = f"{stopped.value.exit_code} {stopped.value}"
+        (folder / f"stopped-{index}.txt").write_text(words)
+    run(folder / "stopped")
+
+
 def test_of_two_processes_one_signal_stops_both_after_the_same_step(tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.training.continued", "stopped", tmp_path],
-        check=True,
-        cwd=REPOSITORY,
-        timeout=120,
-    )
+    together(stop_and_resume, tmp_path)
     words = {(tmp_path / f"stopped-{rank}.txt").read_text() for rank in range(2)}
     assert words == {"143 stopped by SIGTERM after step 5; everything is saved, repeat the command to resume"}
     assert left_behind(tmp_path / "stopped") == left_behind(tmp_path / "whole")
@@ -322,53 +329,48 @@ def test_of_two_processes_one_signal_stops_both_after_the_same_step(tmp_path: Pa
     ("kills", "processes"),
     [(3, 1), pytest.param(20, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
 )
-def test_a_training_killed_at_random_times_ends_with_the_same_bits(kills: int, processes: int) -> None:
+def test_a_training_killed_at_random_times_ends_with_the_same_bits(
+    tmp_path: Path, kills: int, processes: int
+) -> None:
     arguments = ("--kills", str(kills), "--processes", str(processes))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.kills", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} of {kills} bit-identical" in done.stdout
+    ran = forked.run("tests.training.kills", *arguments, cwd=tmp_path)
+    assert ran.code == 0, ran.out + ran.err
+    assert f"{kills} of {kills} bit-identical" in ran.out
 
 
 def test_a_script_asked_to_stop_says_so_in_one_line_and_resumes_when_repeated(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "train_detector.py"), "fit.log_every=1"]
-    command += [
-        "fit.max_steps=30",
+    command = (
+        "train_detector",
         "backbone.vocab_size=600",
         "backbone.hidden_size=16",
         "backbone.layers=1",
         "backbone.heads=2",
-    ]
+        "fit.max_steps=9",
+        "fit.log_every=1",
+    )
     folder = tmp_path / "outputs" / "detector"
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and lines_of(folder / "metrics.jsonl") == 0:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGSTOP)  # so that the steps made by now can be counted
-        before = lines_of(folder / "metrics.jsonl")
-        process.terminate()
-        process.send_signal(signal.SIGCONT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143
+    started = forked.Started(forked.main, *command, cwd=tmp_path)
+    [process] = started.processes
+    while process.is_alive() and lines_of(folder / "metrics.jsonl") == 0:
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)  # so that the steps made by now can be counted
+    before = lines_of(folder / "metrics.jsonl")
+    process.terminate()
+    os.kill(process.pid, signal.SIGCONT)
+    ran = started.end()
+    assert ran.code == 143
     stopped = re.fullmatch(
         r"error: stopped by SIGTERM after step (\d+); everything is saved, repeat the command to resume\n",
-        errors,
+        ran.err,
     )
-    assert stopped, errors
+    assert stopped, ran.err
     step = int(stopped[1])
     assert checkpoints(folder) == [step]
     assert step <= before + 1
-    again = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    assert f"resuming after step {step} from outputs/detector/checkpoints" in again
+    again = forked.run(*command, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert f"resuming after step {step} from outputs/detector/checkpoints" in again.out
     assert json.loads((folder / "metrics.json").read_text())["steps"] > step
     assert not checkpoints(folder)
 
