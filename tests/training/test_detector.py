@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from mllm_protector.data.batching import pack_answers
 from mllm_protector.data.sources import Pairs, Toy
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import write_jsonl
 from mllm_protector.guard.calibration import Aim, choose_threshold, fit_scale
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.detector import HarmDetector, load_detector
@@ -23,6 +22,7 @@ from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.tuning import FullTuning, Tuning
 from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.training.losses import detector_loss
+from tests.data.builders import OPTIONS, write_rows
 from tests.models.builders import Family
 from tests.training.parts import DATA, LORA, Given, Unread, pairs
 from tests.training.parts import train_a_detector as train
@@ -87,15 +87,7 @@ def test_a_trained_detector_loads_and_scores_as_it_was_measured(
 
 def own_pairs(folder: Path) -> Pairs:
     """A user's own file."""
-    write_jsonl(folder / "mine.jsonl", map(asdict, pairs(40)))
-    return Pairs(
-        path=str(folder / "mine.jsonl"),
-        validation_fraction=0.25,
-        seed=0,
-        limit=None,
-        duplicates="keep",
-        quarantine=None,
-    )
+    return Pairs(path=write_rows(folder / "mine.jsonl", map(asdict, pairs(40))), **OPTIONS)
 
 
 def test_random_weights_trained_on_own_data_are_said_to_guard_nothing(
