@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import math
 import os
 import re
@@ -237,27 +236,6 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line_that_says_what_
             run(crashed, **change)
         assert "\n" not in str(error.value)
         assert contents(crashed) == before, change
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    crashed: Path, undisturbed: Mapping[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    name = "optimizer.safetensors"
-    flip(crashed / "checkpoints" / "step-00000006" / name)
-    seen: list[int] = []
-    with caplog.at_level(logging.INFO):
-        run(crashed, loss_fn=at(1, lambda: seen.extend(checkpoints(crashed))))
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1
-    assert f"step-00000006: damaged ({name}: not as written)" in warnings[0]
-    assert "resuming after step 3 from" in caplog.text
-    assert left_behind(crashed) == undisturbed
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_resume_never_starts_over(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
