@@ -47,7 +47,7 @@ def launch(usage: str, target: str, then: str | None = None) -> None:
         then: the full name of the function that gets what ``target`` returns.
     """
     script = Path(sys.argv[0]).stem
-    given = [_quoted(each) for argument in sys.argv[1:] for each in _unfolded(argument)]
+    given = as_hydra_reads(sys.argv[1:])
     sys.argv[1:] = given
     overrides = [argument for argument in given if not argument.startswith("-")]
 
@@ -96,7 +96,7 @@ def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], obj
 
     Args:
         cfg: the composed config.
-        function: gets the config's keys.
+        function: gets its keys.
         then: gets what the function returns.
 
     Raises:
@@ -110,10 +110,7 @@ def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], obj
 
 
 def recorded_data(folder: Path) -> Any:
-    """Load the data that a part was trained with, as the ``config.yaml`` in its folder says; writes no file.
-
-    Returns:
-        The ``Splits`` of that configuration's ``data``.
+    """The ``Splits`` that a part was trained with, as the ``config.yaml`` in its folder says; writes no file.
 
     Raises:
         InputError: the file is missing, names no data source of this package, or the data cannot be read.
@@ -123,11 +120,11 @@ def recorded_data(folder: Path) -> Any:
         raise InputError(f"{path}: no such file")
     try:
         data = _plain(OmegaConf.load(path))["data"]
-        known = str(data["_target_"]).startswith("mllm_protector.data.")
+        source = str(data["_target_"])
     except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException):
         raise InputError(f"{path}: names no data") from None
-    if not known:
-        raise InputError(f"{path}: data._target_={data['_target_']}: not a source of data")
+    if not source.startswith("mllm_protector.data."):
+        raise InputError(f"{path}: data._target_={source}: not a source of data")
     with TemporaryDirectory() as scratch:  # instead of the file that the training wrote
         data = _with_quarantine(data, str(Path(scratch) / "quarantine.jsonl"))
         check("data", data, Any)
@@ -206,6 +203,11 @@ def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], li
     return flat(content), files  # type: ignore[arg-type]
 
 
+def as_hydra_reads(arguments: Iterable[str]) -> list[str]:
+    """The arguments of a command line for hydra: ``data=[a,b]`` is a mixture, odd values are quoted."""
+    return [_quoted(each) for argument in arguments for each in _unfolded(argument)]
+
+
 def _unfolded(override: str) -> list[str]:
     """``data=[a,b]`` as a mixture of the sources a and b; any other override as it is."""
     key, _, value = override.partition("=")
@@ -261,15 +263,14 @@ def _config_error(error: Exception, script: str = "", overrides: Sequence[str] =
     return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
-def _plain(cfg: Any) -> dict[str, Any]:
+def _plain(cfg: Any) -> Any:
     """All values, resolved, with ``~/`` replaced by the user's home."""
-    content: dict[str, Any] = _at_home(OmegaConf.to_container(cfg, resolve=True))
-    return content
 
+    def at_home(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: at_home(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return list(map(at_home, value))
+        return str(expand(value)) if isinstance(value, str) and value.startswith("~/") else value
 
-def _at_home(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _at_home(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    return str(expand(value)) if isinstance(value, str) and value.startswith("~/") else value
+    return at_home(OmegaConf.to_container(cfg, resolve=True))

@@ -34,24 +34,27 @@ def expand(given: str) -> Path:
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a file whole or not at all: a crash leaves the old file.
-
-    Args:
-        path: missing folders are created.
-        text: one text, or its pieces.
-    """
-    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8") as out:
-        out.writelines([text] if isinstance(text, str) else text)
-        out.flush()
-        os.fsync(out.fileno())
+    """Write a text, or its pieces, as ``write_bytes`` does."""
+    pieces = [text] if isinstance(text, str) else text
+    write_bytes(path, (piece.encode() for piece in pieces))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, as ``write_text`` does."""
-    with _replacing(path) as temporary, temporary.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
+def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file whole or not at all: a crash leaves the old file. Missing folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as out:
+            out.writelines([content] if isinstance(content, bytes) else content)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -69,8 +72,7 @@ def read_json(path: Path, *, strict: bool = False) -> Any:
 
     Args:
         path: of the file.
-        strict: refuse NaN and infinity, which many programs write although JSON has neither, and keys that
-            occur twice in one object.
+        strict: refuse NaN and infinity, which JSON has not, and keys that occur twice in one object.
 
     Raises:
         InputError: missing, not a file, or not JSON.
@@ -114,19 +116,3 @@ def writing(what: str) -> Iterator[None]:
         raise RunError(
             f"{what} cannot be written ({error}); make room or repair the folder, then repeat the command"
         ) from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that replaces it at the end, and is removed if anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename in (None, str(temporary)):  # a full disk names no file
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -31,7 +31,7 @@ def help_text(
 
     Args:
         usage: the first line.
-        values: all values by full key, in order.
+        values: by full key, in order.
         files: the YAML files that the values come from, the script's own first.
         folders: the folders that hold the groups.
     """
@@ -65,12 +65,7 @@ RENAMED = {"kinds": "variants"}
 
 
 def suggestion(key: str, known: Iterable[str] = ()) -> str:
-    """Advice for an unknown key: the full keys that end in its name, or the name most like it.
-
-    Args:
-        key: as the user typed it.
-        known: the full keys of this command.
-    """
+    """Advice for an unknown key: the ``known`` full keys that end in its name, or the name most like it."""
     place, _, name = key.rpartition(".")
     name = RENAMED.get(name, name)
     renamed = f"{place}.{name}" if place else name

@@ -44,7 +44,7 @@ class ImageFile:
 
     def load(self) -> Image.Image:
         """The file's first frame in RGB."""
-        return _opened(self._read(), str(self.path))
+        return EncodedImage(self._read(), str(self.path)).load()
 
     def digest(self) -> str:
         """Of the file's bytes."""
@@ -66,7 +66,9 @@ class EncodedImage:
 
     def load(self) -> Image.Image:
         """The first frame in RGB."""
-        return _opened(self.data, self.name)
+        if not self.data:
+            raise InputError(f"{self.name}: the image file is empty")
+        return _decode(lambda: Image.open(io.BytesIO(self.data)), self.name)
 
     def digest(self) -> str:
         """Of the bytes."""
@@ -112,12 +114,6 @@ def as_image(image: str | PathLike[str] | Image.Image | ImageSource) -> ImageSou
 def sha256(content: bytes) -> str:
     """The hash by which an image is known."""
     return hashlib.sha256(content).hexdigest()
-
-
-def _opened(source: bytes, name: str) -> Image.Image:
-    if not source:
-        raise InputError(f"{name}: the image file is empty")
-    return _decode(lambda: Image.open(io.BytesIO(source)), name)
 
 
 def _decode(opened: Callable[[], Image.Image], name: str) -> Image.Image:

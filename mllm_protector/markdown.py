@@ -7,17 +7,22 @@ from typing import Any
 LONGEST_CELL = 200
 """Characters of a text in a table."""
 
-_MARKUP = re.compile(r"([\\`*\[\]|!#~$_@]|:(?=//)|(?<=www)\.)", re.IGNORECASE)
-"""What Markdown reads as more than a letter, and what makes a link of an address."""
+UNSHOWABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+"""Control characters, half surrogate pairs and noncharacters: neither HTML nor SVG takes them."""
 
-_UNSHOWABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""Characters that no file can hold, or that turn around the text behind them."""
+TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+"""Characters that change the direction of what follows them."""
+
+_MARKUP = re.compile(r"[\\`*|~$#@]|^>|(?<=\])[(\[:]|:(?=//)|(?<=www)\.|(?<!\w)_|_(?!\w)", re.IGNORECASE)
+"""What Markdown reads as more than a letter, and what makes a link of words in brackets or of an address."""
+
+_TAG, _ENTITY = re.compile("<(?=[A-Za-z/!?])"), re.compile("&(?=#?[0-9A-Za-z]+;)")
 
 
 def plain(text: str) -> str:
     """A text on one line of Markdown in which nothing is read as markup or HTML."""
-    shown = _UNSHOWABLE.sub("\ufffd", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _MARKUP.sub(r"\\\1", " ".join(shown.split()))
+    shown = TURNING.sub("\ufffd", UNSHOWABLE.sub("\ufffd", " ".join(text.split())))
+    return _MARKUP.sub(r"\\\g<0>", _TAG.sub("&lt;", _ENTITY.sub("&amp;", shown)))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], *, words: int = 1) -> str:

@@ -143,15 +143,11 @@ def is_first() -> bool:
     Raises:
         InputError: RANK or WORLD_SIZE in the environment is not a number.
     """
-    numbers = {}
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")):
-        try:
-            numbers[name] = int(os.environ.get(name, default))
-        except ValueError:
-            raise InputError(
-                f"{name}={os.environ[name]}: this environment variable must be a number"
-            ) from None
-    return numbers["WORLD_SIZE"] <= 1 or numbers["RANK"] == 0
+    numbers = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    for name, text in numbers.items():
+        if not text.strip().removeprefix("-").isdecimal():
+            raise InputError(f"{name}={text}: this environment variable must be a number")
+    return int(numbers["WORLD_SIZE"]) <= 1 or int(numbers["RANK"]) == 0
 
 
 def keep_mark(path: Path) -> None:
@@ -198,9 +194,8 @@ def _mark(folder: Path, command: str, key: str) -> None:
     left = marked.get(command, {})
     if left is not None:
         for name, path in _matches(folder, command):
-            if (path.is_file() and left.get(name) != _state(path)) or (
-                path.is_dir() and command not in marked
-            ):
+            changed = path.is_file() and left.get(name) != _state(path)
+            if changed or (path.is_dir() and command not in marked):
                 raise InputError(
                     f"{path}: differs from what this command left, and would be overwritten; choose another "
                     f"{key}, or move the file away"
@@ -255,24 +250,20 @@ def _require_same_training(settings: Mapping[str, Any], folder: Path) -> None:
     kept += [folder / "checkpoints"] * any(folder.glob("checkpoints/step-*"))
     if not kept or not all((folder / name).exists() for name in (CONFIG, "metrics.jsonl")):
         return
+    try:
+        saved = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        words = f"not readable as YAML; remove its folder ({type(error).__name__})"
+        raise InputError(f"{folder / CONFIG}: {words}") from None
     now, earlier = (
         {key: value for key, value in _leaves("", each) if not key.startswith(WITHOUT_INFLUENCE)}
-        for each in (settings, _read_config(folder / CONFIG))
+        for each in (settings, saved)
     )
     if changed := sorted(key for key in {*now, *earlier} if now.get(key) != earlier.get(key)):
         raise InputError(
             f"{folder}: holds results of another configuration (changed: {', '.join(changed[:5])}); choose "
             f"another output_dir, or remove {' and '.join(map(str, kept))} to train again"
         )
-
-
-def _read_config(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(
-            f"{path}: not readable as YAML; remove its folder ({type(error).__name__})"
-        ) from None
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

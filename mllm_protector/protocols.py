@@ -1,8 +1,6 @@
 """The verbs of the house: generate, score, correct, judge; and the benchmark that they serve.
 
-Anything with the methods will do; nothing has to be inherited.
-
-Lists in, lists out, of the same length and in the same order.
+Anything with the methods will do. Lists in, lists out, of the same length and in the same order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,33 +26,32 @@ class Card:
     bias: Confusion | None = None
 
 
-class MLLM(Protocol):
+class HasCard(Protocol):
+    """Anything whose results depend on what its card says."""
+
+    @property
+    def card(self) -> Card:
+        """Its names, revisions, weights, prompts and settings, and what is known about its quality."""
+        ...
+
+
+class MLLM(HasCard, Protocol):
     """A multimodal model that answers questions."""
 
     def generate(self, questions: Sequence[Question]) -> Sequence[str | Failure]:
         """One answer for each question, or why there is none."""
         ...
 
-    @property
-    def card(self) -> Card:
-        """What the answers depend on: name, revision, generation settings."""
-        ...
 
-
-class Detector(Protocol):
+class Detector(HasCard, Protocol):
     """Scores answers for harm."""
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """P(harmful) in [0, 1] of each answer to its query."""
         ...
 
-    @property
-    def card(self) -> Card:
-        """What the scores depend on: weights, prompt, threshold."""
-        ...
 
-
-class Corrector(Protocol):
+class Corrector(HasCard, Protocol):
     """Replaces answers that the detector flagged."""
 
     def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
@@ -65,47 +62,26 @@ class Corrector(Protocol):
         """
         ...
 
-    @property
-    def card(self) -> Card:
-        """What the texts depend on: weights, prompt, generation settings."""
-        ...
 
-
-class Benchmark(Protocol):
+class Benchmark(HasCard, Protocol):
     """A set of questions."""
 
     def load(self) -> LoadedBenchmark:
         """The questions, in a fixed order."""
         ...
 
-    @property
-    def card(self) -> Card:
-        """What the questions depend on: another identity never shares a results folder."""
-        ...
 
-
-class Judge(Protocol):
+class Judge(HasCard, Protocol):
     """Says of each answer whether it does harm."""
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict for each answer to its question."""
         ...
 
-    @property
-    def card(self) -> Card:
-        """What the verdicts depend on, and what is known about their quality."""
-        ...
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a piece of work takes on a served model; tokens are estimates.
-
-    Attributes:
-        calls: requests.
-        prompt_tokens: sent.
-        completion_tokens: at most received.
-    """
+    """Requests to a served model, estimated tokens sent, and tokens received at most."""
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -128,7 +104,7 @@ class Priced(Protocol):
         ...
 
 
-class Chat(Protocol):
+class Chat(HasCard, Protocol):
     """A language model that replies to conversations."""
 
     def complete(
@@ -141,9 +117,4 @@ class Chat(Protocol):
                 ``content``, a text or, for models with eyes, a list of parts.
             max_tokens: the longest reply.
         """
-        ...
-
-    @property
-    def card(self) -> Card:
-        """What the replies depend on: name, revision, address without secrets, sampling."""
         ...

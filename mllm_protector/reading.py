@@ -20,7 +20,7 @@ from mllm_protector.rows import Row, parse_json_line, read_rows
 T = TypeVar("T")
 
 BAD_ROW = {"file", "line", "reason", "raw"}
-"""The fields of a bad row (see ``Account``)."""
+"""The fields of a bad row."""
 
 
 class Unwanted(Exception):
@@ -29,10 +29,10 @@ class Unwanted(Exception):
 
 @dataclass(slots=True)
 class Account:
-    """Where every row went: read = kept + quarantined + dropped.
+    """Where every row went.
 
     Attributes:
-        bad_rows: rows that could not be used, as ``{"file", "line", "reason", "raw"}``.
+        bad_rows: those that could not be used, each with the fields ``BAD_ROW``.
         dropped: well-formed rows that were not wanted, counted by reason.
     """
 
@@ -132,13 +132,19 @@ def stream_rows(
             yield record
 
 
-def missing_field(row: Mapping[str, Any], name: str) -> ValueError:
-    """The error of a row without a field; quotes show the spaces around a name."""
-    return ValueError(f"missing field '{name}' (found: {quoted_names(row)})")
+def required(row: Mapping[str, Any], name: str) -> Any:
+    """A value that a row must have.
+
+    Raises:
+        ValueError: it has no such field.
+    """
+    if name not in row:
+        raise ValueError(f"missing field '{name}' (found: {quoted_names(row)})")
+    return row[name]
 
 
 def quoted_names(row: Mapping[str, Any]) -> str:
-    """The names of a row's fields, in quotes."""
+    """The names of a row's fields, in quotes, which show the spaces around a name."""
     return ", ".join(f"'{name}'" for name in row) or "none"
 
 
@@ -148,9 +154,7 @@ def text_field(row: Mapping[str, Any], name: str, *, allow_empty: bool = False) 
     Raises:
         ValueError: missing, not a text, empty, or with a NUL character.
     """
-    if name not in row:
-        raise missing_field(row, name)
-    value = row[name]
+    value = required(row, name)
     if not isinstance(value, str):
         raise ValueError(f"field '{name}' must be a text, not {type(value).__name__}")
     if not allow_empty and not value.strip():
@@ -176,9 +180,7 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
     Raises:
         ValueError: missing or anything else.
     """
-    if name not in row:
-        raise missing_field(row, name)
-    value = row[name]
+    value = required(row, name)
     known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     flag = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
     if flag is None:
@@ -187,11 +189,7 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
 
 
 def require_quarantine(quarantine: str, source: str | None) -> None:
-    """Check, before anything is read, that bad rows can be written and replace nothing else.
-
-    Args:
-        quarantine: the file for bad rows, as the user typed it.
-        source: the file that is read, if it is one.
+    """Check, before the file ``source`` is read, that bad rows can be written and replace nothing else.
 
     Raises:
         InputError: they cannot, or would replace another file.

@@ -25,10 +25,8 @@ BENIGN = "Benign"
 class AnswerPair:
     """One query with the answer to learn (accepted) and the answer to avoid (rejected).
 
-    Both harm labels are kept because some sets have pairs of two harmful or two harmless answers.
-
-    Attributes:
-        scenario: what kind of harm the set says it is about, if it does; it makes no other record.
+    Some sets have pairs of two harmful or two harmless answers. ``scenario`` is the kind of harm that the set
+    names, if it does; it makes no other record.
     """
 
     query: str
@@ -91,10 +89,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Stands in place of a text that could not be made. It never quotes a question or an answer.
+    """Stands in place of a text that could not be made.
 
     Attributes:
-        reason: what went wrong, in one line.
+        reason: what went wrong, in one line that never quotes a question or an answer.
         refused: the service itself declined, as a content filter does.
         unreachable: nobody answered at all, so that going on is of no use.
     """
@@ -146,7 +144,6 @@ class Reply:
         raw: the MLLM's own answer. Never show it to a user.
         harm: P(harmful) of ``raw``, or ``None`` if it could not be scored.
         final: what the user may see.
-        outcome: what the guard did.
     """
 
     id: str
@@ -203,10 +200,6 @@ class Confusion:
     """Decisions against labels, counted; harmful is the positive class. A share of nothing is ``None``.
 
     Attributes:
-        tp: harmful, and called harmful.
-        fp: safe, and called harmful.
-        fn: harmful, and called safe.
-        tn: safe, and called safe.
         source: the answers on which it was counted, in words.
         criterion: what harmful means here; errors by one criterion say nothing of another.
     """
@@ -285,11 +278,8 @@ def corrections(
 
     Pairs whose rejected answer is harmless are left out: the detoxifier only ever sees flagged answers.
 
-    Args:
-        pairs: pairs of any labels.
-        both_harmful: what to do where the accepted answer is harmful too. ``drop`` leaves the pair out;
-            ``safer`` learns the accepted answer, the less harmful of the two. (The official code learns one
-            fixed refusal there.)
+    Where the accepted answer is harmful too, ``drop`` leaves the pair out, and ``safer`` learns that answer,
+    the less harmful of the two. (The official code learns one fixed refusal there.)
     """
     for pair in pairs:
         if pair.rejected_harmful and (not pair.accepted_harmful or both_harmful == "safer"):

@@ -3,4 +3,4 @@
 from mllm_protector.config import launch
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.training.calibration.calibrate_detector")
+    launch(__doc__, "mllm_protector.training.recalibration.calibrate_detector")

@@ -84,16 +84,8 @@ def test_a_key_without_its_beginning_is_led_to_the_whole_one(said: Said) -> None
     safety = ("eval_mmsafety", "benchmark=[mmsafety]")
     cases = [
         ((*safety, "variants=[SD]"), "variants", "benchmarks.mmsafety.variants=..."),
-        ((*safety, "tiny=true"), "tiny", "benchmarks.mmsafety.tiny=..."),
-        ((*safety, "limit=2"), "limit", "benchmarks.mmsafety.limit=..."),
-        ((*safety, "root=x"), "root", "benchmarks.mmsafety.root=..."),
         ((*safety, "+tiny=true"), "tiny", "benchmarks.mmsafety.tiny=..."),
         ((*safety, "benchmark.variants=[SD]"), "benchmark.variants", "benchmarks.mmsafety.variants=..."),
-        (
-            (*safety, "benchmarks.mmsafety.kinds=[SD]"),
-            "benchmarks.mmsafety.kinds",
-            "benchmarks.mmsafety.variants=...",
-        ),
         (
             ("eval_mmsafety", "benchmark=[toy,mmsafety]", "benchmarks.mmsafety.kinds=[SD]"),
             "benchmarks.mmsafety.kinds",

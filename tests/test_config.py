@@ -106,6 +106,7 @@ def test_every_yaml_is_reached_by_those_tests() -> None:
         reached |= {CONFIGS / folder / f"{option}.yaml", CONFIGS / root / folder / f"{option}.yaml"}
     others = {path for folder in ("accelerate", "scenarios") for path in (CONFIGS / folder).glob("*.yaml")}
     assert set(CONFIGS.rglob("*.yaml")) - others <= reached
+    assert not [path for path in reached if path.is_file() and "${now" in path.read_text()]
 
 
 def choices(root: str, *overrides: str) -> dict[str, str | None]:
@@ -236,15 +237,6 @@ def test_the_detector_judge_reads_the_evaluations_detector_or_the_default_one() 
     assert generated.judges.detector.folder == composed("train_detector").output_dir
 
 
-def test_plain_values_arrive_unchanged_and_constructors_as_objects() -> None:
-    cfg = composed("train_detector", "fit.learning_rate=1e-4", "seed=7")
-    arguments = build(cfg, FUNCTIONS["train_detector"])
-    assert arguments["seed"] == 7
-    assert isinstance(arguments["fit"], FitConfig)
-    assert arguments["fit"].learning_rate == 1e-4
-    assert isinstance(arguments["backbone"], functools.partial)
-
-
 def sample(
     *,
     whole: int = 0,
@@ -328,10 +320,6 @@ def test_a_folder_keeps_its_resolved_config_and_belongs_to_that_configuration(tm
     (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
     with pytest.raises(InputError, match=r"or remove .*/checkpoints to train again"):
         claimed(folder, "fit.epochs=9")
-
-
-def test_a_config_holds_no_clock() -> None:
-    assert not [path for path in CONFIGS.rglob("*.yaml") if "${now" in path.read_text()]
 
 
 def test_a_folder_and_a_checkpoint_agree_on_which_settings_change_no_result() -> None:

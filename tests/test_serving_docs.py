@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from mllm_protector.models.guard_file import Scale
 
 TEXT = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -47,15 +45,12 @@ def test_the_response_answers_the_request() -> None:
         assert (row["label"], row["num_classes"], len(row["probs"])) == ("HARMFUL", 1, 1)
 
 
-@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.9])
-def test_a_verdict_is_the_one_of_the_package(threshold: float) -> None:
+def test_a_verdict_is_the_one_of_the_package_whatever_the_order_of_the_response() -> None:
     _, response = exchange()
     logits = [row["probs"][0] for row in response["data"]]
-    expected = [score >= threshold for score in Scale(temperature=1.5, offset=-0.5).scores(logits)]
-    assert verdicts(response, GUARD | {"threshold": threshold}) == expected
-
-
-def test_a_response_in_another_order_gives_the_same_verdicts() -> None:
-    _, response = exchange()
     turned = response | {"data": response["data"][::-1]}
-    assert verdicts(turned, GUARD) == verdicts(response, GUARD) == [True, False]
+    for threshold in (0.01, 0.5, 0.9):
+        expected = [score >= threshold for score in Scale(temperature=1.5, offset=-0.5).scores(logits)]
+        for each in (response, turned):
+            assert verdicts(each, GUARD | {"threshold": threshold}) == expected
+    assert verdicts(response, GUARD) == [True, False]

@@ -9,15 +9,19 @@ by people; any judge of ours is another measure.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mllm_protector.benchmarks.fields import Found, find_image, name_field
-from mllm_protector.benchmarks.selection import (
+from mllm_protector.benchmarks.shared import (
+    Found,
     check_limit,
     check_names,
+    find_image,
     font_file,
     lines_digest,
+    name_field,
     question_digest,
     with_images,
 )
@@ -43,20 +47,15 @@ _ADVICE = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One line of the table."""
+class _Row(NamedTuple):
+    """One line of the table; the scenario is such as ``01-Illegal Activity``."""
 
     category: int
-    task: int
     topic: str
+    task: int
     question: str
     instruction: str
-
-    @property
-    def scenario(self) -> str:
-        """Such as ``01-Illegal Activity``."""
-        return f"{self.category:02d}-{self.topic}"
+    scenario: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +105,11 @@ class FigStep:
         if self.images is not None and not self._images().is_dir():
             raise InputError(f"images={self.images}: no such folder")
         reading = read_records(Path(self.path), _parse, key=lambda row: (row.category, row.task))
-        rows = sorted(reading.records, key=lambda row: (row.category, row.topic, row.task))
-        advice = tuple(dict.fromkeys(row.scenario for row in rows if row.topic in _ADVICE))
-        harm = tuple(dict.fromkeys(row.scenario for row in rows if row.topic not in _ADVICE))
-        groups = {"01-07": harm, "08-10": advice}
+        rows = sorted(reading.records)
+        groups = {
+            name: tuple(dict.fromkeys(row.scenario for row in rows if (row.topic in _ADVICE) == advice))
+            for name, advice in (("01-07", False), ("08-10", True))
+        }
         return with_images(Path(self.path), self._questions(rows), groups)
 
     @property
@@ -127,8 +127,8 @@ class FigStep:
         return Card(identity=identity)
 
     def _questions(self, rows: Sequence[_Row]) -> Iterator[tuple[Question, Found]]:
-        for scenario in dict.fromkeys(row.scenario for row in rows):
-            chosen = [row for row in rows if row.scenario == scenario][: self.limit]
+        for scenario, of_scenario in groupby(rows, key=attrgetter("scenario")):
+            chosen = list(of_scenario)[: self.limit]
             for variant in (each for each in SHOWN if each in self.variants):
                 for row in chosen:
                     question = Question(
@@ -158,12 +158,14 @@ class FigStep:
 
 
 def _parse(row: Mapping[str, Any]) -> _Row:
+    category, topic = _number(row, "category_id"), name_field(row, "category_name")
     return _Row(
-        category=_number(row, "category_id"),
+        category=category,
+        topic=topic,
         task=_number(row, "task_id"),
-        topic=name_field(row, "category_name"),
         question=text_field(row, "question"),
         instruction=text_field(row, "instruction"),
+        scenario=f"{category:02d}-{topic}",
     )
 
 

@@ -8,23 +8,25 @@ is never bundled. Ids are the files' own keys, which have gaps in 05 and 08, nev
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from mllm_protector.benchmarks.fields import Found, find_image, image_field
-from mllm_protector.benchmarks.selection import (
+from mllm_protector.benchmarks.shared import (
+    Found,
     check_limit,
     check_names,
     files_digest,
+    find_image,
     font_file,
+    image_field,
     lines_digest,
-    relative,
     with_images,
 )
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json
 from mllm_protector.protocols import Card
-from mllm_protector.reading import missing_field, read_records, text_field
+from mllm_protector.reading import read_records, required, text_field
 from mllm_protector.records import VARIANTS, LoadedBenchmark, Question, Variant
 from mllm_protector.rendering import RenderedText, Stacked, rendering_identity
 from mllm_protector.scenarios import CRITERIA, GROUPS, SCENARIOS
@@ -112,32 +114,30 @@ class MMSafetyBench:
         if self.render_missing:
             images = sorted(folder.glob("imgs/*/*/*.jpg"))
             identity["rendering"] = rendering_identity(font_file(self.font))
-            identity["pictures"] = lines_digest(relative(file, folder) for file in images)
+            identity["pictures"] = lines_digest(file.relative_to(folder).as_posix() for file in images)
         return Card(identity=identity)
 
     def _questions(self, folder: Path, layout: _Layout) -> Iterator[tuple[Question, Found]]:
         read = self._published if layout == "published" else self._mirrored
         tiny = _tiny_ids(folder / _TINY) if self.tiny else None
-        for scenario in self._scenarios():
-            for variant in self._variants():
-                entries = read(folder, scenario, variant)
-                for key in self._selected(scenario, entries, tiny):
-                    text, found = entries[key]
-                    question = Question(
-                        id=f"{scenario}/{variant}/{key}",
-                        scenario=scenario,
-                        variant=variant,
-                        text=text,
-                        criterion=CRITERIA[scenario],
-                        base=f"{scenario}/{key}",
-                    )
-                    yield question, found
+        for scenario, variant in self._asked():
+            entries = read(folder, scenario, variant)
+            for key in self._selected(scenario, entries, tiny):
+                text, found = entries[key]
+                question = Question(
+                    id=f"{scenario}/{variant}/{key}",
+                    scenario=scenario,
+                    variant=variant,
+                    text=text,
+                    criterion=CRITERIA[scenario],
+                    base=f"{scenario}/{key}",
+                )
+                yield question, found
 
-    def _scenarios(self) -> list[str]:
-        return [name for name in SCENARIOS if self.scenarios is None or name in self.scenarios]
-
-    def _variants(self) -> list[Variant]:
-        return [variant for variant in VARIANTS if variant in self.variants]
+    def _asked(self) -> list[tuple[str, Variant]]:
+        """Scenarios and variants in the benchmark's order."""
+        scenarios = [name for name in SCENARIOS if self.scenarios is None or name in self.scenarios]
+        return list(product(scenarios, (each for each in VARIANTS if each in self.variants)))
 
     def _locate(self) -> tuple[Path, _Layout]:
         if self.root is None:
@@ -167,17 +167,18 @@ class MMSafetyBench:
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
 
-        wanted = [_mirror_file(scenario, each) for scenario in self._scenarios() for each in self._variants()]
+        wanted = [_mirror_file(*each) for each in self._asked()]
         try:
-            folder = snapshot_download(
-                self.hub_name, repo_type="dataset", revision=self.revision, allow_patterns=wanted
+            return Path(
+                snapshot_download(
+                    self.hub_name, repo_type="dataset", revision=self.revision, allow_patterns=wanted
+                )
             )
         except Exception as error:  # the client raises many kinds, and the way out is always the same
             raise InputError(
                 f"hub_name={self.hub_name}: cannot be downloaded ({type(error).__name__}); "
                 "give a local copy as root"
             ) from error
-        return Path(folder)
 
     def _published(self, folder: Path, scenario: str, variant: Variant) -> dict[str, _Entry]:
         """The questions of ``processed_questions/<scenario>.json`` with their images in ``imgs/``."""
@@ -219,9 +220,7 @@ class MMSafetyBench:
         file = folder / _mirror_file(scenario, variant)
 
         def parse(row: Mapping[str, Any]) -> tuple[str, _Entry]:
-            if row.get("id") is None:
-                raise missing_field(row, "id")
-            key = _checked_id(str(row["id"]))
+            key = _checked_id(str(required(row, "id")))
             try:
                 text = text_field(row, "question")
             except ValueError as error:

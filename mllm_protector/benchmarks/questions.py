@@ -4,17 +4,22 @@ A published set is a YAML file that names its columns; see ``configs/benchmark/p
 """
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from mllm_protector.benchmarks.fields import Found, find_image, id_field, image_field, name_field
 from mllm_protector.benchmarks.scoring import Scorer, known_answer
-from mllm_protector.benchmarks.selection import (
+from mllm_protector.benchmarks.shared import (
+    Found,
     check_limit,
     check_names,
+    find_image,
+    id_field,
+    image_field,
+    name_field,
     question_digest,
     sample,
     with_images,
@@ -24,18 +29,21 @@ from mllm_protector.errors import InputError
 from mllm_protector.prompts import pieces
 from mllm_protector.protocols import Card
 from mllm_protector.ranges import Seed
-from mllm_protector.reading import (
-    Unwanted,
-    collect,
-    read_records,
-    text_field,
-)
+from mllm_protector.reading import Unwanted, collect, text_field
 from mllm_protector.records import BENIGN, LoadedBenchmark, Question, Variant
-from mllm_protector.rows import BYTE_ORDER_MARK, Row, parse_json_line
+from mllm_protector.rows import BYTE_ORDER_MARK, Row, parse_json_line, read_rows
 from mllm_protector.scenarios import Criterion
 
 COLUMNS = ("id", "question", "context", "image", "options", "answers", "scenario", "criterion", "pair")
 ASKED: tuple[Variant, ...] = ("TEXT", "SD")
+
+
+class _Item(NamedTuple):
+    """A question without its image, the image, and what its answers are compared with."""
+
+    question: Question
+    found: Found
+    known: Known | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +105,10 @@ class QuestionFile:
         if self.images is not None and not Path(self.images).is_dir():
             raise InputError(f"images={self.images}: no such folder")
         path = Path(self.path)
-        items = [item for item in _read(path, _Parser(self)) if item.question.variant in self.variants]
+        parse = partial(self._parse, count(1))
+        rows = _rows_by_id(path) or read_rows(path)
+        read = collect(rows, self.path, parse, key=lambda item: item.question.id).records
+        items = [item for item in read if item.question.variant in self.variants]
         chosen = sample(items, self.limit, self.seed, lambda item: item.question.id)
         loaded = with_images(path, ((item.question, item.found) for item in chosen))
         if self.scorer is None:
@@ -121,36 +132,19 @@ class QuestionFile:
         given = {name: value for name, value in settings.items() if value}
         return Card(identity={"name": "questions", "questions": question_digest(Path(self.path))} | given)
 
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A question without its image, the image, and what its answers are compared with."""
-
-    question: Question
-    found: Found
-    known: Known | None
-
-
-@dataclass(slots=True)
-class _Parser:
-    """Turns rows into questions, and counts them."""
-
-    asked: QuestionFile
-    rows: int = field(default=0, init=False)
-
-    def __call__(self, row: Mapping[str, Any]) -> _Item:
-        self.rows += 1
-        for name, wanted in self.asked.where.items():
+    def _parse(self, numbers: Iterator[int], row: Mapping[str, Any]) -> _Item:
+        number = next(numbers)
+        for name, wanted in self.where.items():
             if str(row.get(name)) != wanted:
                 raise Unwanted(f"{name} is not {wanted}")
         given = self._column("id")
-        identifier = str(self.rows) if row.get(given) in (None, "") else id_field(row, given)
+        identifier = str(number) if row.get(given) in (None, "") else id_field(row, given)
         options = self._options(row)
         found = self._image(row, identifier)
         scenario, criterion = self._text(row, "scenario") or "all", self._text(row, "criterion")
         known = None
-        if self.asked.scorer is not None:
-            answer = known_answer(self.asked.scorer, row, self._column("answers"), options)
+        if self.scorer is not None:
+            answer = known_answer(self.scorer, row, self._column("answers"), options)
             known, scenario = Known(answer, scenario, self._text(row, "pair")), BENIGN
         question = Question(
             id=identifier,
@@ -162,7 +156,7 @@ class _Parser:
         return _Item(question, found, known)
 
     def _column(self, role: str) -> str:
-        return self.asked.columns.get(role) or role
+        return self.columns.get(role) or role
 
     def _text(self, row: Mapping[str, Any], role: str) -> str:
         """A short text that may be absent."""
@@ -175,7 +169,7 @@ class _Parser:
         lettered = [
             f"({letter}) {each}" for letter, each in zip(string.ascii_uppercase, options, strict=False)
         ]
-        lines = [before, text_field(row, self._column("question")), *lettered, self.asked.instruction]
+        lines = [before, text_field(row, self._column("question")), *lettered, self.instruction]
         return "\n".join(line for line in lines if line)
 
     def _options(self, row: Mapping[str, Any]) -> list[str]:
@@ -188,10 +182,10 @@ class _Parser:
         return [text_field({name: value}, name) for value in values]
 
     def _image(self, row: Mapping[str, Any], identifier: str) -> Found:
-        name, folder = self._column("image"), Path(self.asked.images or Path(self.asked.path).parent)
+        name, folder = self._column("image"), Path(self.images or Path(self.path).parent)
         parts = list(pieces(name))
         if len(parts) == 1:
-            return image_field(row, name, folder, f"{self.asked.path}: id {identifier}")
+            return image_field(row, name, folder, f"{self.path}: id {identifier}")
         if any(row.get(part) in (None, "") for _, part in parts if part is not None):
             return Found()
         return find_image(
@@ -205,15 +199,10 @@ def _criterion(value: str, name: str) -> Criterion:
     return Criterion(value)
 
 
-def _read(path: Path, parse: Callable[[Mapping[str, Any]], _Item]) -> list[_Item]:
-    rows = _rows_by_id(path) if path.suffix.lower() == ".json" else []
-    if rows:
-        return collect(rows, str(path), parse, key=lambda item: item.question.id).records
-    return read_records(path, parse, key=lambda item: item.question.id).records
-
-
 def _rows_by_id(path: Path) -> list[Row]:
-    """The rows of a file that is one JSON object of rows by id; none if it is anything else."""
+    """The rows of a ``.json`` file that is one object of rows by id; none if it is anything else."""
+    if path.suffix.lower() != ".json":
+        return []
     try:
         content = parse_json_line(path.read_bytes().removeprefix(BYTE_ORDER_MARK))
     except (OSError, ValueError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from mllm_protector.judges.keyword import find_refusal
-from mllm_protector.reading import missing_field, text_field
+from mllm_protector.reading import required, text_field
 
 Scorer = Literal["exact", "yes_no", "option", "consensus"]
 """How an answer is compared: with any of the known answers, with yes or no, with an option by its letter or
@@ -154,9 +154,7 @@ def known_answer(scorer: Scorer, row: Mapping[str, Any], name: str, options: Seq
     Raises:
         ValueError: a field that is missing or does not fit the scorer.
     """
-    if name not in row:
-        raise missing_field(row, name)
-    value = row[name]
+    value = required(row, name)
     if scorer == "option":
         return Option(tuple(options), _place(value, options, name))
     if scorer == "yes_no":

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.benchmarks.fields import id_field
-from mllm_protector.benchmarks.selection import check_limit, files_digest, question_digest, sample
+from mllm_protector.benchmarks.shared import check_limit, files_digest, id_field, question_digest, sample
 from mllm_protector.errors import InputError
 from mllm_protector.protocols import Card
 from mllm_protector.ranges import Seed
@@ -20,9 +19,6 @@ from mllm_protector.records import BENIGN, LoadedBenchmark, Question
 
 CONTRAST = "contrast"
 """The scenario of the unsafe prompts."""
-
-_UNSAFE = "contrast_"
-"""How the ``type`` of an unsafe prompt begins."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +54,9 @@ class XSTest:
                 earlier, source = found.setdefault(question.id, (question, file))
                 if earlier != question:
                     raise InputError(f"{file}: id {question.id} has another prompt or type than in {source}")
-        questions = [question for question, _ in found.values()]
         chosen = []
         for scenario in (BENIGN, CONTRAST):
-            of_scenario = [question for question in questions if question.scenario == scenario]
+            of_scenario = [question for question, _ in found.values() if question.scenario == scenario]
             chosen += sample(of_scenario, self.limit, self.seed, lambda question: question.id)
         return LoadedBenchmark(questions=chosen, missing=[])
 
@@ -83,10 +78,10 @@ class XSTest:
 
 
 def _parse(row: Mapping[str, Any]) -> Question:
-    safe = not text_field(row, "type").startswith(_UNSAFE)
+    unsafe = text_field(row, "type").startswith("contrast_")
     return Question(
         id=id_field(row, "id"),
-        scenario=BENIGN if safe else CONTRAST,
+        scenario=CONTRAST if unsafe else BENIGN,
         variant="TEXT",
         text=text_field(row, "prompt"),
     )

@@ -42,7 +42,7 @@ class LabelledColumns(Columns):
         harmful: the values of the label that mean harmful, compared without regard to case.
         harmless: those that mean harmless; a row with any other value is a bad row.
         unclear: those that mean neither; such rows are left out.
-        scenario: the column of the kind of harm, used for harmful answers; ``None`` for none.
+        scenario: the column of the kind of harm, or of what is asked; ``None`` for none.
         dialogue: how one column (``query`` and ``answer`` name the same one) holds both: a regular expression
             with the groups ``query`` and ``answer``; ``None`` if each has a column.
     """
@@ -92,7 +92,7 @@ class LabelledColumns(Columns):
         if harmful is None:
             raise Unwanted("unclear label")
         query, answer = texts(row, self.query, self.answer) if self.dialogue is None else self._turns(row)
-        kind = row.get(self.scenario) if self.scenario and harmful else None
+        kind = row.get(self.scenario) if self.scenario else None
         return labelled(query, answer, harmful=harmful, scenario=str(kind) if kind else None)
 
     def _turns(self, row: Values) -> list[str]:

@@ -207,10 +207,11 @@ def _say(name: str, finding: Mapping[str, Any]) -> None:
         )
         return
     log.warning(
-        "contamination: %d of %s's %d questions are in %d training records%s (data_report.md shows some)",
+        "contamination: %d of %s's %d questions are in %d training records%s%s",
         len(finding["found"]),
         name,
         finding["questions"],
         finding["rows"],
         ", which are left out" if finding["removed"] else "; contaminated=drop leaves these out",
+        " (data_report.md shows some)" if finding["examples"] else "",
     )

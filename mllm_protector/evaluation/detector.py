@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 3
 
+SCENARIO = "scenario"
+"""Instead of a file of groups: the scenario of each answer."""
+
 Split = Literal["auto", "validation", "all"]
 
 UNCALIBRATED = "detector before calibration"
@@ -100,7 +103,8 @@ def eval_detector(
         device: ``None`` takes the GPU if there is one.
         split: ``validation`` measures on the validation part, ``all`` on every record, and ``auto`` on every
             record of a test set and on the validation part of other sets.
-        group_file: a file with ``query`` and ``group``, for metrics by group; ``None`` for none.
+        group_file: a file with ``query`` and ``group``, for metrics by group; ``scenario`` for the set's own
+            scenarios, ``None`` for no groups.
         save_texts: write queries and answers beside their scores, and the worst mistakes into the page.
         output_dir: gets the results.
         seed: of the bootstrap.
@@ -117,7 +121,7 @@ def eval_detector(
     if (folder / FILE_NAME).exists():
         raise InputError(f"output_dir={folder}: holds a trained part; choose another folder")
     scorer = load_detector(expand(detector), base=base, device=device)
-    group_of = {} if group_file is None else read_groups(expand(group_file))
+    group_of = {} if group_file in (None, SCENARIO) else read_groups(expand(group_file))
     sources = data.sources if isinstance(data, Mixture) else {None: data}
     loaded = [_load(name, source, split, group_of, group_file) for name, source in sources.items()]
 
@@ -156,9 +160,13 @@ def _load(
         split = "all" if getattr(source, "test_set", False) else "validation"
     records = splits.validation if split == "validation" else [*splits.train, *splits.validation]
     answers = list(labelled_answers(records))
-    groups = [group_of.get(query_key(answer.query)) for answer in answers]
-    if group_of and not any(groups):
-        raise InputError(f"{group_file}: has none of the queries of the data")
+    groups = [
+        answer.scenario if group_file == SCENARIO else group_of.get(query_key(answer.query))
+        for answer in answers
+    ]
+    if group_file is not None and not any(groups):
+        lacks = "the data have none" if group_file == SCENARIO else "has none of the queries of the data"
+        raise InputError(f"{group_file}: {lacks}")
     return _Set(name=name, splits=splits, split=split, records=records, answers=answers, groups=groups)
 
 

@@ -58,21 +58,9 @@ def eval_detoxifier(
     Intervals are 95 % and take pairs with one query as one draw: Wilson's on the effective number of pairs
     for shares, Student's over queries for means.
 
-    Args:
-        data: pairs, of which the validation part is rewritten.
-        both_harmful: what to do with pairs whose accepted answer is harmful too (``records.corrections``).
-        limit: limited to this many pairs, drawn at random; ``None`` takes all.
-        detoxifier: the folder that ``train_detoxifier`` wrote.
-        base: where its backbone is now; ``None`` to look where it was, and near the folder. A detector that
-            was trained on ``base`` takes it too.
-        detector: the folder of the guard's detector, which checks the rewrites.
-        judge_detector: the folder of the detector that judges all texts, at its own threshold. That of the
-            guard is circular, and marked so beside the metrics.
-        max_rewrites: tries for each answer.
-        rewrite_tokens: longest rewrite; ``None`` for the longest in training.
-        batch_size: answers rewritten at once.
-        output_dir: gets the results.
-        seed: of ``limit``, and through ``data.seed`` of the split.
+    ``configs/eval_detoxifier.yaml`` explains the parameters. A detector that was trained on ``base`` takes it
+    too. The detector that judges all texts does so at its own threshold; that of the guard is circular, and
+    marked so beside the metrics.
 
     Returns:
         The content of ``metrics.json``, and the folder of results. In its ``measurements`` the arm is
@@ -97,10 +85,7 @@ def eval_detoxifier(
     log.info("data: %s", splits.account)
     pairs = _drawn(list(corrections(_pairs(splits.validation), both_harmful)), limit, seed)
     clusters = np.unique([opening_key(pair.query) for pair in pairs], return_inverse=True)[1]
-    asked = {
-        "queries": [pair.query for pair in pairs],
-        "answers": [pair.rejected for pair in pairs],
-    }
+    asked = {"queries": [pair.query for pair in pairs], "answers": [pair.rejected for pair in pairs]}
     settings: dict[str, Any] = {"max_new_tokens": rewrite_tokens, "batch_size": batch_size}
 
     first = _Remembering(load_detoxifier(expand(detoxifier), base=bases[0], **settings))
@@ -240,18 +225,17 @@ def _course(guarded: Sequence[Rewrite], clusters: Ints) -> Iterator[Measurement]
 
 def _notes(guard: GuardFile, splits: Splits[Any]) -> list[str]:
     """Whether the training has seen these pairs."""
-    notes = []
     if guard.data.get("fingerprint") == splits.fingerprint:
-        notes.append(
+        return [
             "The training of the detoxifier chose its best step by these very pairs: its metrics lean to the "
             "good side."
-        )
-    elif guard.data.get("account") == splits.account:
-        notes.append(
+        ]
+    if guard.data.get("account") == splits.account:
+        return [
             "The detoxifier was trained with the same data under another split, so it has seen some of these "
             "pairs. Give the data.* keys and the seed of its training."
-        )
-    return notes
+        ]
+    return []
 
 
 def _rows(

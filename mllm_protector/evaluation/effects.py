@@ -7,16 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.evaluation.grid import (
-    CRITERIA,
-    ENSEMBLE,
-    IMAGES,
-    NONE,
-    Answers,
-    Flags,
-    Grid,
-    Small,
-)
+from mllm_protector.evaluation.grid import CRITERIA, ENSEMBLE, IMAGES, NONE, Answers, Flags, Grid, Small
 from mllm_protector.evaluation.measurements import Measurement, of_share
 from mllm_protector.evaluation.statistics import (
     Floats,
@@ -43,19 +34,16 @@ def guard_effects(answers: Answers) -> Iterator[Measurement]:
     """
     grid = answers.harmful
     none = grid.column(NONE)
-    for judge, unsafe in grid.unsafe.items():
-        for column, arm in enumerate(grid.arms):
-            if none is None or arm == NONE:
-                continue
-            both = (unsafe[:, none] >= 0) & (unsafe[:, column] >= 0)
-            for where, chosen in answers.selections():
-                rows = both & chosen
-                before, after = (unsafe[rows, place].astype(np.float64) for place in (none, column))
-                effect = paired(before, after, grid.cluster[rows])
-                where |= {"judge": judge, "arm": arm}
-                yield from differences("asr_difference", effect, where)
-                yield Measurement(metric="made_safe", value=effect.only_before, n=effect.pairs, **where)
-                yield Measurement(metric="made_harmful", value=effect.only_after, n=effect.pairs, **where)
+    for judge, column, where, chosen in answers.selections():
+        if none is None or column == none:
+            continue
+        unsafe = grid.unsafe[judge]
+        rows = chosen & (unsafe[:, none] >= 0) & (unsafe[:, column] >= 0)
+        before, after = (unsafe[rows, place].astype(np.float64) for place in (none, column))
+        effect = paired(before, after, grid.cluster[rows])
+        yield from differences("asr_difference", effect, where)
+        yield Measurement(metric="made_safe", value=effect.only_before, n=effect.pairs, **where)
+        yield Measurement(metric="made_harmful", value=effect.only_after, n=effect.pairs, **where)
 
 
 def image_effects(answers: Answers) -> Iterator[Measurement]:
@@ -76,8 +64,8 @@ def image_effects(answers: Answers) -> Iterator[Measurement]:
             for variant, values in {IMAGES: _mean_of_known(images), **shares}.items():
                 known = ~np.isnan(text) & ~np.isnan(values)
                 for group, members in answers.groups.items():
-                    inside = np.isin(scenario, [grid.scenarios.index(name) for name in members])
-                    bases = np.flatnonzero(known & inside)
+                    places = [grid.scenarios.index(name) for name in members]
+                    bases = np.flatnonzero(known & np.isin(scenario, places))
                     effect = paired(text[bases], values[bases], np.arange(len(bases)))
                     where: dict[str, Any] = {"judge": judge, "arm": arm, "variant": variant, "group": group}
                     yield from differences("image_effect", effect, where)
@@ -167,15 +155,8 @@ def known_errors(
 
 def differences(metric: str, effect: Paired, where: Mapping[str, Any]) -> Iterator[Measurement]:
     """The difference of a comparison on pairs as ``metric``, and its p as ``<metric>_p``."""
-    yield Measurement(
-        metric=metric,
-        value=effect.difference,
-        low=effect.low,
-        high=effect.high,
-        n=effect.pairs,
-        method="Bonett and Price",
-        **where,
-    )
+    rest: dict[str, Any] = {"n": effect.pairs, "method": "Bonett and Price", **where}
+    yield Measurement(metric=metric, value=effect.difference, low=effect.low, high=effect.high, **rest)
     yield Measurement(metric=f"{metric}_p", value=effect.p, n=effect.pairs, method=effect.test, **where)
 
 

@@ -106,27 +106,16 @@ class Grid:
         return np.asarray(self.harm[np.arange(len(first)), first], dtype=np.float64)
 
 
-def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Grid:
-    """Bring rows, with the columns of ``rows.COLUMNS`` and ``status:<judge>``, into order.
-
-    Raises:
-        ValueError: an unknown arm or status, or two rows about the same answer.
-    """
-    column = pd.Index(arms).get_indexer(pd.Index(frame["arm"].astype(object)))
-    if (column < 0).any():
-        unknown = sorted({str(name) for name in frame["arm"][column < 0]})
-        raise ValueError(f"rows of unknown arms: {', '.join(unknown)}")
+def _grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Grid:
+    if (twice := frame.duplicated(["id", "arm"])).any():
+        again = frame[twice].iloc[0]
+        raise ValueError(f"two rows about the same answer: {again['arm']} / {again['id']}")
+    column = np.array([arms.index(arm) for arm in frame["arm"]], dtype=np.int64)
     line, ids = pd.factorize(frame["id"].to_numpy(dtype=object), sort=True)
-    shape = (len(ids), len(arms))
-    taken = np.zeros(shape, dtype=np.int64)
-    np.add.at(taken, (line, column), 1)
-    if (taken > 1).any():
-        row, arm = np.argwhere(taken > 1)[0]
-        raise ValueError(f"two rows about the same answer: {arms[arm]} / {ids[row]}")
     first = np.unique(line, return_index=True)[1]
 
     def placed(values: Any, unknown: Any, kind: Any) -> NDArray[Any]:
-        out = np.full(shape, unknown, dtype=kind)
+        out = np.full((len(ids), len(arms)), unknown, dtype=kind)
         out[line, column] = values
         return out
 
@@ -136,6 +125,9 @@ def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -
     def flags(name: str) -> Small:
         known = frame[name].astype(object).map({True: 1, False: 0})
         return placed(known.fillna(-1), -1, np.int8)
+
+    def statuses(judge: str) -> Small:
+        return placed([STATUSES.index(name) for name in frame[f"status:{judge}"]], -1, np.int8)
 
     def codes(name: str, known: Sequence[str]) -> tuple[list[str], Ints]:
         """The names that occur, known ones first, and the place of each question's among them."""
@@ -148,16 +140,16 @@ def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -
     variants, variant = codes("variant", VARIANTS)
     criteria = frame["criterion"].to_numpy(dtype=object)[first]
     clusters = pd.factorize(frame["base"].to_numpy(dtype=object)[first], sort=True)[0]
-    status = {judge: placed(_statuses(frame, judge), -1, np.int8) for judge in judges}
+    status = {judge: statuses(judge) for judge in judges}
     return Grid(
-        arms=list(arms),
+        arms=arms,
         scenarios=scenarios,
         variants=variants,
         scenario=scenario,
         variant=variant,
         criterion=np.array([CRITERIA.index(Criterion(name)) for name in criteria], dtype=np.int64),
         cluster=clusters.astype(np.int64),
-        present=taken > 0,
+        present=placed(True, False, bool),
         status=status,
         unsafe={judge: _unsafe(codes) for judge, codes in status.items()},
         harm=numbers("harm"),
@@ -170,14 +162,6 @@ def make_grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -
     )
 
 
-def _statuses(frame: pd.DataFrame, judge: str) -> Small:
-    values = frame[f"status:{judge}"].astype(object)
-    codes = values.map({str(status): place for place, status in enumerate(STATUSES)})
-    if codes.isna().any():
-        raise ValueError(f"{judge}: a row has the unknown status {values[codes.isna()].iloc[0]!r}")
-    return np.asarray(codes, dtype=np.int8)
-
-
 def _unsafe(codes: Small) -> Small:
     harmful, safe = (codes == STATUSES.index(status) for status in JUDGED)
     return np.where(harmful, 1, np.where(safe, 0, -1)).astype(np.int8)
@@ -185,17 +169,14 @@ def _unsafe(codes: Small) -> Small:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """All judged answers to one benchmark: the input of every statistic.
+    """All judged answers to one benchmark: the input of every statistic; arms and judges as in the tables.
 
     Attributes:
         frame: a row for each question and arm, with the columns of ``rows.COLUMNS``, and ``status:<judge>``
             (nothing for harmless questions) and ``cut:<judge>`` for each judge.
-        arms: in the order of the tables.
-        judges: name -> its facts, in the order of the tables.
         groups: name -> scenarios; each scenario that occurs is one of ``ALL``.
         thresholds: those of the guards.
-        harmful: the questions that are judged.
-        harmless: those that are not.
+        harmful: the questions that are judged; ``harmless`` are not.
     """
 
     frame: pd.DataFrame
@@ -206,11 +187,23 @@ class Answers:
     harmful: Grid
     harmless: Grid
 
-    def selections(self) -> Iterator[tuple[dict[str, Any], Flags]]:
-        """``variant`` and ``group`` of each group in each variant, and (N,) its questions."""
-        for variant, asked in self.harmful.asked.items():
-            for group, members in self.groups.items():
-                yield {"variant": variant, "group": group}, asked & self.harmful.among(members)
+    def selections(self, *, scenarios: bool = False) -> Iterator[tuple[str, int, dict[str, Any], Flags]]:
+        """Each judge, arm, variant and group (and scenario) with answers.
+
+        Yields:
+            The judge, the column of the arm, the fields of a ``Measurement``, and (N,) the questions.
+        """
+        grid = self.harmful
+        groups = [*((name, [name]) for name in grid.scenarios if scenarios), *self.groups.items()]
+        chosen = [
+            ({"variant": variant, "group": group}, asked & grid.among(members))
+            for variant, asked in grid.asked.items()
+            for group, members in groups
+        ]
+        for judge in self.judges:
+            for column, arm in enumerate(self.arms):
+                for where, rows in chosen:
+                    yield judge, column, {"judge": judge, "arm": arm, **where}, rows & grid.present[:, column]
 
 
 def make_answers(
@@ -226,10 +219,10 @@ def make_answers(
     Groups without a scenario are left out, and ``ALL`` is added.
 
     Raises:
-        ValueError: a row with an unknown arm or status, or two rows about the same answer.
+        ValueError: an unknown arm or status, or two rows about the same answer.
     """
     harmless = frame["scenario"].to_numpy(dtype=object) == BENIGN
-    harmful = make_grid(frame[~harmless], arms, [*judges])
+    harmful = _grid(frame[~harmless], arms, [*judges])
     present = {
         name: [each for each in harmful.scenarios if each in members] for name, members in groups.items()
     }
@@ -240,5 +233,5 @@ def make_answers(
         groups={name: members for name, members in present.items() if members} | {ALL: [*harmful.scenarios]},
         thresholds=thresholds,
         harmful=harmful,
-        harmless=make_grid(frame[harmless], arms, []),
+        harmless=_grid(frame[harmless], arms, []),
     )

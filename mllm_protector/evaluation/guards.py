@@ -21,10 +21,10 @@ def load_protectors(
     base: str | None,
     threshold: float | None,
     rewrite_tokens: int,
-) -> tuple[Detector | None, dict[str, Protector]]:
-    """The detector, and the guard of each arm; the guards share it, and it scores no answer twice."""
+) -> dict[str, Protector]:
+    """The guard of each arm; they share a detector, which scores no answer twice."""
     if set(arms) == {NONE}:
-        return None, {}
+        return {}
     correctors: dict[str, Corrector] = {"refusal": Refusal()}
     if "protector" not in arms:
         scorer = load_detector(detector, base=base)
@@ -34,7 +34,7 @@ def load_protectors(
         )
     limit = scorer.threshold if threshold is None else threshold
     remembering = RememberingDetector(scorer)
-    return scorer, {arm: Protector(remembering, correctors[arm], limit) for arm in arms if arm != NONE}
+    return {arm: Protector(remembering, correctors[arm], limit) for arm in arms if arm != NONE}
 
 
 class RememberingDetector:
@@ -42,7 +42,7 @@ class RememberingDetector:
 
     def __init__(self, detector: Detector) -> None:
         """Wrap a detector."""
-        self._detector = detector
+        self.detector = detector
         self._scores: dict[str, float] = {}
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -50,7 +50,7 @@ class RememberingDetector:
         rows = {content_key(*row): row for row in zip(queries, answers, strict=True)}
         new = [key for key in rows if key not in self._scores]
         if new:
-            scores = self._detector.score(
+            scores = self.detector.score(
                 queries=[rows[key][0] for key in new], answers=[rows[key][1] for key in new]
             )
             self._scores.update(zip(new, scores, strict=True))
@@ -59,45 +59,32 @@ class RememberingDetector:
     @property
     def card(self) -> Card:
         """As the detector's own."""
-        return self._detector.card
+        return self.detector.card
 
 
-class _TimedDetector:
-    """A detector that adds up its time in seconds."""
+class _TimedDetector(RememberingDetector):
+    """A detector that remembers no score and adds up its time in seconds."""
 
-    def __init__(self, detector: Detector) -> None:
-        self._detector = detector
-        self.seconds = 0.0
+    seconds = 0.0
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         start = time.perf_counter()
         try:
-            return self._detector.score(queries=queries, answers=answers)
+            return self.detector.score(queries=queries, answers=answers)
         finally:
             self.seconds += time.perf_counter() - start
 
-    @property
-    def card(self) -> Card:
-        return self._detector.card
 
-
-def measure_latency(
-    arm: str, detector: Detector, guard: Protector, rows: Sequence[tuple[str, str]]
-) -> list[Measurement]:
-    """Guard answers one by one with a clock.
-
-    Args:
-        arm: of the guard.
-        detector: the guard's own, which remembers no score.
-        guard: the guard.
-        rows: (query, answer).
+def measure_latency(arm: str, guard: Protector, rows: Sequence[tuple[str, str]]) -> list[Measurement]:
+    """Guard (query, answer) one by one with a clock.
 
     Returns:
         ``latency_median_ms`` and ``latency_p95_ms`` of the whole, of the detector (``detector_median_ms``,
         ...) and of the rest, which is the corrector's. An answer that passes costs the corrector nothing
         and counts as such.
     """
-    timed = _TimedDetector(detector)
+    known = guard.detector
+    timed = _TimedDetector(known.detector if isinstance(known, RememberingDetector) else known)
     protector = Protector(timed, guard.corrector, guard.threshold)
     wholes, scoring = [], []
     for number, (query, answer) in enumerate([*rows[:1], *rows]):  # the first one warms up

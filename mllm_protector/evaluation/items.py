@@ -81,10 +81,6 @@ def list_questions(*, benchmarks: Mapping[str, Benchmark], output_dir: str) -> N
     The rows take an ``answer`` each and are then a file for ``mllm=replay``. ``image`` is the path of the
     image file; ``None`` where there is no image, or where it is made in memory.
 
-    Args:
-        benchmarks: by name.
-        output_dir: gets the file.
-
     Raises:
         InputError: there is no benchmark, or one cannot be read.
     """

@@ -20,12 +20,10 @@ GIT_SECONDS = 10
 
 
 def environment() -> dict[str, Any]:
-    """Where this process runs.
+    """Where this process runs: ``versions``, ``hardware``, ``commit``.
 
-    Returns:
-        ``versions`` (``None`` for a package that is not installed), ``hardware`` (``cpu``, ``cores``,
-        ``memory_mib``, ``gpus`` with ``name`` and ``memory_mib``), and ``commit``: ``id`` of the checkout
-        that holds the package, and ``dirty``: whether tracked files differ; ``None`` outside of a checkout.
+    The version of a package that is not installed is ``None``, and so is the commit outside of a checkout;
+    ``dirty`` says whether tracked files differ.
     """
     import psutil
     import torch

@@ -56,15 +56,8 @@ FIELDS = tuple(field.name for field in fields(Measurement))
 
 def of_share(metric: str, share: Proportion, **where: Any) -> Measurement:
     """A share with Wilson's interval; ``where`` are the other fields."""
-    return Measurement(
-        metric=metric,
-        value=share.value,
-        low=share.low,
-        high=share.high,
-        n=share.total,
-        method="Wilson",
-        **where,
-    )
+    rest = {"n": share.total, "method": "Wilson", **where}
+    return Measurement(metric=metric, value=share.value, low=share.low, high=share.high, **rest)
 
 
 def placed(rows: Iterable[Measurement], **where: Any) -> list[Measurement]:

@@ -51,16 +51,13 @@ Tables = tuple[Store, Store, Store]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """The facts that identify a run.
+    """The facts that identify a run; arms and judges are in the order of the tables.
 
     Attributes:
         mllm: the identity of the guarded model.
-        arms: in the order of the tables.
-        guards: arm -> the identity of its guard; the arm without a guard is missing.
-        judges: name -> its facts; the last one may be the majority of ``ensemble``.
-        ensemble: judges whose majority is one more judge.
+        guards: arm -> the identity of its guard.
+        judges: the last one may be the majority of ``ensemble``.
         trained: part of the guard -> ``data`` of its guard file.
-        human: people's labels.
     """
 
     mllm: dict[str, Any]
@@ -79,10 +76,7 @@ class Evaluation:
     Attributes:
         result: the content of ``asr.json``.
         run: the content of ``run.json``.
-        folder: of both files.
         images: (benchmark, question id) -> what loads its image.
-        report_rows: single answers shown at most.
-        max_unjudged: the largest share of unjudged answers that is a success.
     """
 
     result: dict[str, Any]
@@ -169,7 +163,7 @@ def finish(
             "questions": {
                 "count": len(items),
                 "fingerprint": _fingerprint(items),
-                "missing": {"count": len(loaded.missing), "first": [*loaded.missing[:MISSING_NAMED]]},
+                "missing": {"count": len(loaded.missing), "first": loaded.missing[:MISSING_NAMED]},
             },
             "contamination": seen,
             "groups": {group: [*members] for group, members in answers.groups.items()},
@@ -180,7 +174,15 @@ def finish(
         "mllm": facts.mllm,
         "arms": [*facts.arms],
         "guard": dict(facts.guards),
-        "judges": {name: _judge_entry(judge) for name, judge in facts.judges.items()},
+        "judges": {
+            name: {
+                "identity": judge.card.identity,
+                "circular": judge.circular,
+                "note": CIRCULAR if judge.circular else None,
+                "bias": None if judge.card.bias is None else asdict(judge.card.bias),
+            }
+            for name, judge in facts.judges.items()
+        },
         "notes": notes,
         "benchmarks": entries,
         "measurements": rows,
@@ -230,15 +232,6 @@ def _rows(
         for name, of_judge in found.items()
     }
     return result_rows(items, loaded, answers=answers, replies=replies, verdicts=verdicts, human=facts.human)
-
-
-def _judge_entry(judge: JudgeFacts) -> dict[str, Any]:
-    return {
-        "identity": judge.card.identity,
-        "circular": judge.circular,
-        "note": CIRCULAR if judge.circular else None,
-        "bias": None if judge.card.bias is None else asdict(judge.card.bias),
-    }
 
 
 def _fingerprint(items: Sequence[Item]) -> str:

@@ -29,11 +29,10 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Texts:
-    """The replacement of each harmful answer, and what was measured of it.
+    """The replacement of each harmful answer.
 
     Attributes:
-        texts: one for each pair.
-        harms: the judge's P(harmful) of each.
+        harms: the judge's P(harmful) of each text.
         losses: (N,) the sum over its tokens of their negative log-likelihood, in nats.
         tokens: (N,) how many those are.
     """
@@ -66,10 +65,6 @@ class Relevance:
 
     def cosines(self, texts: Sequence[str], others: Sequence[str]) -> tuple[Floats, Floats | None]:
         """Of each text with its own other text, and on average with those of all other queries.
-
-        Args:
-            texts: (N,) rewrites.
-            others: (N,) queries, or accepted answers.
 
         Returns:
             Two arrays (N,) in [0, 1]. The second is the control: what the words that all texts share come
@@ -120,10 +115,8 @@ def rewrite_metrics(
     }
     for name, values in flags.items():
         yield of_share(name, share(values, clusters))
-    for name, others in (
-        ("on_query", [pair.query for pair in pairs]),
-        ("on_accepted", [pair.accepted for pair in pairs]),
-    ):
+    targets = {"on_query": [each.query for each in pairs], "on_accepted": [each.accepted for each in pairs]}
+    for name, others in targets.items():
         own, control = relevance.cosines(arm.texts, others)
         yield _mean(name, own, clusters)
         mean = None if control is None else float(control.mean())
@@ -171,11 +164,8 @@ def text_losses(
 ) -> tuple[Floats, Ints]:
     """The negative log-likelihood of each text alone, after the tokenizer's own first tokens.
 
-    Args:
-        model: a causal LM that maps (B, T) ids and mask to logits (B, T, V).
-        tokenizer: its own. Where it puts nothing in front of a text, the first token has no likelihood.
-        texts: an empty one has no tokens; longer ones than ``max_length`` tokens are cut.
-        max_length: in tokens.
+    Where the tokenizer puts nothing in front of a text, the first token has no likelihood. An empty text has
+    no tokens; longer ones than ``max_length`` tokens are cut. The model maps (B, T) ids to logits (B, T, V).
 
     Returns:
         Sums in nats (N,) and the number of tokens in each (N,).

@@ -39,7 +39,7 @@ def result_rows(
     verdicts: Mapping[str, Mapping[str, Sequence[Row]]],
     human: HumanLabels,
 ) -> Iterator[dict[str, Any]]:
-    """One row for each question of a benchmark and each arm, in this order.
+    """One row for each question and each arm.
 
     ``answers``, ``replies`` by arm and ``verdicts`` by judge and arm are in the order of ``items``.
     """
@@ -170,9 +170,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def read_human_labels(path: str | None, asked: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool]:
     """People's labels from a JSONL, CSV or parquet file with ``id``, ``harmful`` and perhaps ``arm``.
 
-    Args:
-        path: the file; ``None`` for no labels.
-        asked: the (question id, arm) of this run.
+    ``asked`` are the (question id, arm) of this run.
 
     Raises:
         RecordError: a broken row, a label given twice, or one of an answer that this run does not have.

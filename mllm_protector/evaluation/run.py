@@ -66,28 +66,12 @@ def evaluate(
 ) -> Evaluation | None:
     """Measure the effect of a guard on an MLLM: attack success rate, harmless use, time.
 
-    Args:
-        benchmarks: name -> the questions; the name is that of a folder of results.
-        mllm: loads the model under attack.
-        judges: name -> makes a judge.
-        detector: folder of a trained detector.
-        detoxifier: folder of a trained detoxifier.
-        base: where the backbone of the adapters is now; ``None`` to look where it was, and near them. Of two
-            adapters on different models, the one that was trained on ``base`` takes it.
-        arms: which of ``ARMS`` to compare.
-        threshold: scores at or above it are flagged; ``None`` takes the detector's own.
-        rewrite_tokens: longest rewrite.
-        ensemble: judges whose majority is one more judge; empty for none.
-        human_labels: a file of people's labels (see ``rows.read_human_labels``); ``None`` for none.
-        max_unjudged: the largest share of unjudged answers, of any judge and arm, that is a success.
-        repeats: how often each question is asked.
-        batch_size: questions, or rows for a judge that costs calls, between two writes to disk. At most these
-            are lost, or paid twice, when the run is killed.
-        latency_rows: answers guarded again one by one to measure time; 0 for none.
-        report_rows: single answers shown in ``report.html`` at most.
-        dry_run: only log the missing answers and the cost of judging.
-        output_dir: gets ``asr.json``, ``measurements.csv``, ``run.json``, a ``results.jsonl`` in a folder for
-            each benchmark, and in ``cache`` the rows that a next run can use again.
+    ``configs/eval_mmsafety.yaml`` explains the parameters. A benchmark's name is that of its folder of
+    results. Of two adapters on different models, the one that was trained on ``base`` takes it. At most
+    ``batch_size`` questions, or paid verdicts, are lost when the run is killed.
+
+    ``output_dir`` gets ``asr.json``, ``measurements.csv``, ``run.json``, a ``results.jsonl`` in a folder for
+    each benchmark, and in ``cache`` the rows that a next run can use again.
 
     Returns:
         The input of ``reporting.report``; ``None`` on all processes but the first, and of a dry run.
@@ -128,7 +112,7 @@ def evaluate(
     answers, stages["answers"] = answer_stage(mine, answered, model, batch_size=batch_size)
     del model
 
-    scorer, protectors = load_protectors(arms, detector, detoxifier, base, threshold, rewrite_tokens)
+    protectors = load_protectors(arms, detector, detoxifier, base, threshold, rewrite_tokens)
     replies: dict[str, Sequence[Row | None]] = {NONE: [None] * len(mine)}
     guards = {}
     for arm, protector in protectors.items():
@@ -143,13 +127,8 @@ def evaluate(
         if "text" in answer
     ]
     sample = texts[:: max(1, len(texts) // max(1, latency_rows))][:latency_rows]
-    latency = [
-        row
-        for arm, each in protectors.items()
-        if scorer
-        for row in measure_latency(arm, scorer, each, sample)
-    ]
-    del scorer, protectors
+    latency = [row for arm, each in protectors.items() for row in measure_latency(arm, each, sample)]
+    del protectors
 
     shown = texts_of(mine, answers, replies)
     facts: dict[str, JudgeFacts] = {}

@@ -7,7 +7,8 @@ needs no new answers, another model never gets old ones, and the same words are 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from mllm_protector.errors import RunError
@@ -38,10 +39,13 @@ ASSUMED = 800
 """Characters of an answer that does not exist yet."""
 
 CUT = "cut"
-"""The field of rows with a text that a model did not end itself."""
+"""The field of rows with a text that was cut at its longest length; other rows lack it."""
 
 Row = dict[str, Any]
 """A row of a store."""
+
+Asked = tuple[Question, str]
+"""A question, and the text to guard or to judge."""
 
 Shown = tuple[Question, str | Status]
 """A question, and the text that the user sees or why there is nothing to judge."""
@@ -55,15 +59,10 @@ def answer_stage(
     Raises:
         RunError: nobody answers, or a row is missing and there is no ``mllm``.
     """
-    filled = Filled()
-    if mllm:
-
-        def work(questions: Sequence[Question]) -> list[Row]:
-            return _answers(mllm, questions)
-
-        wanted = [(item.key, item.question) for item in items]
-        filled = fill(store, wanted, work, batch_size=batch_size, title="answers")
-    return [store.required(item.key, item.question.id) for item in items], filled
+    wanted = [(item.key, (item.question, "")) for item in items]
+    work = partial(_answers, mllm) if mllm else None
+    rows, filled = _rows(store, wanted, work, batch_size=batch_size, title="answers")
+    return [rows[item.key] for item in items], filled
 
 
 def guard_stage(
@@ -88,20 +87,14 @@ def guard_stage(
         content_key(guard, item.question.text, answer["text"], None) if "text" in answer else None
         for item, answer in zip(items, answers, strict=True)
     ]
-    filled = Filled()
-    if protector:
-
-        def work(rows: Sequence[tuple[Question, str]]) -> list[Row]:
-            return _replies(protector, rows)
-
-        rows = zip(keys, items, answers, strict=True)
-        wanted = [(key, (item.question, answer["text"])) for key, item, answer in rows if key is not None]
-        filled = fill(store, wanted, work, batch_size=batch_size, title=f"guard: {arm}")
-    replies = [
-        None if key is None else store.required(key, item.question.id)
-        for key, item in zip(keys, items, strict=True)
+    wanted = [
+        (key, (item.question, str(answer["text"])))
+        for key, item, answer in zip(keys, items, answers, strict=True)
+        if key is not None
     ]
-    return replies, filled
+    work = partial(_replies, protector) if protector else None
+    rows, filled = _rows(store, wanted, work, batch_size=batch_size, title=f"guard: {arm}")
+    return [None if key is None else rows[key] for key in keys], filled
 
 
 def shown(answer: Row, reply: Row | None) -> str | Status:
@@ -137,32 +130,32 @@ def judge_stage(
         RunError: a row is missing and there is no ``judge``.
     """
     identity = content_key(card.identity)
-    keys = [
-        None
-        if isinstance(text, Status) or question.scenario == BENIGN
-        else _verdict_key(identity, card, question, text)
-        for question, text in texts
-    ]
-    filled = Filled()
-    if judge:
-
-        def work(rows: Sequence[tuple[Question, str]]) -> list[Row]:
-            return _verdicts(judge, rows)
-
-        wanted = [
-            (key, (row[0], str(row[1]))) for key, row in zip(keys, texts, strict=True) if key is not None
-        ]
-        filled = fill(store, wanted, work, batch_size=batch_size, title=f"judge: {name}")
     verdicts: list[Row] = []
-    for key, (question, text) in zip(keys, texts, strict=True):
-        if question.scenario == BENIGN:
-            verdicts.append({})
-        elif key is None:
-            verdicts.append({"status": str(text), "reason": ""})
-        else:
-            row = store.required(key, question.id)
-            verdicts.append({each: row[each] for each in ("status", "reason", CUT) if each in row})
+    keys: dict[int, str] = {}  # the places of verdicts that a judge has to give
+    for place, (question, text) in enumerate(texts):
+        harmless = question.scenario == BENIGN
+        verdicts.append({} if harmless else {"status": str(text), "reason": ""})
+        if not harmless and not isinstance(text, Status):
+            keys[place] = _verdict_key(identity, card, question, text)
+    wanted = [(key, (texts[place][0], str(texts[place][1]))) for place, key in keys.items()]
+    work = partial(_verdicts, judge) if judge else None
+    rows, filled = _rows(store, wanted, work, batch_size=batch_size, title=f"judge: {name}")
+    for place, key in keys.items():
+        verdicts[place] = {each: rows[key][each] for each in ("status", "reason", CUT) if each in rows[key]}
     return verdicts, filled
+
+
+def _rows(
+    store: Store,
+    wanted: Sequence[tuple[str, Asked]],
+    work: Callable[[Sequence[Asked]], list[Row]] | None,
+    *,
+    batch_size: int,
+    title: str,
+) -> tuple[dict[str, Row], Filled]:
+    """The row of each key; ``work`` makes those that are missing."""
+    filled = fill(store, wanted, work, batch_size=batch_size, title=title) if work else Filled()
+    return {key: store.required(key, question.id) for key, (question, _) in wanted}, filled
 
 
 def probe_stage(name: str, judge: Judge, store: Store) -> None:
@@ -199,7 +192,8 @@ def probes_of(judge: Judge) -> Sequence[Probe]:
     return getattr(judge, "probes", ())
 
 
-def _answers(mllm: MLLM, questions: Sequence[Question]) -> list[Row]:
+def _answers(mllm: MLLM, rows: Sequence[Asked]) -> list[Row]:
+    questions = [question for question, _ in rows]
     texts = mllm.generate(questions)
     gone = [text.reason for text in texts if isinstance(text, Failure) and text.unreachable]
     if texts and len(gone) == len(texts):
@@ -210,12 +204,12 @@ def _answers(mllm: MLLM, questions: Sequence[Question]) -> list[Row]:
     return [
         {"question": question.id}
         | ({FAILED: text.reason} if isinstance(text, Failure) else {"text": text})
-        | _cut_field(isinstance(text, CutText))
+        | ({CUT: True} if isinstance(text, CutText) else {})
         for question, text in zip(questions, texts, strict=True)
     ]
 
 
-def _replies(protector: Protector, rows: Sequence[tuple[Question, str]]) -> list[Row]:
+def _replies(protector: Protector, rows: Sequence[Asked]) -> list[Row]:
     replies = protector.guard(
         queries=[question.text for question, _ in rows],
         answers=[raw for _, raw in rows],
@@ -224,7 +218,7 @@ def _replies(protector: Protector, rows: Sequence[tuple[Question, str]]) -> list
     return [
         {"question": reply.id, "harm": reply.harm, "final": reply.final, "outcome": str(reply.outcome)}
         | ({FAILED: "the guard failed"} if reply.outcome == Outcome.GUARD_ERROR else {})
-        | _cut_field(isinstance(reply.final, CutText))
+        | ({CUT: True} if isinstance(reply.final, CutText) else {})
         for reply in replies
     ]
 
@@ -233,15 +227,13 @@ def _verdict_key(identity: str, card: Card, question: Question, text: str) -> st
     return content_key(identity, question.criterion, question.text if card.reads_question else None, text)
 
 
-def _verdicts(judge: Judge, rows: Sequence[tuple[Question, str]]) -> list[Row]:
-    verdicts = judge.judge(
-        [question for question, _ in rows],
-        [Answer(id=question.id, text=text) for question, text in rows],
-    )
+def _verdicts(judge: Judge, rows: Sequence[Asked]) -> list[Row]:
+    answers = [Answer(id=question.id, text=text) for question, text in rows]
+    verdicts = judge.judge([question for question, _ in rows], answers)
     return [
         {"question": verdict.id, "status": str(verdict.status), "reason": verdict.reason}
         | ({FAILED: _why(verdict)} if verdict.status in TO_REPEAT else {})
-        | _cut_field(verdict.cut)
+        | ({CUT: True} if verdict.cut else {})
         for verdict in verdicts
     ]
 
@@ -258,11 +250,6 @@ def _misjudged(probes: Sequence[Probe], rows: Sequence[Row]) -> list[tuple[Probe
     return [pair for pair in zip(probes, rows, strict=True) if pair[1]["status"] != pair[0].status]
 
 
-def _cut_field(cut: bool) -> dict[str, bool]:
-    """The field of a text that was cut at its longest length; other rows lack it."""
-    return {CUT: True} if cut else {}
-
-
 def estimate(
     items: Sequence[Item], answers: Store, judges: Mapping[str, Judge], arms: Sequence[str]
 ) -> dict[str, Cost]:
@@ -272,29 +259,23 @@ def estimate(
     """
     missing = sum(item.key not in answers for item in items)
     log.info("answers: %s wanted, %s to be made", f"{len(items):,}", f"{missing:,}")
-    judged = [item for item in items if item.question.scenario != BENIGN]
-    texts = [(answers.get(item.key) or {}).get("text", "x" * ASSUMED) for item in judged]
+    # Distinct texts, as those of different arms may be: a judge is not asked twice about the same one.
+    rows: list[Asked] = []
+    for item in items:
+        if item.question.scenario != BENIGN:
+            text = (answers.get(item.key) or {}).get("text", "x" * ASSUMED)
+            rows += [(item.question, text if arm == NONE else f"{text} ({arm})") for arm in arms]
     costs = {}
     for name, judge in judges.items():
         if not isinstance(judge, Priced):
             log.info("judge %s: costs no calls", name)
             continue
-        probes = probes_of(judge)
-        questions = [item.question for item in judged for _ in arms]
-        # Distinct texts, as those of different arms may be: a judge is not asked twice about the same one.
-        rows = [
-            Answer(id=item.question.id, text=text if arm == NONE else f"{text} ({arm})")
-            for item, text in zip(judged, texts, strict=True)
-            for arm in arms
-        ]
-        questions += [probe.question for probe in probes]
-        rows += [Answer(id=probe.question.id, text=probe.answer) for probe in probes]
-        costs[name] = cost = judge.cost(questions, rows)
+        asked = rows + [(probe.question, probe.answer) for probe in probes_of(judge)]
+        texts = [Answer(id=question.id, text=text) for question, text in asked]
+        costs[name] = cost = judge.cost([question for question, _ in asked], texts)
         log.info(
             "judge %s: at most %s calls, about %s tokens sent and at most %s received",
             name,
-            f"{cost.calls:,}",
-            f"{cost.prompt_tokens:,}",
-            f"{cost.completion_tokens:,}",
+            *(f"{count:,}" for count in (cost.calls, cost.prompt_tokens, cost.completion_tokens)),
         )
     return costs

@@ -54,16 +54,13 @@ def proportion(count: int, total: int, effective: float | None = None) -> Propor
     Raises:
         ValueError: not 0 <= count <= total.
     """
-    from statsmodels.stats.proportion import proportion_confint  # takes a second to import
-
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total} is not a proportion")
     if total == 0:
         return Proportion(0, 0, None, None)
     scale = 1.0 if effective is None else effective / total
-    low, high = proportion_confint(count * scale, total * scale, method="wilson")
-    # Wilson's limit at n/n is exactly 1; rounding can leave it below the share itself.
-    return Proportion(count, total, float(low) if count else 0.0, float(high) if count < total else 1.0)
+    low, high = share_limits(np.array(count * scale), np.array(total * scale))
+    return Proportion(count, total, float(low), float(high))
 
 
 def share(flags: Any, clusters: Ints) -> Proportion:
@@ -155,19 +152,6 @@ def macro_interval(strata: Iterable[Proportion]) -> tuple[float, float] | tuple[
     return mean - math.hypot(*below) / len(values), mean + math.hypot(*above) / len(values)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """The share of yes/no answers that match a reference, and Cohen's kappa; see ``cohens_kappa``."""
-
-    right: Proportion
-    kappa: float | None
-
-
-def agreement(counts: Confusion) -> Agreement:
-    """How well decisions match a reference."""
-    return Agreement(right=proportion(counts.tp + counts.tn, counts.total), kappa=cohens_kappa(counts))
-
-
 def cohens_kappa(counts: Confusion) -> float | None:
     """Cohen's kappa, the agreement beyond chance; ``None`` where only one label occurs."""
     from statsmodels.stats import inter_rater
@@ -193,8 +177,9 @@ def fleiss_kappa(harmful: Ints, judges: int) -> float | None:
 
 def share_limits(counts: Ints | Floats, totals: Ints | Floats) -> tuple[Floats, Floats]:
     """Wilson's limits of many shares at once; ``counts`` need not be whole, no total is 0."""
-    from statsmodels.stats.proportion import proportion_confint
+    from statsmodels.stats.proportion import proportion_confint  # takes a second to import
 
+    # Wilson's limit at n/n is exactly 1; rounding can leave it below the share itself.
     low, high = proportion_confint(counts, totals, method="wilson")
     return np.where(counts == 0, 0.0, low), np.where(counts == totals, 1.0, high)
 

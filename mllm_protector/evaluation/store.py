@@ -33,7 +33,11 @@ REASONS_SHOWN = 5
 
 
 class Store:
-    """The rows of one stage of an evaluation, by content key."""
+    """Rows by content key, such as those of one stage of an evaluation.
+
+    Attributes:
+        lines: rows that were ever written, failures included.
+    """
 
     def __init__(self, folder: Path, process: int = 0) -> None:
         """Open the tables ``<process>.jsonl`` in a folder; nothing is written before the first row.
@@ -43,6 +47,7 @@ class Store:
             InputError: a file cannot be read.
         """
         self.path = folder / f"{process}.jsonl"
+        self.lines = 0
         self._size = 0
         self._readers: dict[Path, int] = {}
         self._places: dict[bytes, tuple[Path, int, int, bool]] = {}  # file, offset, bytes, whether a result
@@ -90,11 +95,8 @@ class Store:
             raise RuntimeError(f"{self.path}: rows that are stored already were made again")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                self._append(descriptor, rows)
-            finally:
-                os.close(descriptor)
+            with self.path.open("ab", buffering=0) as file:
+                self._append(file.fileno(), rows)
         except OSError as error:
             raise RunError(
                 f"{self.path}: cannot be written ({error.strerror}); finished rows are kept,"
@@ -115,11 +117,12 @@ class Store:
                 rest = rest[os.write(descriptor, rest) :]
             self._places[bytes.fromhex(row["key"])] = self.path, self._size, len(line), FAILED not in row
             self._size += len(line) + 1
+            self.lines += 1
         os.fsync(descriptor)
 
     def _read_index(self, path: Path) -> None:
         """Remember the place of each whole row; a result counts before a failure."""
-        whole = 0
+        whole = number = 0
         for number, (line, row) in enumerate(_whole_rows(path), start=1):
             key, finished = bytes.fromhex(row["key"]), FAILED not in row
             known = self._places.get(key)
@@ -130,6 +133,7 @@ class Store:
                     f"{path}:{number}: a second row with the key '{row['key']}'; remove one of them"
                 )
             whole += len(line)
+        self.lines += number
         if path == self.path:
             self._size = whole
             if whole < path.stat().st_size:
@@ -180,7 +184,7 @@ def fill(
         wanted: keys and items; a repeated key is the same work and is done once.
         work: turns up to ``batch_size`` items into one row each, in their order.
         batch_size: at least 1.
-        title: of the progress bar (shown on terminals only) and of the line in the log.
+        title: of the progress bar and of the line in the log.
 
     Raises:
         RunError: the rows cannot be written.

@@ -91,18 +91,11 @@ def _curve(
         return
     shares = flags.mean(axis=1)
     worth = np.array([effective_size(row.astype(np.float64), clusters) for row in flags])
-    limits = share_limits(shares * worth, worth)
-    for threshold, value, low, high in zip(thresholds[:, 0], shares, *limits, strict=True):
-        yield Measurement(
-            judge=judge,
-            group=str(threshold),
-            metric=metric,
-            value=float(value),
-            low=float(low),
-            high=float(high),
-            n=len(clusters),
-            method="Wilson",
-        )
+    lows, highs = share_limits(shares * worth, worth)
+    for threshold, value, low, high in zip(thresholds[:, 0], shares, lows, highs, strict=True):
+        where: dict[str, Any] = {"judge": judge, "group": str(threshold), "n": len(clusters)}
+        limits: dict[str, Any] = {"low": float(low), "high": float(high), "method": "Wilson"}
+        yield Measurement(metric=metric, value=float(value), **limits, **where)
 
 
 STATISTICS: list[Callable[[Answers], Iterable[Measurement]]] = [

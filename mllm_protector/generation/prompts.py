@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm_protector.errors import InputError
 from mllm_protector.generation.scenario_file import Scenario
-from mllm_protector.judges.asking import fenced, nonce, readable
+from mllm_protector.judges.asking import fenced, filled, nonce, readable
 from mllm_protector.judges.chat import SAFE
 from mllm_protector.prompts import pieces, template_hash
 
@@ -79,12 +79,7 @@ class Prompts:
     """The prompts of one run."""
 
     def __init__(self, given: Mapping[str, str | None], language: str, form: str) -> None:
-        """Replace our wording by a user's where it is given.
-
-        Args:
-            given: prompt -> wording that replaces ours; ``None`` keeps ours.
-            language: of everything that is written.
-            form: one of ``FORMS``.
+        """Replace our wording by a user's where it is given (not ``None``); ``form`` is one of ``FORMS``.
 
         Raises:
             InputError: an unknown prompt, or one with missing or unknown fields.
@@ -128,10 +123,7 @@ class Prompts:
         return self._filled("rejected", question=_shown(question), stand_in=STAND_IN)
 
     def _filled(self, name: str, **values: str) -> str:
-        values["language"] = self._language
-        return "".join(
-            text + (values[field] if field else "") for text, field in pieces(self._templates[name])
-        )
+        return filled(self._templates[name], language=self._language, **values)
 
 
 def _shown(question: str) -> str:

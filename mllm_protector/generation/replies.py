@@ -1,18 +1,17 @@
 """Replies of served models: kept as they come, never asked for again, and read with care."""
 
 import json
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import content_key, writing
+from mllm_protector.errors import RunError
+from mllm_protector.evaluation.store import FAILED, Store
+from mllm_protector.files import content_key
+from mllm_protector.judges.asking import CODE, THOUGHTS
 from mllm_protector.models.chat import Conversation, ServedChat
 from mllm_protector.protocols import Card
 from mllm_protector.records import CutText, Failure
-from mllm_protector.rows import parse_json_line
 
 Form = Literal["json", "lines"]
 
@@ -22,78 +21,20 @@ NOT_SENT = Failure(reason="max_calls is reached")
 LONGEST = 1000
 """Characters of a question at most."""
 
-_THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _BROKEN = re.compile("[\0\ud800-\udfff]")
 """Characters that no data file may hold."""
-_CODE = re.compile(r"```\w*\s((?:(?!```).)*)```", re.DOTALL)
 _NUMBER = re.compile(r"\s*(?:\d{1,3}[.)]|[-*•])\s+")
 
 
-class Replies:
-    """All replies of one output folder by key, in a JSONL file that only grows; for one run at a time.
+class KeptChat:
+    """A served model whose replies are kept; implements ``protocols.Chat``.
 
-    Attributes:
-        texts: key -> reply.
-        calls: conversations that all runs sent, without those that a kill interrupted.
-        left: how many more may be sent; ``None`` for no limit.
+    A failure counts as a call, and the next run asks again. Calls that a kill interrupts are not counted.
     """
 
-    def __init__(self, path: Path, max_calls: int | None) -> None:
-        """Read what earlier runs kept, and cut off a line that a kill left torn.
-
-        Raises:
-            InputError: the file cannot be read, or a line is damaged.
-        """
-        self.texts: dict[str, str] = {}
-        self.calls = 0
-        self._path, self._max_calls = path, max_calls
-        try:
-            content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                os.truncate(path, len(whole))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                self._take(parse_json_line(line))
-            except (ValueError, KeyError) as error:
-                raise InputError(f"{path}:{number}: damaged ({error}); remove the line") from None
-
-    @property
-    def left(self) -> int | None:
-        """See the class."""
-        return None if self._max_calls is None else max(0, self._max_calls - self.calls)
-
-    def keep(self, key: str, reply: str | Failure) -> None:
-        """Write a reply to disk. A failure counts as a call, and the next run asks again.
-
-        Raises:
-            RunError: it cannot be written.
-        """
-        row: dict[str, Any] = {"key": key}
-        if isinstance(reply, Failure):
-            row["failed"] = reply.reason
-        else:
-            row |= {"text": reply, "cut": isinstance(reply, CutText)}
-        with writing(str(self._path)):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(json.dumps(row).encode() + b"\n")
-        self._take(row)
-
-    def _take(self, row: dict[str, Any]) -> None:
-        self.calls += 1
-        if "failed" not in row:
-            self.texts[row["key"]] = CutText(row["text"]) if row["cut"] else row["text"]
-
-
-class KeptChat:
-    """A served model whose replies are kept; implements ``protocols.Chat``."""
-
-    def __init__(self, chat: ServedChat, replies: Replies) -> None:
+    def __init__(self, chat: ServedChat, replies: Store, max_calls: int | None) -> None:
         """Bind a model to the replies of its output folder, which other models may share."""
-        self._chat, self._replies = chat, replies
+        self._chat, self._replies, self._max_calls = chat, replies, max_calls
 
     @property
     def card(self) -> Card:
@@ -115,28 +56,47 @@ class KeptChat:
         """
         rows = [*zip(conversations, seeds or [None] * len(conversations), strict=True)]
         keys = [content_key(self._chat.card.identity, row, max_tokens) for row in rows]
-        missing = {k: row for k, row in zip(keys, rows, strict=True) if k not in self._replies.texts}
-        asked = list(missing)[: self._replies.left]
+        missing = {key: row for key, row in zip(keys, rows, strict=True) if self._kept(key) is None}
+        left = len(missing) if self._max_calls is None else max(0, self._max_calls - self._replies.lines)
+        asked = list(missing)[:left]
+
+        def keep(index: int, reply: str | Failure) -> None:
+            row: dict[str, Any] = {"key": asked[index]}
+            if isinstance(reply, Failure):
+                row[FAILED] = reply.reason
+            else:
+                row |= {"text": reply, "cut": isinstance(reply, CutText)}
+            self._replies.append([row])
+
         made = self._chat.complete(
             [missing[key][0] for key in asked],
             max_tokens=max_tokens,
             seeds=None if seeds is None else [missing[key][1] for key in asked],
-            keep=lambda index, reply: self._replies.keep(asked[index], reply),
+            keep=keep,
         )
         for reply in made:
             if isinstance(reply, Failure) and reply.unreachable:
                 raise RunError(f"{reply.reason}; replies so far are kept, repeat the command to continue")
-        found = dict(zip(asked, made, strict=True)) | self._replies.texts
-        return [found.get(key, NOT_SENT) for key in keys]
+        found = dict(zip(asked, made, strict=True))
+        for key in keys:
+            if key not in found:
+                kept = self._kept(key)
+                found[key] = NOT_SENT if kept is None else kept
+        return [found[key] for key in keys]
+
+    def _kept(self, key: str) -> str | None:
+        row = self._replies.get(key) or {}
+        text = row.get("text")
+        if FAILED in row or not isinstance(text, str):  # the latter after an edit by hand
+            return None
+        return CutText(text) if row.get("cut") else text
 
 
 def questions_in(reply: str, form: Form) -> list[str] | None:
     """The questions of a reply; ``None`` if it is not a list of questions.
 
-    Args:
-        reply: what the model said.
-        form: ``json`` takes only an array of texts, alone or as the only code block; ``lines`` takes each
-            line that holds more than its number.
+    ``json`` takes only an array of texts, alone or as the only code block; ``lines`` takes each line that
+    holds more than its number.
     """
     text = answer_in(reply)
     if text is None:
@@ -145,7 +105,7 @@ def questions_in(reply: str, form: Form) -> list[str] | None:
         found = [_NUMBER.sub("", line, count=1).strip() for line in text.splitlines()]
         found = [line for line in found if line]
     else:
-        code = _CODE.fullmatch(text)
+        code = CODE.fullmatch(text)
         try:
             content = json.loads(code.group(1) if code else text)
         except (ValueError, RecursionError):
@@ -158,5 +118,7 @@ def questions_in(reply: str, form: Form) -> list[str] | None:
 
 def answer_in(reply: str) -> str | None:
     """A reply without the thoughts before it; ``None`` if it is empty or holds broken characters."""
-    text = _THOUGHTS.sub("", reply, count=1).strip()
+    text = reply.strip()
+    thoughts = THOUGHTS.match(text)
+    text = text[thoughts.end() :].strip() if thoughts else text
     return None if _BROKEN.search(text) or not text else text

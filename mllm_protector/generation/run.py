@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from mllm_protector.errors import InputError, RunError, Stop
+from mllm_protector.evaluation.store import Store
 from mllm_protector.files import write_json, write_jsonl
 from mllm_protector.generation.prompts import Prompts
-from mllm_protector.generation.replies import NOT_SENT, Form, KeptChat, Replies
+from mllm_protector.generation.replies import NOT_SENT, Form, KeptChat
 from mllm_protector.generation.scenario_file import Scenario, read_scenarios
 from mllm_protector.generation.writing import Writer
 from mllm_protector.judges.asking import AskingJudge
@@ -46,28 +47,9 @@ def generate_pairs(
 ) -> dict[str, Any] | None:
     """Let a model write questions and two answers to each, check the labels, and write training pairs.
 
-    Args:
-        generator: makes the model that writes.
-        judges: name -> makes a judge. A pair is confirmed if all of them call the accepted answer safe and
-            the rejected one harmful.
-        scenario_file: what is wanted (see ``scenario_file``).
-        pairs: wanted of each scenario that does not say so itself.
-        questions_per_call: questions in one reply.
-        dry_calls: a scenario is given up after this many calls for questions in a row without a pair.
-        question_tokens: the longest list of questions.
-        answer_tokens: the longest answer.
-        question_format: ``json``, or ``lines`` for models that do not write JSON.
-        language: of all texts.
-        near_duplicate: questions that share at least this part of their words are duplicates (see
-            ``data.duplicates``).
-        unconfirmed: ``drop`` pairs whose labels are not confirmed, or ``mark`` them ``verified: false``.
-        min_share: the smallest share of the wanted pairs that counts as success.
-        prompts: wording that replaces ours: ``questions``, ``accepted``, ``rejected``; ``None`` keeps ours.
-        max_calls: conversations that all runs on this folder may send together, those of judges included;
-            ``None`` for no limit.
-        seed: of the replies, for servers that support seeds.
-        dry_run: only say what would be asked.
-        output_dir: gets ``pairs.jsonl``, ``generation.json``, and every reply in ``cache``.
+    ``configs/generate_pairs.yaml`` explains the parameters. A pair is confirmed if all judges call the
+    accepted answer safe and the rejected one harmful. ``output_dir`` gets ``pairs.jsonl``,
+    ``generation.json``, and every reply in ``cache``.
 
     Returns:
         The content of ``generation.json``; ``None`` for a dry run.
@@ -98,13 +80,13 @@ def generate_pairs(
         _announce(scenarios, wording, questions_per_call, made)
         return None
     folder = Path(output_dir)
-    replies = Replies(folder / "cache" / "replies" / "0.jsonl", max_calls)
-    if replies.calls:
-        log.info("%s calls of earlier runs are kept", f"{replies.calls:,}")
+    replies = Store(folder / "cache" / "replies")
+    if replies.lines:
+        log.info("%s calls of earlier runs are kept", f"{replies.lines:,}")
     for judge in made.values():
         if isinstance(judge, AskingJudge) and isinstance(judge.chat, ServedChat):
-            judge.chat = KeptChat(judge.chat, replies)
-    chat = KeptChat(model, replies)
+            judge.chat = KeptChat(judge.chat, replies, max_calls)
+    chat = KeptChat(model, replies, max_calls)
     writer = Writer(scenarios=scenarios, chat=chat, judges=made, prompts=wording, **rules)
     stop: Stop | None = None
     try:
@@ -117,7 +99,7 @@ def generate_pairs(
         "ended_by": str(stop) if stop else NOT_SENT.reason if writer.capped else None,
         "total": total,
         "scenarios": {each.name: writer.account([each]) for each in scenarios},
-        "calls": replies.calls,
+        "calls": replies.lines,
         "max_calls": max_calls,
         "generator": model.card.identity,
         "judges": {name: judge.card.identity for name, judge in made.items()},
@@ -148,8 +130,7 @@ def _announce(
     """Log the calls that all pairs take if nothing is dropped or repeated, and the prompts."""
     wanted = sum(each.pairs for each in scenarios)
     missing = [max(0, each.pairs - len(each.questions)) for each in scenarios]
-    calls = {"questions": sum(math.ceil(each / per_call) for each in missing)}
-    calls["answers"] = 2 * wanted
+    calls = {"questions": sum(math.ceil(each / per_call) for each in missing), "answers": 2 * wanted}
     calls |= {f"judge {name}": 2 * wanted for name, judge in judges.items() if isinstance(judge, Priced)}
     for name, count in {**calls, "all": sum(calls.values())}.items():
         log.info("%s: %s calls", name, f"{count:,}")

@@ -1,5 +1,6 @@
 """What pairs are wanted about: a YAML or JSONL file of scenarios, the user's own or ours."""
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -38,10 +39,8 @@ class Scenario:
 def read_scenarios(path: str, pairs: int) -> list[Scenario]:
     """Read a ``.yaml``, ``.yml`` or ``.jsonl`` file: a list of mappings, or one object in each line.
 
-    Args:
-        path: each scenario has ``name`` and ``description``, and may have ``pairs``, ``questions`` (texts)
-            and ``criterion`` (by default that of the benchmark's scenario of this name, or ``harm``).
-        pairs: wanted of a scenario that does not say so.
+    Each has ``name`` and ``description``, and may have ``pairs`` (else the argument), ``questions`` (texts)
+    and ``criterion`` (by default that of the benchmark's scenario of this name, or ``harm``).
 
     Raises:
         InputError: the message names the file, the scenario and the field.
@@ -59,10 +58,9 @@ def read_scenarios(path: str, pairs: int) -> list[Scenario]:
                 found.append(parse(row))
             except ValueError as error:
                 raise InputError(f"{path}: scenario {number}: {error}") from None
-    names = [scenario.name for scenario in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"{path}: the name {name} is used {names.count(name)} times")
+    for name, count in Counter(scenario.name for scenario in found).items():
+        if count > 1:
+            raise InputError(f"{path}: the name {name} is used {count} times")
     if not found:
         raise InputError(f"{path}: holds no scenario")
     return found

@@ -35,10 +35,6 @@ class Candidate:
     """A question on its way to a pair.
 
     Attributes:
-        scenario: what it belongs to.
-        query: the question.
-        accepted: the answer to learn.
-        rejected: the answer to avoid.
         outcome: ``CONFIRMED``, or why not; ``None`` while it is open.
         written: whether it is a pair.
     """
@@ -247,17 +243,19 @@ def _why(reply: Failure) -> str:
 
 def _verdicts(judge: Judge, pairs: Sequence[Candidate]) -> list[Verdict]:
     """The verdicts on the accepted and the rejected answer of each pair, in turn."""
-    questions, answers = [], []
-    for number, pair in enumerate(pairs):
-        question = Question(
+    questions = [
+        Question(
             id=f"{number}",
             scenario=pair.scenario.name,
             variant="TEXT",
             text=pair.query,
             criterion=pair.scenario.criterion,
         )
-        questions += [question, question]
-        answers += [Answer(id=question.id, text=text) for text in (pair.accepted, pair.rejected)]
+        for number, pair in enumerate(pairs)
+        for _ in range(2)
+    ]
+    texts = [text for pair in pairs for text in (pair.accepted, pair.rejected)]
+    answers = [Answer(id=each.id, text=text) for each, text in zip(questions, texts, strict=True)]
     return judge.judge(questions, answers)
 
 

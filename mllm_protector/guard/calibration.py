@@ -184,13 +184,9 @@ def choose_threshold(
 def describe(
     aim: Aim, threshold: float, *, recall: float, false_positive_rate: float, f1: float, sizes: Sizes
 ) -> Choice:
-    """A choice with its metrics, from the rates at its threshold.
-
-    In both rates each query counts once; F1 is of the answers as they are.
-    """
-    positives, negatives = sizes.harmful_queries, sizes.harmless_queries
-    false_positive_bound = _bound("false_positive_rate", false_positive_rate, negatives, aim)
-    miss_bound = _bound("recall", 1 - recall, positives, aim)
+    """A choice from the rates at its threshold, in which each query counts once; F1 is of the answers."""
+    bound = _bound("false_positive_rate", false_positive_rate, sizes.harmless_queries, aim)
+    recall_bound = 1 - _bound("recall", 1 - recall, sizes.harmful_queries, aim)
     facts: dict[str, Any] = {
         "aim": aim.kind,
         "target": aim.target,
@@ -198,19 +194,19 @@ def describe(
         "n": sizes.harmful + sizes.harmless,
         "positives": sizes.harmful,
         "negatives": sizes.harmless,
-        "independent_positives": positives,
-        "independent_negatives": negatives,
+        "independent_positives": sizes.harmful_queries,
+        "independent_negatives": sizes.harmless_queries,
         "false_positive_rate": false_positive_rate,
-        "false_positive_rate_bound": false_positive_bound,
+        "false_positive_rate_bound": bound,
         "recall": recall,
-        "recall_bound": 1 - miss_bound,
+        "recall_bound": recall_bound,
         "f1": f1,
         "promised": None,
     }
     if aim.kind == "false_positive_rate" and aim.target is not None:
-        facts["promised"] = false_positive_bound <= aim.target
+        facts["promised"] = bound <= aim.target
     elif aim.kind == "recall" and aim.target is not None:
-        facts["promised"] = 1 - miss_bound >= aim.target
+        facts["promised"] = recall_bound >= aim.target
     return Choice(threshold, _how(aim, facts), facts)
 
 

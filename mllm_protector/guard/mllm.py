@@ -14,18 +14,14 @@ class ProtectedMLLM:
     """An MLLM with the guard behind it; itself an MLLM."""
 
     def __init__(self, mllm: MLLM, protector: Protector) -> None:
-        """Wrap a model that answers questions."""
         self.mllm = mllm
         self.protector = protector
 
     def ask(self, text: str, image: AnyImage | None = None) -> str:
         """The guarded answer to one question, for the user to see.
 
-        ``Protector.guard`` also gives the score and the outcome.
-
-        Args:
-            text: the question.
-            image: a file's path or a PIL image; nothing is fetched from an address.
+        ``image`` is a file's path or a PIL image; nothing is fetched from an address. ``Protector.guard``
+        also gives the score and the outcome.
 
         Raises:
             InputError: the question is not a text, or the image cannot be used.
@@ -39,8 +35,7 @@ class ProtectedMLLM:
     def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
         """The guarded answer to each question; where the MLLM made none, its reason.
 
-        Args:
-            questions: each a ``Question``, a text, or a pair of a text and an image as for ``ask``.
+        A question is a ``Question``, a text, or a pair of a text and an image as for ``ask``.
 
         Raises:
             InputError: not a list, an entry that is no question, or an image that cannot be used.

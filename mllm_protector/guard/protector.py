@@ -87,15 +87,11 @@ class Protector:
         max_rewrites: int = 2,
         max_answer_tokens: int = MAX_ANSWER_TOKENS,
     ) -> None:
-        """Join the two parts.
+        """Join the two parts; the corrector rewrites what scores at or above the threshold.
 
-        Args:
-            detector: scores answers.
-            corrector: rewrites what scores at or above the threshold.
-            threshold: in [0, 1].
-            max_rewrites: attempts at a good rewrite, after which an answer is refused.
-            max_answer_tokens: longer answers are refused unread. A token counts as ``BYTES_PER_TOKEN`` bytes
-                of UTF-8, of the text or of its normalised form, whichever is longer.
+        After ``max_rewrites`` attempts an answer is refused. Longer answers than ``max_answer_tokens`` are
+        refused unread; a token counts as ``BYTES_PER_TOKEN`` bytes of UTF-8, of the text or of its normalised
+        form, whichever is longer.
 
         Raises:
             InputError: a threshold outside [0, 1], fewer than one rewrite or token, or a ``correct`` that
@@ -131,15 +127,9 @@ class Protector:
     ) -> "Protector":
         """The guard from two trained folders; without a detoxifier it refuses what it flags.
 
-        Two adapters on one base share it in memory.
-
-        Args:
-            detector: the folder that ``train_detector`` wrote.
-            detoxifier: the folder that ``train_detoxifier`` wrote, or ``None``.
-            base: where the backbone of the adapters is now; ``None`` to look where it was, and near them. Of
-                two adapters on different models, the one that was trained on ``base`` takes it.
-            device: ``None`` takes the GPU if there is one.
-            max_answer_tokens: longer answers are refused unread.
+        Two adapters on one base share it in memory. ``base`` is where the backbone of the adapters is now;
+        without it they are looked for where they were, and near them. Of two adapters on different models,
+        the one that was trained on ``base`` takes it. Without a ``device``, the GPU is taken if there is one.
 
         Raises:
             InputError: a folder does not hold what it should, fewer than one token, or ``base`` is the base
@@ -177,13 +167,8 @@ class Protector:
     ) -> list[Reply]:
         """Score each answer, and replace those at or above the threshold as ``rewrite`` does.
 
-        Args:
-            queries: the words of the questions.
-            answers: the MLLM's answers.
-            ids: names for the replies; by default their position.
-
-        Returns:
-            One reply for each answer. ``final`` is the text to show; ``raw`` is not.
+        Of each reply, ``final`` is the text to show; ``raw`` is not. ``ids`` are names for the replies, by
+        default their position.
 
         Raises:
             InputError: not lists of texts, or lists of different lengths.

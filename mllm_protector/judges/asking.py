@@ -69,9 +69,8 @@ def checked(template: str) -> str:
     return require_fields(template, {"answer", "question"} if with_question else {"answer"})
 
 
-def filled(template: str, *, question: str, answer: str) -> str:
+def filled(template: str, **values: str) -> str:
     """A template with its fields filled in; braces in the texts stay as they are."""
-    values = {"question": question, "answer": answer}
     return "".join(text + (values[name] if name else "") for text, name in pieces(template))
 
 
@@ -85,8 +84,8 @@ _OPENING = r"[\s*_`\"'“”‘’(\[{<#>•-]*"
 _CLOSING = r"[\s*_`\"'“”‘’)\]}>.!;,。！]*"
 _JOINT = r"[ \t*_`\"':]{1,8}"
 _WORD = re.compile(rf"{_OPENING}(safe|unsafe){_CLOSING}", re.IGNORECASE | re.ASCII)
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
-_CODE = re.compile(r"```\w*\s((?:(?!```).)*)```", re.DOTALL)
+THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
+CODE = re.compile(r"```\w*\s((?:(?!```).)*)```", re.DOTALL)
 _KEYS = frozenset({"verdict", "label", "result", "output", "answer", "judgement", "judgment"})
 
 _DECLINED = re.compile(
@@ -106,9 +105,7 @@ def stated(reply: str, nonce: str) -> Status | None:
 def single_word(reply: str, judged: str) -> Status | None:
     """The verdict of a reply that is one word, as a pasted template asks for.
 
-    Args:
-        reply: what the judge said.
-        judged: the answer as the judge saw it; a reply that repeats it is an echo and no verdict.
+    A reply that repeats the answer, as the judge saw it, is an echo and no verdict.
     """
     found = _WORD.fullmatch(unwrapped(reply))
     if found is None or is_echo(reply, judged):
@@ -123,10 +120,19 @@ def is_echo(reply: str, judged: str) -> bool:
 
 def unwrapped(reply: str) -> str:
     """A reply without thoughts before it, a code fence around it, or JSON; empty if that is broken JSON."""
-    text = _without_thoughts(reply)
-    if code := _CODE.fullmatch(text):
+    text = reply.strip(_BLANK)
+    if thoughts := THOUGHTS.match(text):
+        text = text[thoughts.end() :].strip(_BLANK)
+    if code := CODE.fullmatch(text):
         text = code.group(1).strip(_BLANK)
-    return _from_json(text) if text.startswith("{") and text.endswith("}") else text
+    if not (text.startswith("{") and text.endswith("}")):
+        return text
+    try:
+        fields = parse_json_line(text.encode())
+    except ValueError:
+        return ""
+    found = [value for key, value in fields.items() if key.lower() in _KEYS]
+    return found[0].strip(_BLANK) if len(found) == 1 and isinstance(found[0], str) else ""
 
 
 def declined(reply: str) -> bool:
@@ -142,22 +148,6 @@ def excerpt(reply: str, length: int = 80) -> str:
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
-def _without_thoughts(reply: str) -> str:
-    text = reply.strip(_BLANK)
-    thoughts = _THOUGHTS.match(text)
-    return text[thoughts.end() :].strip(_BLANK) if thoughts else text
-
-
-def _from_json(text: str) -> str:
-    """The only field of an object that can be a verdict."""
-    try:
-        fields = parse_json_line(text.encode())
-    except ValueError:
-        return ""
-    found = [value for key, value in fields.items() if key.lower() in _KEYS]
-    return found[0].strip(_BLANK) if len(found) == 1 and isinstance(found[0], str) else ""
-
-
 log = logging.getLogger(__name__)
 
 Messages = tuple[tuple[str, str], ...]
@@ -169,7 +159,6 @@ class Request:
     """One thing to ask a judge.
 
     Attributes:
-        messages: the conversation.
         read: a reply to its verdict; ``None`` if it is none.
         again: what to ask if there was no verdict; ``None`` to leave it at that.
     """

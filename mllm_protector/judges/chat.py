@@ -10,7 +10,6 @@ examples decide here. A refusal gives no advice, so it is safe as well.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from mllm_protector.errors import InputError
 from mllm_protector.judges.asking import (
@@ -108,12 +107,9 @@ class ChatJudge(AskingJudge):
     ) -> None:
         """Set the judge up; the model is only made when it is needed.
 
-        Args:
-            chat: makes the model.
-            max_tokens: the longest reply.
-            show_question: also show the question, not the answer alone; a pasted template says so itself.
-            templates: criterion -> wording that replaces ours, with the field ``{answer}`` and, if it wants
-                it, ``{question}``; it must ask for one of the words safe and unsafe and nothing else.
+        ``templates`` are wordings by criterion that replace ours, with the field ``{answer}`` and, to show
+        the question as well, ``{question}``. They must ask for one of the words safe and unsafe and nothing
+        else.
 
         Raises:
             InputError: an unknown criterion, or a template with other fields.
@@ -127,14 +123,13 @@ class ChatJudge(AskingJudge):
             except ValueError as error:
                 known = f" (criteria: {', '.join(Criterion)})" if name not in list(Criterion) else ""
                 raise InputError(f"templates.{name}: {error}{known}") from None
-        self._settings = _digest(
-            {
-                "ours": [JUDGE, DATA, AGAIN, SAFE],
-                "pasted": self.templates,
-                "show_question": show_question,
-                "parser": PARSER_VERSION,
-            }
-        )
+        wording = {
+            "ours": [JUDGE, DATA, AGAIN, SAFE],
+            "pasted": self.templates,
+            "show_question": show_question,
+            "parser": PARSER_VERSION,
+        }
+        self._settings = hashlib.sha256(json.dumps(wording, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def card(self) -> Card:
@@ -175,7 +170,3 @@ class ChatJudge(AskingJudge):
             read=lambda reply: single_word(reply, shown) if template else stated(reply, mark),
             again=(("user", f"{prompt}\n\n{AGAIN}"),),
         )
-
-
-def _digest(settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

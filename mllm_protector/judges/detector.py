@@ -48,9 +48,7 @@ class DetectorJudge:
     def from_folder(cls, folder: str, base: str | None = None) -> "DetectorJudge":
         """The detector saved in a folder, loaded at its first use, with the threshold stored beside it.
 
-        Args:
-            folder: what ``train_detector`` wrote.
-            base: of the guard's adapters; the judge takes it where it was trained on it.
+        ``base`` is that of the guard's adapters; the judge takes it where it was trained on it.
 
         Raises:
             InputError: not a detector, or its base is not found.

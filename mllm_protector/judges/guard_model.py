@@ -123,14 +123,7 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """A question, an answer, and the only right verdict on it.
-
-    Attributes:
-        question: what was asked.
-        answer: what was answered.
-        status: the verdict.
-        name: of the answer, in words.
-    """
+    """A question, an answer (``name`` describes it), and the only right verdict on it."""
 
     question: Question
     answer: str
@@ -189,13 +182,9 @@ class GuardModelJudge(AskingJudge):
     ) -> None:
         """Set the judge up; the model is only made when it is needed.
 
-        Args:
-            chat: makes the model.
-            family: one of ``FAMILIES``.
-            controversial: where a verdict between safe and unsafe is counted.
-            template: file with the model's written prompt, with the fields ``{question}`` and ``{answer}``
-                and without what its chat template adds; for models whose chat template carries no policy.
-            probe: whether an evaluation first asks about ``probes``, and stops if one is misjudged.
+        ``template`` is a file with the model's written prompt, with the fields ``{question}`` and
+        ``{answer}`` and without what its chat template adds; for models whose chat template carries no
+        policy. ``controversial`` says where a verdict between safe and unsafe is counted.
 
         Raises:
             InputError: an unknown family, or a template that is missing or has other fields.

@@ -50,14 +50,11 @@ _KNOWN: Mapping[str, Variant] = {**{variant: variant for variant in VARIANTS}, "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One answer, and what is known of its question.
+    """One answer, and what is known of its question; ``None`` where the file does not say.
 
     Attributes:
-        answer: the text; empty is an answer too.
         id: perhaps the question's.
         question: the words that were asked, if they may be compared.
-        scenario: or ``None`` where the file does not say.
-        variant: how it was asked, or ``None`` where the file does not say.
         row: its number in the file, from 1; a header does not count.
     """
 
@@ -75,13 +72,7 @@ def read_answers(
     variants: Sequence[Variant] | None,
     model: str | None,
 ) -> tuple[Reading[Stored], str | None]:
-    """The answers of a file or folder, and whose they are if that is known.
-
-    Args:
-        path: a file, or the folder ``questions_with_answers``.
-        format: of the file; ``auto`` looks at the fields.
-        variants: how the questions were asked.
-        model: whose answers to take, where there are those of several.
+    """The answers of a file or folder, and whose they are if that is known; arguments as of ``Replay``.
 
     Raises:
         RecordError: a row cannot be used; the message is ``file:line: reason``.
@@ -125,14 +116,13 @@ def _table(path: Path) -> Iterator[Row]:
 
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    settings: dict[str, Any] = {"dtype": str, "keep_default_na": False}
+    texts: dict[str, Any] = {"dtype": str, "keep_default_na": False}
     try:
-        if path.suffix.lower() == ".xlsx":
-            # What some writers take for a formula, an answer that begins with "=", is its own text here.
-            settings |= {"engine": "openpyxl", "engine_kwargs": {"data_only": False}}
-            frame = pandas.read_excel(path, **settings)
+        if path.suffix.lower() == ".tsv":
+            frame = pandas.read_csv(path, sep="\t", encoding="utf-8-sig", **texts)
         else:
-            frame = pandas.read_csv(path, sep="\t", encoding="utf-8-sig", **settings)
+            # What some writers take for a formula, an answer that begins with "=", is its own text here.
+            frame = pandas.read_excel(path, engine="openpyxl", engine_kwargs={"data_only": False}, **texts)
     except ImportError:
         raise InputError(f"{path}: needs openpyxl; pip install 'mllm-protector[excel]'") from None
     except Exception as error:  # pandas and openpyxl raise many kinds on broken files
@@ -226,10 +216,9 @@ def _of_the_benchmark(
         )
     reading: Reading[Stored] = Reading()
     for file, rows in files.items():
-        answers = {f"{file.stem}/{variants[0]}/{key}": (row.get("ans") or {}) for key, row in rows.items()}
         entries = (
-            _benchmark_row(number, name, by_model.get(model))
-            for number, (name, by_model) in enumerate(answers.items(), start=1)
+            _benchmark_row(number, f"{file.stem}/{variants[0]}/{key}", (row.get("ans") or {}).get(model))
+            for number, (key, row) in enumerate(rows.items(), start=1)
         )
         reading.records += stream_rows(entries, str(file), _record, reading)
     return reading, model

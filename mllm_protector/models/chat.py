@@ -113,7 +113,7 @@ class ServedChat:
         self._identity = identity
         self._address = public(address)
         self._host = str(address.hostname)
-        self._key()
+        key_from(api_key_env, self._host)
 
     def complete(
         self,
@@ -127,11 +127,8 @@ class ServedChat:
 
         Once the server cannot be reached, conversations that wait for their turn are not sent.
 
-        Args:
-            conversations: see ``protocols.Chat``.
-            max_tokens: the longest reply.
-            seeds: one for each conversation, instead of the model's own.
-            keep: gets each reply as it comes; one that is under way when the run is stopped is lost.
+        ``seeds`` has one for each conversation, instead of the model's own. ``keep`` gets each reply as it
+        comes; one that is under way when the run is stopped is lost.
 
         Raises:
             InputError: the server refuses the key, the model or the address.
@@ -141,7 +138,7 @@ class ServedChat:
         rows = [*zip(conversations, seeds, strict=True)]
 
         async def ask_all() -> list[str | Failure]:
-            async with self._client(BoundedClient(self._timeout)) as client:
+            async with self._client() as client:
                 return await self._in_turn(
                     len(rows), lambda index: self._reply(client, *rows[index], max_tokens), keep
                 )
@@ -160,20 +157,17 @@ class ServedChat:
             }
         )
 
-    def _key(self) -> str:
-        return key_from(self.api_key_env, self._host)  # read when it is needed, and never kept
-
-    def _client(self, connections: BoundedClient) -> AsyncOpenAI:
+    def _client(self) -> AsyncOpenAI:
         return AsyncOpenAI(
-            http_client=connections,
-            api_key=self._key(),
+            http_client=BoundedClient(self._timeout),
+            api_key=key_from(self.api_key_env, self._host),  # read when it is needed, and never kept
             base_url=self._base_url,
             timeout=Timeout(self._timeout, connect=min(self._timeout, CONNECT_SECONDS)),
             max_retries=self._max_retries,
         )
 
     async def _in_turn(
-        self, count: int, ask: Callable[[int], Awaitable[str | Failure]], keep: Keep | None = None
+        self, count: int, ask: Callable[[int], Awaitable[str | Failure]], keep: Keep | None
     ) -> list[str | Failure]:
         """What ``ask`` returns for each index; ``concurrency`` at once, until one cannot reach the server."""
         replies: dict[int, str | Failure] = {}

@@ -33,10 +33,9 @@ class TooLarge(OpenAIError):
 
 
 class BoundedClient(DefaultAsyncHttpxClient):
-    """The official client's connections, with an end to each request."""
+    """The official client's connections, where a request with its whole reply ends after ``seconds``."""
 
     def __init__(self, seconds: float) -> None:
-        """Allow a request this many seconds, from connecting to the last byte of its reply."""
         super().__init__()
         self._seconds = seconds
 

@@ -41,9 +41,6 @@ class HarmDetector:
 
     The worst of many windows is more often high by chance than one window: where answers are long, choose
     the threshold on answers as long as these.
-
-    Attributes:
-        window: the most tokens of an answer that are read at once; ``None`` for as many as fit.
     """
 
     def __init__(
@@ -55,14 +52,10 @@ class HarmDetector:
         batch_tokens: int = BATCH_TOKENS,
         window: int | None = None,
     ) -> None:
-        """Bind weights, encoder and settings.
+        """Bind a sequence classifier with one output, perhaps wrapped by PEFT, to how it is used.
 
-        Args:
-            model: a sequence classifier with one output, or one wrapped by PEFT.
-            encoder: the renderer that it was trained with.
-            guard: threshold, scale and the rest.
-            batch_tokens: positions in one forward pass, padding included.
-            window: the most tokens of an answer that are read at once; ``None`` for what ``guard`` says.
+        ``batch_tokens`` are positions in one forward pass, padding included; ``window`` is the most tokens of
+        an answer that are read at once, ``None`` for what ``guard`` says.
 
         Raises:
             InputError: a window of no tokens.
@@ -108,14 +101,8 @@ def card_of(guard: GuardFile, window: int | None) -> Card:
     """The card of the detector that a guard file describes, without loading it."""
     return Card(
         identity={
-            "kind": "detector",
-            "base": guard.base["name"],
-            "base_fingerprint": guard.base_fingerprint,
-            "weights": guard.weights,
-            "files": guard.files,
-            "prompt_sha256": guard.prompt_sha256,
+            **guard.identity,
             "joined": guard.joined,
-            "max_length": guard.max_length,
             "normalisation": normalisation.VERSION,
             "window": window,
             "overlap": {"share": OVERLAP, "tokens": SENTENCE},
@@ -141,9 +128,8 @@ def load_detector(
         folder: what ``train_detector`` wrote.
         base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
-        batch_tokens: positions in one forward pass, padding included.
-        window: the most tokens of an answer that are read at once; ``None`` for what the training chose, and
-            ``max_length`` or more for as many as fit.
+        batch_tokens: as in ``HarmDetector``.
+        window: as in ``HarmDetector``; ``max_length`` or more for as many tokens as fit.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:

@@ -43,15 +43,10 @@ class Detoxifier:
         max_new_tokens: int | None = None,
         batch_size: int = 32,
     ) -> None:
-        """Bind weights, encoder and settings.
+        """Bind a causal LM, perhaps wrapped by PEFT, to how it is used.
 
-        Args:
-            model: a causal LM, or one wrapped by PEFT.
-            encoder: the renderer that it was trained with.
-            guard: the content of ``guard.json``.
-            max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt. The prompt never
-                takes this room; a shorter rewrite leaves the prompt no more room than it had in training.
-            batch_size: answers rewritten at once.
+        ``max_new_tokens`` is the longest rewrite, ``None`` for the longest that was learnt. The prompt never
+        takes this room; a shorter rewrite leaves the prompt no more room than it had in training.
 
         Raises:
             InputError: ``max_new_tokens`` leaves no room for a prompt.
@@ -74,11 +69,8 @@ class Detoxifier:
     def correct(self, *, queries: Sequence[str], answers: Sequence[str], attempt: int = 0) -> list[str]:
         """A corrected answer for each flagged answer; empty if the model wrote none.
 
-        Args:
-            queries: what was asked.
-            answers: what was flagged.
-            attempt: 0 decodes greedily. Later ones are sampled (``TEMPERATURE``, ``TOP_P``) from a seed of
-                the row's texts and the attempt, whatever it is batched with.
+        Attempt 0 decodes greedily. Later ones are sampled (``TEMPERATURE``, ``TOP_P``) from a seed of the
+        row's texts and the attempt, whatever it is batched with.
 
         Raises:
             InputError: not two lists of texts of the same length.
@@ -110,13 +102,7 @@ class Detoxifier:
         """What the rewrites depend on: weights, prompt, lengths, sampling."""
         return Card(
             identity={
-                "kind": "detoxifier",
-                "base": self.guard.base["name"],
-                "base_fingerprint": self.guard.base_fingerprint,
-                "weights": self.guard.weights,
-                "files": self.guard.files,
-                "prompt_sha256": self.guard.prompt_sha256,
-                "max_length": self.guard.max_length,
+                **self.guard.identity,
                 "max_new_tokens": self.max_new_tokens,
                 "room": self.encoder.room(reserve=self.max_new_tokens),
                 "sampling": {"temperature": TEMPERATURE, "top_p": TOP_P},
@@ -170,7 +156,7 @@ def load_detoxifier(
         folder: what ``train_detoxifier`` wrote.
         base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
         device: ``None`` takes the GPU if there is one.
-        max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
+        max_new_tokens: as in ``Detoxifier``.
         batch_size: answers rewritten at once.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 

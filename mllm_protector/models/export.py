@@ -11,6 +11,7 @@ offset needs a head with a bias, and that of a decoder has none in ``transformer
 
 import json
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 from string import Template
@@ -24,7 +25,7 @@ from mllm_protector.data.tokens import fill, special_affixes
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import write_text
 from mllm_protector.models.detector import HarmDetector, detector_encoder, load_classifier, load_detector
-from mllm_protector.models.guard_file import FILE_NAME, GuardFile, Scale, read_guard_file
+from mllm_protector.models.guard_file import FILE_NAME, GuardFile, Scale, loaded_files, read_guard_file
 from mllm_protector.models.parts import adapter_weights, part_backbone, save_part
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,7 @@ PROBES = (
 )
 """Ordinary pairs, on which two ways to the same score are compared."""
 
-OWN_FILES = ("README.md", "chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
-"""The files of an export beside JSON and weights."""
+CARD = "README.md"
 
 TOLERANCE = 1e-3
 """Of the unscaled logits of ``PROBES`` in float32: rounding by the merge, far less than a lost head."""
@@ -63,17 +63,10 @@ def export_detector(
     push_to: str | None,
     private: bool,
 ) -> Path:
-    """Write a detector as a whole model in float32, and publish it if asked to.
+    """Write a detector, an adapter or a whole model, as a whole model in float32 to ``output_dir``.
 
-    Args:
-        detector: a trained detector's folder, an adapter or a whole model.
-        output_dir: gets weights, tokenizer, ``config.json``, ``guard.json`` and the card ``README.md``.
-        base: where the backbone of an adapter is now; ``None`` to look where it was, and near the folder.
-        push_to: a name on the Hugging Face hub, such as ``user/harm-detector``; ``None`` for not at all.
-        private: whether a repository that is made there is private.
-
-    Returns:
-        The folder.
+    ``base`` is where the backbone of an adapter is now. ``push_to`` is a name on the Hugging Face hub, such
+    as ``user/harm-detector``, where it is published; a repository that is made there may be ``private``.
 
     Raises:
         InputError: not a detector, its head is missing, or the hub refuses.
@@ -101,7 +94,7 @@ def export_detector(
         base={"name": _public_name(guard.base["name"]), "revision": guard.base.get("revision")},
     )
     save_part(model, tokenizer, whole, folder)
-    write_text(folder / "README.md", model_card(whole, trained.encoder, plain_text=plain_text))
+    write_text(folder / CARD, model_card(whole, trained.encoder, plain_text=plain_text))
     del trained, model
     found = _probe(load_detector(folder, device="cpu"))
     rounding = TOLERANCE / guard.scale.temperature
@@ -157,9 +150,7 @@ def renders_alike(encoder: DetectorEncoder) -> bool:
 
 def _fenced(text: str, language: str) -> str:
     """A code block that the text cannot close."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
@@ -197,7 +188,7 @@ def push(folder: Path, name: str, *, private: bool) -> None:
         api.upload_folder(
             repo_id=name,
             folder_path=str(folder),
-            allow_patterns=_own_files(folder),
+            allow_patterns=[*loaded_files(folder), FILE_NAME, CARD],  # whatever else is there is the user's
             commit_message="Add a harm detector",
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
@@ -208,25 +199,12 @@ def push(folder: Path, name: str, *, private: bool) -> None:
     log.info("published: %s", name)
 
 
-def _own_files(folder: Path) -> list[str]:
-    """The names of an export's files; whatever else is in the folder is the user's own."""
-    return [
-        path.name
-        for path in sorted(folder.iterdir())
-        if (path.suffix in (".json", ".safetensors") and not path.name.startswith("."))
-        or path.name in OWN_FILES
-    ]
-
-
 def _load(folder: Path, guard: GuardFile, base: str | None) -> HarmDetector:
     """The detector in float32 on a base that is not quantised, so that an adapter can be merged exactly."""
     backbone = part_backbone(guard, folder, base)
     if backbone.quantization is not None:
-        log.warning(
-            "%s was trained on %s weights and is exported on whole ones: choose its threshold again",
-            folder,
-            backbone.quantization,
-        )
+        exported = "is exported on whole ones: choose its threshold again"
+        log.warning("%s was trained on %s weights and %s", folder, backbone.quantization, exported)
     backbone = replace(backbone, dtype="float32", quantization=None)
     return HarmDetector(load_classifier(folder, guard, backbone), detector_encoder(folder, guard), guard)
 
@@ -249,10 +227,8 @@ def _merged(model: Any, folder: Path, guard: GuardFile) -> torch.nn.Module:
 def _probe(detector: HarmDetector) -> list[float]:
     """Its calibrated logits of ``PROBES``."""
     queries, answers = zip(*PROBES, strict=True)
-    logits: list[float] = detector.guard.scale.logits(
-        detector.logits(queries=queries, answers=answers)
-    ).tolist()
-    return logits
+    logits = detector.logits(queries=queries, answers=answers)
+    return [*map(float, detector.guard.scale.logits(logits))]
 
 
 def _public_name(name: str) -> str:

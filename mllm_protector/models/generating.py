@@ -23,19 +23,10 @@ OUT_OF_MEMORY = (
 
 
 class Batches(Generic[T, R]):
-    """Work on batches, which are halved when memory runs out and stay that small.
-
-    Attributes:
-        size: rows in a batch at most.
-    """
+    """Work on batches, which are halved when memory runs out and stay that small."""
 
     def __init__(self, work: Callable[[Sequence[T]], list[R]], size: int) -> None:
-        """Bind the work.
-
-        Args:
-            work: turns a batch into one result per row.
-            size: of the first batches.
-        """
+        """Bind the work, which gives one result per row, and the most rows of a batch."""
         self._work = work
         self.size = size
 
@@ -95,11 +86,8 @@ def release_memory() -> None:
 def control_tokens(tokenizer: PreTrainedTokenizerBase, others: Iterable[str] = ()) -> re.Pattern[str]:
     """Matches the first character of each control token in a text; see ``plain``.
 
-    Added tokens that are mere words or white space are left alone: they mean the same as token and as text.
-
-    Args:
-        tokenizer: whose special and added tokens are meant.
-        others: further control tokens, such as a processor's.
+    They are the special and added tokens of the tokenizer, and ``others``, such as a processor's. Added
+    tokens that are mere words or white space are left alone: they mean the same as token and as text.
     """
     tokens = {*others, *tokenizer.all_special_tokens}
     for added in tokenizer.added_tokens_decoder.values():
@@ -119,10 +107,7 @@ def decoded(
 ) -> list[str]:
     """The texts of generated tokens; ``CutText`` where generation ran out of room before an end.
 
-    Args:
-        tokenizer: of the model.
-        new: (B, T) int64, the new tokens only, padded on the right.
-        ends: the token or tokens that end a text; ``None`` where a model has none.
+    ``new`` is (B, T) int64, the new tokens only, padded on the right; ``ends`` are those that end a text.
     """
     end_ids = torch.tensor([ends] if isinstance(ends, int) else [*(ends or ())], dtype=new.dtype)
     ended = torch.isin(new, end_ids.to(new.device)).any(dim=1).tolist()

@@ -63,7 +63,6 @@ Prompt = Annotated[str, AfterValidator(lambda text: prompts.require_fields(text,
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-
 Floats = NDArray[np.float64]
 
 
@@ -111,7 +110,6 @@ class GuardFile:
 
     Attributes:
         tuning: ``full`` (the folder holds a whole model) or ``lora`` (an adapter on ``base``).
-        base: the backbone the part was trained from.
         base_fingerprint: identifies the base (``parts.fingerprint``); ``None`` if not taken.
         pretrained: false where the backbone started from random weights.
         prompt: the template that renders its input; ``prompt_sha256`` guards it against edits.
@@ -120,17 +118,12 @@ class GuardFile:
         chat: the prompt goes through the tokenizer's chat template.
         joined: the prompt and the texts are tokenised in one piece, as the part was trained; special tokens
             inside a text stay words.
-        threshold: scores at or above it are harmful; ``None`` for a detoxifier.
-        threshold_how: how it was chosen, in one sentence.
+        threshold: scores at or above it are harmful; ``None`` for a detoxifier, as is ``temperature``.
         group_thresholds: of an earlier release, by group; they are no longer used.
-        temperature: divides the logit and the offset; ``None`` for a detoxifier.
-        offset: is added to the logit.
         calibration: for what, on what data and with what metrics threshold and scale were chosen, and why
             they are these; ``None`` where they were not chosen on data.
         window: the most tokens of an answer that a detector reads at once; ``None`` for as many as fit.
-        data: where the training data came from and what it was.
         metrics: of exactly these weights on the validation split.
-        versions: of the libraries that trained it.
         weights: file name to sha256.
         files: the same for configuration and tokenizer; empty in a file of an earlier release.
     """
@@ -182,6 +175,12 @@ class GuardFile:
             "backbone.name=<a folder or a name on the hub>"
         )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the results of any part depend on."""
+        names = ("kind", "base_fingerprint", "weights", "files", "prompt_sha256", "max_length")
+        return {"base": self.base["name"]} | {name: getattr(self, name) for name in names}
+
     def origin(self) -> dict[str, Any]:
         """All that is decided before the training: base, prompt, lengths, data."""
         known = {name: value for name, value in asdict(self).items() if name not in MEASURED}
@@ -216,10 +215,9 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
         raise InputError(f"{path}: not of schema {SCHEMA}; it was written by another release")
     if content.get("kind") != kind:
         raise InputError(f"{folder}: holds a {content.get('kind')}, but a {kind} is wanted")
-    if content["schema"] == SCHEMA:
-        for each in fields(GuardFile):
-            if each.name not in content:
-                raise InputError(f"{path}: {each.name} is missing; copy the file again or retrain")
+    missing = [each.name for each in fields(GuardFile) if each.name not in content]
+    if content["schema"] == SCHEMA and missing:
+        raise InputError(f"{path}: {missing[0]} is missing; copy the file again or retrain")
     prompt = content.get("prompt")
     if not isinstance(prompt, str) or prompts.template_hash(prompt) != content.get("prompt_sha256"):
         raise InputError(f"{path}: the prompt was edited; a trained part only knows its own prompt")
@@ -234,10 +232,8 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
         raise InputError(f"{path}: {problem}; copy the file again or retrain") from None
     _require_whole(guard, folder)
     if guard.group_thresholds:
-        _warn_once(
-            f"{folder}: its group_thresholds are no longer used; threshold={guard.threshold} holds for all "
-            "answers"
-        )
+        instead = f"threshold={guard.threshold} holds for all answers"
+        _warn_once(f"{folder}: its group_thresholds are no longer used; {instead}")
     if guard.caveat:
         _warn_once(f"{folder}: {guard.caveat}")
     return guard
@@ -256,9 +252,8 @@ def _require_whole(guard: GuardFile, folder: Path) -> None:
     if guard.schema == SCHEMA or guard.files:
         found, wanted = found | _hashes(folder, LOADED), wanted | guard.files
     else:
-        _warn_once(
-            f"{folder}: saved by an earlier release, so its configuration and tokenizer files are not checked"
-        )
+        unchecked = "its configuration and tokenizer files are not checked"
+        _warn_once(f"{folder}: saved by an earlier release, so {unchecked}")
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             state = "missing" if name not in found else "not a file that the part was saved with"

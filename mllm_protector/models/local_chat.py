@@ -7,6 +7,7 @@ tokens in it take no part in the chat template.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,7 @@ class LocalChat:
     ) -> None:
         """Load a model from a folder or the hub. Pickled weights are refused.
 
-        Args:
-            name: a local folder, or else a name on the Hugging Face hub.
-            batch_size: conversations answered together, fewer where memory runs out.
-            revision: the commit to take from the hub; pin it, hub contents change.
-            dtype: of the weights (``float32``, ``bfloat16``); ``auto`` takes what the checkpoint says.
-            device: ``None`` takes the GPU if there is one.
-            trust_remote_code: run code that comes with the model. Leave it off unless you have read it.
+        Arguments as of ``HuggingFaceMLLM``; ``batch_size`` is of conversations.
 
         Raises:
             InputError: the model cannot be loaded, or not whole, or has no chat template.
@@ -104,9 +99,8 @@ class LocalChat:
         room = None if self._positions is None else self._positions - max_tokens
         fitting = [index for index, ids in enumerate(prompts) if room is None or len(ids) <= room]
         fitting.sort(key=lambda index: len(prompts[index]), reverse=True)  # similar lengths, little padding
-        batches: Batches[list[int], str] = Batches(
-            lambda rows: self._generate(rows, max_tokens), self.batch_size
-        )
+        work = partial(self._generate, max_tokens=max_tokens)
+        batches: Batches[list[int], str] = Batches(work, self.batch_size)
         texts = batches.run([prompts[index] for index in fitting])
         self.batch_size = batches.size
         for index, text in zip(fitting, texts, strict=True):
@@ -120,11 +114,9 @@ class LocalChat:
     def card(self) -> Card:
         """What the replies depend on. The batch size is no part of it."""
         folder = Path(self.name)
-        source = (
-            {"model": folder.resolve().name, "weights": weight_hashes(folder)}
-            if folder.is_dir()
-            else {"model": self.name, "revision": self._revision}
-        )
+        source: dict[str, Any] = {"model": self.name, "revision": self._revision}
+        if folder.is_dir():
+            source = {"model": folder.resolve().name, "weights": weight_hashes(folder)}
         template = json.dumps(self.tokenizer.chat_template, sort_keys=True)
         return Card(
             identity={

@@ -146,19 +146,18 @@ class HuggingFaceMLLM:
             }
         )
 
-    def encode(self, questions: Sequence[Question]) -> transformers.BatchFeature:
+    def encode(
+        self, questions: Sequence[Question], images: Sequence[list[Image.Image]] | None = None
+    ) -> transformers.BatchFeature:
         """One batch for the model: ``input_ids`` and ``attention_mask`` (B, T) int64, padded on the left.
 
-        The inputs for the images (``pixel_values``) depend on the model.
+        The inputs for the images (``pixel_values``) depend on the model. ``images`` are those of each
+        question, where they are loaded already.
 
         Raises:
             InputError: an image cannot be read.
         """
-        return self._encode(questions, [_images(question) for question in questions])
-
-    def _encode(
-        self, questions: Sequence[Question], images: Sequence[list[Image.Image]]
-    ) -> transformers.BatchFeature:
+        images = [_images(question) for question in questions] if images is None else images
         prompts: list[str] = self.processor.apply_chat_template(
             [self._conversation(question) for question in questions],
             tokenize=False,
@@ -190,7 +189,7 @@ class HuggingFaceMLLM:
 
     @torch.inference_mode()
     def _texts(self, questions: Sequence[Question], images: Sequence[list[Image.Image]]) -> list[str]:
-        batch = self._encode(questions, images)
+        batch = self.encode(questions, images)
         tokenizer = self.processor.tokenizer
         settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if self.temperature > 0:
@@ -249,7 +248,6 @@ def _read_template(path: str) -> str:
 
 
 def _images(question: Question) -> list[Image.Image]:
-    """The question's image, if it has one."""
     return [] if question.image is None else [question.image.load()]
 
 

@@ -48,19 +48,10 @@ def import_official_detector(
     dtype: str,
     output_dir: str,
 ) -> Path:
-    """Write the official detector as a folder that ``load_detector`` loads.
+    """Write the official detector as a folder, ``output_dir``, that ``load_detector`` loads.
 
-    Args:
-        adapter: a local folder, or a name on the hub: ``adapter_config.json`` and
-            ``adapter_model.safetensors`` are read.
-        adapter_revision: the commit to take from the hub.
-        base: the model that the adapter was trained on, a local folder or a name on the hub.
-        base_revision: the commit to take from the hub.
-        dtype: in which the base is loaded; the official code uses bfloat16.
-        output_dir: gets the adapter, the tokenizer and ``guard.json``.
-
-    Returns:
-        The folder.
+    ``adapter`` and the ``base`` that it was trained on are local folders or names on the hub; ``dtype`` is
+    what the base is loaded in (the official code uses bfloat16).
 
     Raises:
         InputError: no such adapter, a part of this package, one without a trained head or not in safetensors

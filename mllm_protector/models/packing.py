@@ -42,28 +42,20 @@ def use_packed_attention(model: torch.nn.Module) -> None:
     kind = inner.config.model_type
     if "flash" not in str(inner.config._attn_implementation):
         if not inner._can_set_attn_implementation():
-            raise InputError(f"fit.packing=true: {kind} cannot read packed texts; use fit.packing=false")
+            raise _refusal(f"{kind} cannot read packed texts")
         AttentionInterface.register(NAME, attend_within_texts)
         AttentionMaskInterface.register(NAME, _mask)
         inner.set_attn_implementation(NAME)
     try:
         difference = _difference(model)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"fit.packing=true: {kind} cannot read packed texts ({error}); use fit.packing=false"
-        ) from error
+        raise _refusal(f"{kind} cannot read packed texts ({error})") from error
     if not difference < TOLERANCE:
-        raise InputError(
-            f"fit.packing=true: {kind} lets packed texts see each other (by {difference:.0%}); "
-            "use fit.packing=false"
-        )
+        raise _refusal(f"{kind} lets packed texts see each other (by {difference:.0%})")
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The output of a model's body at every position, before its head; (B, T, hidden).
-
-    The batch may be padded or packed; labels are ignored.
-    """
+    """The output of a model's body at every position of a padded or packed batch; (B, T, hidden)."""
     output = body(model)(**model_inputs(batch), use_cache=False)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
@@ -86,13 +78,11 @@ def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     Raises:
         InputError: a classifier that does not read the last token.
     """
-    ends = batch[BORDERS][1:].long() - 1
-    last = hidden_states(model, batch)[0, ends.to(batch["input_ids"].device)]
     head: Any = getattr(pretrained(model), "score", None)
     if head is None:
-        kind = pretrained(model).config.model_type
-        raise InputError(f"fit.packing=true: {kind} does not judge by the last token; use fit.packing=false")
-    return head(last)  # type: ignore[no-any-return]
+        raise _refusal(f"{pretrained(model).config.model_type} does not judge by the last token")
+    ends = batch[BORDERS][1:].long() - 1
+    return head(hidden_states(model, batch)[0, ends.to(batch["input_ids"].device)])  # type: ignore[no-any-return]
 
 
 def body(model: torch.nn.Module) -> torch.nn.Module:
@@ -119,23 +109,11 @@ def attend_within_texts(
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """An attention function as transformers calls it.
+    """An attention function as transformers calls it: to (1, T, H, D), and no weights.
 
-    Args:
-        module: the attention layer.
-        query: (1, H, T, D).
-        key: (1, K, T, D), where K divides H.
-        value: (1, K, T, D).
-        attention_mask: of padded rows only, which go through PyTorch's usual attention.
-        dropout: on the attention weights.
-        scaling: of the scores; ``None`` for 1 / sqrt(D).
-        cu_seq_lens_q: (S + 1,) int32, the borders of the texts; ``None`` for padded rows.
-        max_length_q: the longest text.
-        sliding_window: how far back a position sees, itself included; ``None`` for everything.
-        others: the layer's further arguments.
-
-    Returns:
-        (1, T, H, D), and no weights.
+    ``query`` is (1, H, T, D), ``key`` and ``value`` are (1, K, T, D), where K divides H. ``cu_seq_lens_q``,
+    (S + 1,) int32, are the borders of the texts; without it the rows are padded and go through PyTorch's
+    usual attention. ``sliding_window`` is how far back a position sees, itself included.
 
     Raises:
         InputError: the layer asks for soft capping or attention sinks, which are not done here.
@@ -147,7 +125,7 @@ def attend_within_texts(
         return padded
     for name in ("softcap", "s_aux", "position_bias"):
         if others.get(name) is not None:
-            raise InputError(f"fit.packing=true: this model's attention has {name}; use fit.packing=false")
+            raise _refusal(f"this model's attention has {name}")
     causal = bool(getattr(module, "is_causal", True))
     window = sliding_window if causal and sliding_window and sliding_window < max_length_q else None
     kernel = _kernel() if query.is_cuda and query.dtype in HALF and dropout == 0.0 else None
@@ -193,26 +171,22 @@ def _text_by_text(
     parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = []
     for text_query, text_key, text_value in parts:
-        banded = window is not None and window < text_query.shape[2]
+        band, length = None, text_query.shape[2]
+        if window is not None and window < length:
+            # Each position sees itself and the ``window - 1`` before it.
+            band = query.new_ones(length, length, dtype=torch.bool).tril().triu(1 - window)
         outputs.append(
             torch.nn.functional.scaled_dot_product_attention(
                 text_query,
                 repeat_kv(text_key, groups),
                 repeat_kv(text_value, groups),
-                attn_mask=_band(text_query.shape[2], window, query.device) if banded else None,
+                attn_mask=band,
                 dropout_p=dropout,
                 scale=scaling,
-                is_causal=causal and not banded,
+                is_causal=causal and band is None,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(T, T) bool: each position sees itself and the ``window - 1`` before it."""
-    positions = torch.arange(length, device=device)
-    behind = positions[:, None] - positions[None, :]
-    return (behind >= 0) & (behind < (window or length))
 
 
 def _mask(
@@ -233,3 +207,7 @@ def _difference(model: torch.nn.Module) -> float:
         )
     apart = torch.cat(alone)
     return float((together - apart).norm() / apart.norm())
+
+
+def _refusal(reason: str) -> InputError:
+    return InputError(f"fit.packing=true: {reason}; use fit.packing=false")

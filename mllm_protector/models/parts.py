@@ -88,11 +88,9 @@ def part_saver(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, guard: GuardFile
 ) -> Callable[[Path, dict[str, float], dict[str, torch.Tensor]], None]:
     """``save_part`` for a training: takes a folder, validation metrics, and the weights."""
-
-    def save(folder: Path, metrics: dict[str, float], weights: dict[str, torch.Tensor]) -> None:
-        save_part(model, tokenizer, replace(guard, metrics=metrics), folder, weights)
-
-    return save
+    return lambda folder, metrics, weights: save_part(
+        model, tokenizer, replace(guard, metrics=metrics), folder, weights
+    )
 
 
 def add_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
@@ -143,28 +141,23 @@ def fingerprint(folder: Path) -> str | None:
     does not prove that no single weight was changed between them, and it leaves out the tokenizer, which a
     part brings with it.
 
-    Args:
-        folder: with ``config.json`` and ``model.safetensors``, or shards and their index.
-
-    Returns:
-        64 hexadecimal digits; ``None`` if a file is missing.
+    ``None`` where ``config.json``, ``model.safetensors`` or a shard is missing.
     """
     names = ["model.safetensors"]  # which is what is loaded where there are shards beside it
     index = folder / "model.safetensors.index.json"
     if not (folder / names[0]).is_file() and index.is_file():
         names = sorted({*read_json(index).get("weight_map", {}).values()})
-    paths = [folder / CONFIG, *(folder / name for name in names)]
+    paths = [folder / name for name in (CONFIG, *names)]
     if not all(path.is_file() for path in paths):
         return None
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
-        last = max(size - BLOCK, 0)
         steps = min(-(-size // BLOCK), BLOCKS)
         with path.open("rb") as file:
             for step in range(steps):
-                file.seek(step * last // max(steps - 1, 1))
+                file.seek(step * max(size - BLOCK, 0) // max(steps - 1, 1))
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()
 
@@ -210,12 +203,6 @@ def find_base(
 
     Near means by any end of its old path, in the part's folder or a folder above: a tree that was moved or
     copied as a whole still works. A part without a fingerprint is only looked for where it was.
-
-    Args:
-        guard: of the part.
-        folder: of the part.
-        base: a folder or a name on the hub; ``None`` to look for it.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         InputError: ``base`` is another model, or the right one is not found.
@@ -292,7 +279,8 @@ def _files(backbone: Backbone) -> Path | None:
 
 def _near(folder: Path, name: str) -> Iterator[Path]:
     """Folders in or above ``folder`` that are called like an end of the path ``name``, the nearest first."""
-    parts = [part for part in Path(name).parts if part != Path(name).anchor]
+    path = Path(name)
+    parts = path.relative_to(path.anchor).parts
     for parent in (folder, *folder.parents):
         for start in range(len(parts)):
             if (near := parent.joinpath(*parts[start:])).is_dir():

@@ -17,6 +17,7 @@ import logging
 import re
 import weakref
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Literal
 
@@ -106,7 +107,8 @@ class Replay:
         )
 
     def _answer(self, question: Question) -> str | Failure:
-        places = self._with_the_id_of(question) or self._with_the_words_of(question)
+        same_id = self._two_that_differ(self._by_id.get(question.id, []))
+        places = same_id or self._with_the_words_of(question)
         if not places:
             return Failure(reason=f"no answer in {self._path.name}")
         first, *others = [self._stored[place] for place in places]
@@ -119,9 +121,6 @@ class Replay:
             f" {question.id}; give rows the questions' ids (scripts/list_questions.py lists them) or their"
             " variant, or leave such questions unanswered with mllm.ambiguous=skip"
         )
-
-    def _with_the_id_of(self, question: Question) -> list[int]:
-        return self._two_that_differ(self._by_id.get(question.id, []))
 
     def _with_the_words_of(self, question: Question) -> list[int]:
         scenario, words = _scenario(question.scenario), query_key(question.text)
@@ -138,13 +137,9 @@ class Replay:
                     f"{self._path}: row {unknown} does not say which variant was asked; if it was that of"
                     f" {question.id}, give mllm.variants=[{question.variant}]"
                 )
-            self._fitting[case] = self._two_that_differ(
-                [
-                    place
-                    for place, row in zip(found, rows, strict=True)
-                    if question.variant in ([row.variant] if row.variant else self._variants or VARIANTS)
-                ]
-            )
+            others = self._variants or VARIANTS
+            fits = [question.variant in ([row.variant] if row.variant else others) for row in rows]
+            self._fitting[case] = self._two_that_differ([*compress(found, fits)])
         return self._fitting[case]
 
     def _two_that_differ(self, places: Sequence[int]) -> list[int]:

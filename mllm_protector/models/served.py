@@ -43,22 +43,9 @@ class ServedMLLM:
     ) -> None:
         """Bind a model to how it is asked; nothing is sent.
 
-        Args:
-            model: this and whatever else is not explained here is as in ``ServedChat``.
-            max_new_tokens: the longest answer in tokens.
-            concurrency: requests under way at once, at most.
-            timeout: seconds for one request.
-            max_retries: how often a request is repeated.
-            temperature: unless it is 0, each question has its own seed, made of ``seed``, its text and
-                which repeat it is.
-            base_url: the address up to and with ``/v1``.
-            api_key_env: the environment variable that holds the key.
-            seed: of sampled answers.
-            length_field: what the server calls the longest reply.
-            identity: a name for the model at the address.
-            system_prompt: a system turn in front of each question.
-            image_format: how images are sent; ``png`` keeps every pixel, ``jpeg`` is smaller.
-            max_image_side: larger images are scaled down to this many pixels; ``None`` leaves them.
+        What is not explained here is as in ``ServedChat``. Unless the temperature is 0, each question has its
+        own seed, made of ``seed``, its text and which repeat it is. ``system_prompt`` is a turn in front of
+        each question. Images larger than ``max_image_side`` pixels are scaled down to that.
 
         Raises:
             InputError: as ``ServedChat``, or a number below 1.
@@ -95,15 +82,14 @@ class ServedMLLM:
         asked = as_questions(questions)
         with ThreadPoolExecutor(self.chat.concurrency) as pool:
             turns = list(pool.map(self._turns, asked))
-        sent = [
-            (question, turn) for question, turn in zip(asked, turns, strict=True) if isinstance(turn, list)
-        ]
+        pairs = zip(asked, turns, strict=True)
+        sent = [(turn, self._seed(question)) for question, turn in pairs if isinstance(turn, list)]
         greedy = self.chat.temperature == 0
         replies = iter(
             self.chat.complete(
-                [turn for _, turn in sent],
+                [turn for turn, _ in sent],
                 max_tokens=self.max_new_tokens,
-                seeds=None if greedy else [self._seed(question) for question, _ in sent],
+                seeds=None if greedy else [seed for _, seed in sent],
             )
         )
         return [next(replies) if isinstance(turn, list) else turn for turn in turns]

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Float32Linear, pick_device
@@ -30,16 +30,12 @@ class SharedBackbone:
     """A causal LM with two adapters, of which one is active at a time."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Bind the base; PEFT puts its layers into it."""
-        self.model = model
+        self.model = model  # PEFT puts its layers into it
         self._adapted: Any = None
         self._lock = threading.RLock()
 
     def add(self, name: str, folder: Path) -> dict[str, torch.Tensor]:
-        """Put a folder's adapter on the base.
-
-        Returns:
-            The weights that belong to no layer of the base: a head, by its PEFT names.
+        """Put a folder's adapter on the base; the weights that have no place there, a head's, are returned.
 
         Raises:
             InputError: not a LoRA adapter in safetensors format, or one for another base.
@@ -75,7 +71,6 @@ class SharedDetector(torch.nn.Module):
     """A sequence classifier that borrows the body of the shared model."""
 
     def __init__(self, shared: SharedBackbone, head: torch.nn.Linear) -> None:
-        """Join the shared body and a head."""
         super().__init__()
         self.shared = shared
         self.body = shared.model.base_model
@@ -95,24 +90,15 @@ class SharedDetoxifier(torch.nn.Module):
     """The shared causal LM with the detoxifier's adapter."""
 
     def __init__(self, shared: SharedBackbone) -> None:
-        """Bind the shared model."""
         super().__init__()
         self.shared = shared
         self.causal_lm = shared.model
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        """Of the causal LM."""
-        return self.causal_lm.generation_config
-
-    @generation_config.setter
-    def generation_config(self, value: GenerationConfig) -> None:
-        """Set the causal LM's."""
-        self.causal_lm.generation_config = value
+        self.generation_config = shared.model.generation_config
 
     def generate(self, **arguments: Any) -> torch.Tensor:
         """Ids (B, T) int64, the prompt's first, as by ``transformers``' ``generate``."""
         with self.shared.using(DETOXIFIER) as model:
+            model.generation_config = self.generation_config
             return model.generate(**arguments)  # type: ignore[no-any-return]
 
 
@@ -125,17 +111,10 @@ def load_shared(
     max_new_tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[HarmDetector, Detoxifier]:
-    """Load both parts on one base: half the memory of ``load_detector`` and ``load_detoxifier``.
+    """Load a LoRA detector and a LoRA detoxifier on one base: half the memory of loading them apart.
 
-    The parts cannot be saved again; they are in their folders.
-
-    Args:
-        detector: a LoRA detector's folder.
-        detoxifier: a LoRA detoxifier's folder.
-        base: where the base of both is now; ``None`` to look where it was, and near the detoxifier.
-        device: ``None`` takes the GPU if there is one.
-        max_new_tokens: the longest rewrite; ``None`` for the longest that was learnt.
-        trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
+    The parts cannot be saved again; they are in their folders. Arguments as of ``load_detoxifier``; ``base``
+    is where the base of both is now.
 
     Raises:
         InputError: a folder does not hold what it should, a part is a whole model, or the two were trained

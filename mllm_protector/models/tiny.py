@@ -124,19 +124,15 @@ def save_tiny_lm(folder: Path, texts: Iterable[str], **sizes: Unpack[Sizes]) -> 
 
     A folder that already holds the same settings is left alone, one with other settings is replaced.
 
-    Returns:
-        The folder, for ``AutoModelForCausalLM``, ``AutoModelForSequenceClassification``, ``AutoTokenizer``.
-
     Raises:
         InputError: the folder holds something else, or the vocabulary is too small.
     """
-    texts = list(texts)
 
-    def make() -> tuple[Any, Any]:
+    def make(texts: list[str]) -> tuple[Any, Any]:
         tokenizer = tiny_tokenizer(texts, vocab_size=sizes["vocab_size"])
         return LlamaForCausalLM(_llama(tokenizer, sizes)), tokenizer
 
-    return _save_once(Path(folder), {"kind": "llama", "texts": _digest(texts), **sizes}, make)
+    return _save_once(Path(folder), "llama", texts, {**sizes}, make)
 
 
 def tiny_backbone(
@@ -180,18 +176,11 @@ def save_tiny_llava(
     """A LLaVA (CLIP vision tower, Llama text model) of random weights and its processor.
 
     Images are scaled to a square of ``image_size`` pixels and become ``(image_size / patch_size) ** 2``
-    tokens. A folder is reused or replaced as by ``save_tiny_lm``.
-
-    Returns:
-        The folder, for ``AutoModelForImageTextToText`` and ``AutoProcessor``.
-
-    Raises:
-        InputError: the folder holds something else, or the vocabulary is too small.
+    tokens. A folder is reused or replaced as by ``save_tiny_lm``, with the same errors.
     """
-    texts = list(texts)
     pixels = {"image_size": image_size, "patch_size": patch_size}
 
-    def make() -> tuple[Any, Any]:
+    def make(texts: list[str]) -> tuple[Any, Any]:
         tokenizer = tiny_tokenizer(texts, vocab_size=sizes["vocab_size"], special_tokens=[IMAGE])
         config = LlavaConfig(
             text_config=_llama(tokenizer, sizes),
@@ -220,7 +209,7 @@ def save_tiny_llava(
             image_token=IMAGE,
         )
 
-    return _save_once(Path(folder), {"kind": "llava", "texts": _digest(texts), **pixels, **sizes}, make)
+    return _save_once(Path(folder), "llava", texts, pixels | {**sizes}, make)
 
 
 def _llama(tokenizer: PreTrainedTokenizerFast, sizes: Sizes) -> LlamaConfig:
@@ -240,15 +229,16 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
 
 
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-
-
-def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[], tuple[Any, Any]]) -> Path:
-    """Fill the folder whole or not at all with a model and what prepares its input.
-
-    A folder that already holds these settings is left alone.
-    """
+def _save_once(
+    folder: Path,
+    kind: str,
+    texts: Iterable[str],
+    sizes: dict[str, Any],
+    make: Callable[[list[str]], tuple[Any, Any]],
+) -> Path:
+    """Fill the folder whole or not at all with a model and what prepares its input."""
+    texts = list(texts)
+    settings = {"kind": kind, "texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest(), **sizes}
     if _holds(folder, settings):
         return folder
     if folder.exists() and not (folder / SETTINGS).is_file():
@@ -260,7 +250,7 @@ def _save_once(folder: Path, settings: dict[str, Any], make: Callable[[], tuple[
         with torch.random.fork_rng(devices=[]):  # the caller's random state is left as it was
             # Not torch.manual_seed: that would also seed the GPUs, which are not forked here.
             torch.default_generator.manual_seed(settings["seed"])
-            made = make()
+            made = make(texts)
         with writing(str(folder)):
             for each in made:
                 each.save_pretrained(temporary)

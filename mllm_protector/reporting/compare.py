@@ -6,9 +6,9 @@ difference. Runs may differ in the MLLM and in the guard.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,15 +36,8 @@ PAIRED: tuple[pivots.Column, ...] = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A finished run.
-
-    Attributes:
-        name: what the comparison calls it.
-        folder: its ``output_dir``.
-        result: the content of its ``asr.json``.
-    """
+class Run(NamedTuple):
+    """A finished run: its name in the comparison, its ``output_dir``, and the content of its ``asr.json``."""
 
     name: str
     folder: Path
@@ -56,7 +49,7 @@ def compare(runs: Sequence[str], output_dir: str, judges: Sequence[str] | None =
 
     Args:
         runs: folders that ``eval_mmsafety.py`` wrote, two or more.
-        output_dir: where the comparison goes.
+        output_dir: of the comparison.
         judges: whose verdicts are compared; ``None`` for all that every run has.
 
     Returns:
@@ -69,8 +62,9 @@ def compare(runs: Sequence[str], output_dir: str, judges: Sequence[str] | None =
         InputError: a run cannot be read or be compared with the first.
     """
     found = _read(runs)
-    chosen = _common_judges(found, judges)
-    benchmarks = _common_benchmarks(found)
+    chosen = _common(found, "judge", "judge both alike, or leave it out with judges=[...]", judges or ())
+    benchmarks = _common(found, "benchmark", "measure both on the same")
+    _require_same_questions(found, benchmarks)
     content = {
         "schema": SCHEMA,
         "runs": [{"name": run.name} | {key: run.result[key] for key in ("mllm", "guard")} for run in found],
@@ -115,10 +109,9 @@ def _read(folders: Sequence[str]) -> list[Run]:
         schema = result.get("schema") if isinstance(result, dict) else None
         if schema != SCHEMA:
             raise InputError(f"{path}: schema {schema}, not {SCHEMA}; run the evaluation there again")
-        if missing := [
-            key for key in ("mllm", "guard", "judges", "benchmarks", "measurements") if key not in result
-        ]:
-            raise InputError(f"{path}: has no {missing[0]}; run the evaluation there again")
+        for key in ("mllm", "guard", "judges", "benchmarks", "measurements"):
+            if key not in result:
+                raise InputError(f"{path}: has no {key}; run the evaluation there again")
         _require_unedited(Path(folder))
         runs.append(Run(name=name, folder=Path(folder), result=result))
     return runs
@@ -135,53 +128,22 @@ def _require_unedited(folder: Path) -> None:
             )
 
 
-def _common_judges(runs: Sequence[Run], wanted: Sequence[str] | None) -> list[str]:
-    first = runs[0]
-    for run in runs:
-        if missing := [name for name in wanted or () if name not in run.result["judges"]]:
-            raise InputError(
-                f"{run.folder}: has no judge {missing[0]} (has: {', '.join(run.result['judges'])})"
-            )
-    common = wanted or [
-        name for name in first.result["judges"] if all(name in run.result["judges"] for run in runs)
-    ]
+def _common(runs: Sequence[Run], kind: str, advice: str, wanted: Sequence[str] = ()) -> list[str]:
+    """The judges or benchmarks of all runs, or those wanted; each has the same identity in all of them."""
+    facts = [run.result[f"{kind}s"] for run in runs]
+    for run, own in zip(runs, facts, strict=True):
+        if missing := [name for name in wanted if name not in own]:
+            raise InputError(f"{run.folder}: has no {kind} {missing[0]} (has: {', '.join(own)})")
+    common = list(wanted) or [name for name in facts[0] if all(name in own for own in facts)]
     if not common:
-        raise InputError(
-            f"runs: no judge is in all of them ({first.folder}: {', '.join(first.result['judges'])})"
-        )
-    for run in runs[1:]:
+        raise InputError(f"runs: no {kind} is in all of them ({runs[0].folder}: {', '.join(facts[0])})")
+    for run, own in zip(runs, facts, strict=True):
         for name in common:
-            one, other = (each.result["judges"][name]["identity"] for each in (first, run))
+            one, other = facts[0][name]["identity"], own[name]["identity"]
             if one != other:
                 raise InputError(
-                    f"{run.folder}: the judge {name} differs from that of {first.folder} (differs in "
-                    f"{_difference(one, other)}); judge both alike, or leave it out with judges=[...]"
-                )
-    return list(common)
-
-
-def _common_benchmarks(runs: Sequence[Run]) -> list[str]:
-    first = runs[0]
-    common = [
-        name for name in first.result["benchmarks"] if all(name in run.result["benchmarks"] for run in runs)
-    ]
-    if not common:
-        raise InputError(
-            f"runs: no benchmark is in all of them ({first.folder}: {', '.join(first.result['benchmarks'])})"
-        )
-    for run in runs[1:]:
-        for name in common:
-            one, other = (each.result["benchmarks"][name] for each in (first, run))
-            if one["identity"] != other["identity"]:
-                raise InputError(
-                    f"{run.folder}: the benchmark {name} differs from that of {first.folder} (differs in "
-                    f"{_difference(one['identity'], other['identity'])}); measure both on the same"
-                )
-            if one["questions"]["fingerprint"] != other["questions"]["fingerprint"]:
-                raise InputError(
-                    f"{run.folder}: other questions of {name} than in {first.folder} "
-                    f"({other['questions']['count']:,} and {one['questions']['count']:,}); "
-                    "measure both on the same"
+                    f"{run.folder}: the {kind} {name} differs from that of {runs[0].folder} (differs in "
+                    f"{_difference(one, other)}); {advice}"
                 )
     return common
 
@@ -191,6 +153,17 @@ def _difference(one: Any, other: Any) -> str:
     if not isinstance(one, dict) or not isinstance(other, dict):
         return "its identity"
     return ", ".join(sorted(key for key in {*one, *other} if one.get(key) != other.get(key)))
+
+
+def _require_same_questions(runs: Sequence[Run], benchmarks: Sequence[str]) -> None:
+    for run in runs[1:]:
+        for name in benchmarks:
+            one, other = (each.result["benchmarks"][name]["questions"] for each in (runs[0], run))
+            if one["fingerprint"] != other["fingerprint"]:
+                raise InputError(
+                    f"{run.folder}: other questions of {name} than in {runs[0].folder} "
+                    f"({other['count']:,} and {one['count']:,}); measure both on the same"
+                )
 
 
 def _rows(path: Path) -> dict[tuple[str, str], Row]:
@@ -216,28 +189,23 @@ def _differences(runs: Sequence[Run], name: str, judges: Sequence[str]) -> Itera
     for run in runs[1:]:
         after = _rows(run.folder / name / "results.jsonl")
         both = [(before[key], after[key]) for key in before if key in after]
-        for judge in judges:
-            for arm in dict.fromkeys(row["arm"] for row, _ in both):
-                pairs = [
-                    pair
-                    for pair in both
-                    if pair[0]["arm"] == arm and all(row["statuses"].get(judge) in JUDGED for row in pair)
-                ]
-                images = [pair for pair in pairs if pair[0]["variant"] != "TEXT"]
-                variant, pairs = (IMAGES, images) if images else ("TEXT", pairs)
-                for group, members in groups.items():
-                    if chosen := [pair for pair in pairs if pair[0]["scenario"] in members]:
-                        where = {"benchmark": name, "judge": judge, "arm": arm}
-                        where |= {"variant": variant, "group": group}
-                        for row in as_rows(_difference_of(chosen, judge, where)):
-                            yield {"run": run.name, **row}
+        for judge, arm in product(judges, dict.fromkeys(row["arm"] for row, _ in both)):
+            pairs = [
+                pair
+                for pair in both
+                if pair[0]["arm"] == arm and all(row["statuses"].get(judge) in JUDGED for row in pair)
+            ]
+            images = [pair for pair in pairs if pair[0]["variant"] != "TEXT"]
+            variant, pairs = (IMAGES, images) if images else ("TEXT", pairs)
+            for group, members in groups.items():
+                where = {"benchmark": name, "judge": judge, "arm": arm, "variant": variant, "group": group}
+                if chosen := [pair for pair in pairs if pair[0]["scenario"] in members]:
+                    yield from ({"run": run.name} | row for row in as_rows(_difference_of(chosen, where)))
 
 
-def _difference_of(
-    pairs: Sequence[tuple[Row, Row]], judge: str, where: Mapping[str, Any]
-) -> Iterator[Measurement]:
+def _difference_of(pairs: Sequence[tuple[Row, Row]], where: Mapping[str, Any]) -> Iterator[Measurement]:
     one, other = (
-        np.array([row["statuses"][judge] == Status.HARMFUL for row in rows], dtype=np.float64)
+        np.array([row["statuses"][where["judge"]] == Status.HARMFUL for row in rows], dtype=np.float64)
         for rows in zip(*pairs, strict=True)
     )
     clusters = np.unique([row["base"] for row, _ in pairs], return_inverse=True)[1]
@@ -268,23 +236,11 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
             [row for row in rows if row["group"] in data.groups],
             note=f"Below zero: fewer harmful answers than {runs[0]}. {pivots.TESTS}",
         )
-        yield _other_metrics(name, rows, runs)
-
-
-def _other_metrics(name: str, rows: Sequence[Row], runs: Sequence[str]) -> Table:
-    """The metrics that no other table shows, joined on everything but the run."""
-    shown = {metric for _, metric, _ in PAIRED} | pivots.KNOWN
-    keys = ("metric", "judge", "arm", "variant", "group")
-    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        if row["metric"] not in shown:
-            lines.setdefault(tuple(row[key] for key in keys), {})[row["run"]] = row
-    return Table(
-        title=f"{name}: other metrics",
-        header=["metric", "judge", "arm", "variant", "scenarios", *runs],
-        rows=[
-            [each or "-" for each in names] + [decimal(line[run]) if run in line else "-" for run in runs]
-            for names, line in lines.items()
-        ],
-        words=len(keys),
-    )
+        yield pivots.table(
+            data,
+            f"{name}: other metrics",
+            ("metric", "judge", "arm", "variant", "group"),
+            [(run, run, decimal) for run in runs],
+            [row for row in rows if row["metric"] not in pivots.KNOWN | {metric for _, metric, _ in PAIRED}],
+            across="run",
+        )

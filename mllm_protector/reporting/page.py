@@ -18,21 +18,13 @@ from markupsafe import Markup
 
 from mllm_protector.reporting.pivots import pivot, tables
 from mllm_protector.reporting.plots import plots
-from mllm_protector.reporting.samples import Images, Rows, Sample, data_uri, samples
+from mllm_protector.reporting.samples import Images, Rows, Sample, samples
 from mllm_protector.reporting.sentences import benchmark_lines, bias_sentence, headlines
 from mllm_protector.reporting.tables import Table, showable, upright
 
-FILTERS = ("benchmark", "scenario", "variant", "arm", "outcome", "verdict")
-"""What the rows can be chosen by, beside a search in their text."""
-
 
 def page(
-    result: Mapping[str, Any],
-    rows: Rows,
-    *,
-    run: Mapping[str, Any],
-    images: Images,
-    max_rows: int,
+    result: Mapping[str, Any], rows: Rows, *, run: Mapping[str, Any], images: Images, max_rows: int
 ) -> str:
     """The whole page as HTML.
 
@@ -44,12 +36,13 @@ def page(
         max_rows: rows (question and arm) that are shown one by one at most.
     """
     result, run = upright(result), upright(run)
+    mllm = result["mllm"]
     shown, (all_rows, all_questions) = samples(rows, images=images, max_rows=max_rows)
     return render(
         "page.html.j2",
         script="page.js.j2",
-        title=f"Attack success rate of {name_of(result['mllm'])}",
-        made=made(run),
+        title=f"Attack success rate of {mllm.get('name') or mllm.get('path') or 'the MLLM'}",
+        made=_made(run),
         notes=result["notes"],
         judges=_judges(result["judges"]),
         sections=[_section(result, name) for name in result["benchmarks"]],
@@ -59,27 +52,16 @@ def page(
         all_rows=all_rows,
         all_questions=all_questions,
         filters=_choices(shown),
-        manifest=[(name, json.dumps(run[name], indent=2, ensure_ascii=False)) for name in run],
-        identities=[
-            (name, json.dumps(content, indent=2, ensure_ascii=False))
-            for name, content in (
-                ("mllm", result["mllm"]),
-                ("guard", result["guard"]),
-                *(
-                    (f"benchmark {name}", {key: facts[key] for key in ("identity", "questions")})
-                    for name, facts in result["benchmarks"].items()
-                ),
-            )
-        ],
+        manifest=run,
+        identities={name: result[name] for name in ("mllm", "guard")}
+        | {
+            f"benchmark {name}": {key: facts[key] for key in ("identity", "questions")}
+            for name, facts in result["benchmarks"].items()
+        },
     )
 
 
-def name_of(mllm: Mapping[str, Any]) -> str:
-    """The MLLM's name, from its identity."""
-    return str(mllm.get("name") or mllm.get("path") or "the MLLM")
-
-
-def made(run: Mapping[str, Any]) -> str:
+def _made(run: Mapping[str, Any]) -> str:
     """When and from which commit a run was made, in a line."""
     commit = run.get("commit")
     parts = [str(run["started"])] if run.get("started") else []
@@ -98,10 +80,7 @@ def _section(result: Mapping[str, Any], name: str) -> dict[str, Any]:
         "name": name,
         "headlines": headlines(data),
         "remarks": benchmark_lines(data, name),
-        "plots": {
-            title: data_uri(content, "image/svg+xml")
-            for title, content in plots(data, name, thresholds).items()
-        },
+        "plots": plots(data, name, thresholds),
         "tables": tables(data),
     }
 
@@ -126,44 +105,42 @@ def _judges(judges: Mapping[str, Any]) -> Table:
 
 def _costs(run: Mapping[str, Any]) -> list[Table]:
     """Latency of each arm, time of each stage, peak memory."""
-    latency = Table(
-        title="Time the guard adds to one answer, in milliseconds",
-        header=["arm", "measured", "ms", "answers"],
-        rows=[
-            [row["arm"], row["metric"].replace("_", " "), f"{row['value']:,.1f}", f"{row['n']:,}"]
-            for row in run.get("measurements", [])
-        ],
-        words=2,
-        note="An answer that passes needs no corrector.",
-    )
-    stages = Table(
-        title="Stages of the run",
-        header=["stage", "rows", "made in this run", "seconds"],
-        rows=[
-            [stage, f"{took['rows']:,}", f"{took['new']:,}", f"{took['seconds']:,.1f}"]
-            for stage, took in run.get("stages", {}).items()
-        ],
-    )
-    memory = Table(
-        title="Peak memory in MiB",
-        header=["where", "MiB"],
-        rows=[[place, f"{peak:,.0f}"] for place, peak in run.get("peak_memory_mib", {}).items()],
-    )
-    return [table for table in (latency, stages, memory) if table.rows]
+    latency = [
+        [row["arm"], row["metric"].replace("_", " "), f"{row['value']:,.1f}", f"{row['n']:,}"]
+        for row in run.get("measurements", [])
+    ]
+    stages = [
+        [stage, f"{took['rows']:,}", f"{took['new']:,}", f"{took['seconds']:,.1f}"]
+        for stage, took in run.get("stages", {}).items()
+    ]
+    memory = [[place, f"{peak:,.0f}"] for place, peak in run.get("peak_memory_mib", {}).items()]
+    found = [
+        Table(
+            title="Time the guard adds to one answer, in milliseconds",
+            header=["arm", "measured", "ms", "answers"],
+            rows=latency,
+            words=2,
+            note="An answer that passes needs no corrector.",
+        ),
+        Table(
+            title="Stages of the run",
+            header=["stage", "rows", "made in this run", "seconds"],
+            rows=stages,
+        ),
+        Table(title="Peak memory in MiB", header=["where", "MiB"], rows=memory),
+    ]
+    return [table for table in found if table.rows]
 
 
 def _choices(shown: Sequence[Sample]) -> dict[str, list[str]]:
     """What each filter offers."""
-    found: dict[str, dict[str, None]] = {name: {} for name in FILTERS}
-    for sample in shown:
-        for name in ("benchmark", "scenario", "variant"):
-            found[name][str(sample.first[name])] = None
-        for arm in sample.arms:
-            found["arm"][arm.row["arm"]] = None
-            if arm.row["outcome"] is not None:
-                found["outcome"][arm.row["outcome"]] = None
-            found["verdict"] |= dict.fromkeys(arm.statuses)
-    return {name: list(values) for name, values in found.items()}
+    arms = [arm for sample in shown for arm in sample.arms]
+    found: dict[str, list[str | None]] = {
+        name: [sample.first[name] for sample in shown] for name in ("benchmark", "scenario", "variant")
+    }
+    found |= {name: [arm.row[name] for arm in arms] for name in ("arm", "outcome")}
+    found["verdict"] = [status for arm in arms for status in arm.statuses]
+    return {name: [each for each in dict.fromkeys(values) if each] for name, values in found.items()}
 
 
 def render(template: str, *, script: str | None = None, **context: Any) -> str:
@@ -184,7 +161,7 @@ def render(template: str, *, script: str | None = None, **context: Any) -> str:
 
 @cache
 def _templates() -> Environment:
-    return Environment(
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=_finalize,
@@ -192,6 +169,17 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    found.filters |= {"indented": _indented, "data_uri": _data_uri}
+    return found
+
+
+def _indented(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _data_uri(content: bytes, media_type: str) -> str:
+    """A file as an address that holds the file itself."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def _finalize(value: Any) -> Any:

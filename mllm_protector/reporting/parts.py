@@ -1,6 +1,5 @@
 """The metrics of a detector and of a detoxifier for people, from ``metrics.json``: files and the terminal."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,6 @@ from mllm_protector.evaluation.detector import MeasuredDetector
 from mllm_protector.files import write_text
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.plots import curves
-from mllm_protector.reporting.samples import data_uri
 from mllm_protector.reporting.sets import report_sets
 from mllm_protector.reporting.tables import (
     Row,
@@ -95,13 +93,9 @@ def _report_set(measured: MeasuredDetector, *, printed: bool) -> None:
         headline=lines[0],
         remarks=_remarks(metrics),
         notes=metrics["notes"],
-        plots={title: data_uri(svg, "image/svg+xml") for title, svg in _curves(measured, rows).items()},
+        plots=_curves(measured, rows),
         tables=[*tables, *_mistakes(measured)],
-        facts=json.dumps(
-            {name: metrics[name] for name in ("detector", "data", "split", "seed")},
-            indent=2,
-            ensure_ascii=False,
-        ),
+        facts={name: metrics[name] for name in ("detector", "data", "split", "seed")},
     )
     write_text(measured.folder / "report.html", page)
     write_text(measured.folder / "report.md", markdown(DETECTOR_TITLE, lines, tables))

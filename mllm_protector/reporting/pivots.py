@@ -4,7 +4,8 @@ A metric that no other table shows is in the last one, ``Other metrics``.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from typing import Any
 
 from mllm_protector.records import Outcome, Status
@@ -87,26 +88,8 @@ TRADE_OFF: tuple[Column, ...] = (
     ("attack success rate", "threshold_asr", share),
     ("harmless answers flagged", "threshold_flagged", share),
 )
-KNOWN = {
-    "macro_asr_bounds",
-    "correct",
-    "cut",
-    *(
-        metric
-        for columns in (
-            HEADLINE,
-            IMAGE_EFFECT,
-            HARMLESS,
-            OUTCOMES,
-            STATUSES,
-            REFERENCE,
-            AGREEMENT,
-            CHANGED,
-            TRADE_OFF,
-        )
-        for _, metric, _ in columns
-    ),
-}
+_TABLES = (HEADLINE, IMAGE_EFFECT, HARMLESS, OUTCOMES, STATUSES, REFERENCE, AGREEMENT, CHANGED, TRADE_OFF)
+KNOWN = {"macro_asr_bounds", "correct", "cut"} | {metric for table in _TABLES for _, metric, _ in table}
 """The metrics that have a table or a sentence of their own."""
 
 TESTS = (
@@ -116,7 +99,6 @@ TESTS = (
 KEYS = {"group": "scenarios"}
 
 
-@dataclass(frozen=True, slots=True)
 class Pivot:
     """The measurements of one benchmark, by the names that tables need.
 
@@ -124,17 +106,20 @@ class Pivot:
     those that tables show -> their scenarios that no group before has.
     """
 
-    rows: Sequence[Row]
-    facts: Mapping[str, Any]
-    judges: Mapping[str, Any]
-    arms: Sequence[str]
-    variants: Sequence[str] = field(init=False)
-    groups: Mapping[str, Sequence[str]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        asked = dict.fromkeys(row["variant"] for row in self.rows if row["metric"] == "asr")
-        object.__setattr__(self, "variants", list(asked))
-        object.__setattr__(self, "groups", shown_groups(self.facts["groups"]))
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        facts: Mapping[str, Any],
+        judges: Mapping[str, Any],
+        arms: Sequence[str],
+    ) -> None:
+        self.rows, self.facts, self.judges, self.arms = rows, facts, judges, arms
+        self.variants = list(dict.fromkeys(row["variant"] for row in rows if row["metric"] == "asr"))
+        self.groups: dict[str, list[str]] = {}
+        for group, members in facts["groups"].items():
+            own = [name for name in members if not any(name in names for names in self.groups.values())]
+            if own or len(self.groups) > 1:  # "all" after a single group would say the same twice
+                self.groups[group] = own
 
     def select(self, **where: Any) -> list[Row]:
         """The rows with these fields; a field that is a list may be any of its values."""
@@ -164,25 +149,31 @@ def pivot(result: Mapping[str, Any], name: str) -> Pivot:
 
 
 def table(
-    data: Pivot, title: str, keys: Sequence[str], columns: Sequence[Column], rows: Sequence[Row], **look: Any
+    data: Pivot,
+    title: str,
+    keys: Sequence[str],
+    columns: Sequence[Column],
+    rows: Sequence[Row],
+    across: str = "metric",
+    **look: Any,
 ) -> Table:
-    """A line for each value of the keys; columns without any value are left out."""
-    metrics = {metric for _, metric, _ in columns}
-    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
+    """A line for each value of the keys; columns (metrics, or what else is ``across``) that have a value."""
+
+    def words(row: Row) -> tuple[str, ...]:
+        return tuple(data.judge(row[key]) if key == "judge" else row[key] or "-" for key in keys)
+
+    used = [column for column in columns if any(row[across] == column[1] for row in rows)]
+    names = {name for _, name, _ in used}
+    lines: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        if row["metric"] in metrics:
-            lines.setdefault(tuple(row[key] for key in keys), {})[row["metric"]] = row
-    used = [column for column in columns if any(column[1] in line for line in lines.values())]
+        if row[across] in names:
+            lines.setdefault(words(row), {})[row[across]] = row
     return Table(
         title=title,
         header=[*(KEYS.get(key, key) for key in keys), *(heading for heading, _, _ in used)],
         rows=[
-            [
-                data.judge(value) if key == "judge" else value or "-"
-                for key, value in zip(keys, names, strict=True)
-            ]
-            + [show(line[metric]) if metric in line else "-" for _, metric, show in used]
-            for names, line in lines.items()
+            [*begin, *(show(line[name]) if name in line else "-" for _, name, show in used)]
+            for begin, line in lines.items()
         ],
         words=len(keys),
         **look,
@@ -218,9 +209,8 @@ def by_scenario(data: Pivot, judge: str, variant: str, *, folded: bool = False) 
     found = {(row["group"], row["arm"], row["metric"]): row for row in rows}
 
     def cell(group: str, arm: str) -> str:
-        rate, unjudged = found.get((group, arm, "asr")), found.get((group, arm, "unjudged"))
-        missing = f" +{unjudged['value']:,}?" if unjudged else ""
-        return (counted(rate) if rate else "-") + missing
+        rate, unjudged = (found.get((group, arm, metric)) for metric in ("asr", "unjudged"))
+        return (counted(rate) if rate else "-") + (f" +{unjudged['value']:,}?" if unjudged else "")
 
     return Table(
         title=f"Attack success rate in % by scenario: judge {data.judge(judge)}, {variant}",
@@ -237,32 +227,27 @@ def by_scenario(data: Pivot, judge: str, variant: str, *, folded: bool = False) 
 
 
 def _tables(data: Pivot) -> Iterator[Table]:
-    grouped = [row for row in data.rows if row["group"] in data.groups]
-    yield headline(data)
-    for number, judge in enumerate(data.judges):
-        for place, variant in enumerate(data.variants):
-            yield by_scenario(data, judge, variant, folded=number + place > 0)
-    rest = [row for row in grouped if row["variant"] != next(iter(data.variants), None)]
+    grouped = data.select(group=list(data.groups))
+    rest = [row for row in grouped if row["variant"] not in data.variants[:1]]
     keys = ("judge", "variant", "group", "arm")
-    yield table(data, "Attack success rate in %, other variants", keys, HEADLINE, rest, folded=True)
+    folded = partial(table, data, folded=True)
+    yield headline(data)
+    for place, (judge, variant) in enumerate(product(data.judges, data.variants)):
+        yield by_scenario(data, judge, variant, folded=place > 0)
+    yield folded("Attack success rate in %, other variants", keys, HEADLINE, rest)
     yield harmless(data)
     yield table(data, "What the guard did", ("arm",), OUTCOMES, data.rows)
-    note = f"Percentage points. {TESTS}"
     title = "Effect of the image: attack success rate in % of the same questions"
-    yield table(data, title, keys, IMAGE_EFFECT, grouped, note=note, folded=True)
-    yield table(data, "Verdicts that a guard changed", keys, CHANGED, grouped, folded=True)
-    note = "Harmful is the positive class."
-    yield table(
-        data, "Judges against what is known of these answers", ("judge",), REFERENCE, data.rows, note=note
-    )
+    yield folded(title, keys, IMAGE_EFFECT, grouped, note=f"Percentage points. {TESTS}")
+    yield folded("Verdicts that a guard changed", keys, CHANGED, grouped)
+    title, note = "Judges against what is known of these answers", "Harmful is the positive class."
+    yield table(data, title, ("judge",), REFERENCE, data.rows, note=note)
     yield table(data, "Agreement of judges", ("judge",), AGREEMENT, data.rows)
-    ends = data.select(group="all")
     note = "Only harmful and safe are in a rate; all others are counted here and in the bounds."
-    title = "Where every answer ended"
-    yield table(data, title, ("judge", "variant", "arm"), STATUSES, ends, note=note, folded=True)
+    ends = data.select(group="all")
+    yield folded("Where every answer ended", ("judge", "variant", "arm"), STATUSES, ends, note=note)
     yield other_metrics(data)
-    title = "Trade-off over thresholds, in %"
-    yield table(data, title, ("group", "judge"), TRADE_OFF, data.rows, folded=True)
+    yield folded("Trade-off over thresholds, in %", ("group", "judge"), TRADE_OFF, data.rows)
 
 
 def harmless(data: Pivot) -> Table:
@@ -288,13 +273,3 @@ def other_metrics(data: Pivot) -> Table:
         ],
         words=5,
     )
-
-
-def shown_groups(groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The groups worth a mean of their own, each with those of its scenarios that no group before it has."""
-    found: dict[str, list[str]] = {}
-    for group, members in groups.items():
-        own = [name for name in members if not any(name in names for names in found.values())]
-        if own or len(found) > 1:  # "all" after a single group would say the same twice
-            found[group] = own
-    return found

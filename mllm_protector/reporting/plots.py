@@ -13,6 +13,7 @@ from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mllm_protector.evaluation.statistics import share_limits
 from mllm_protector.metrics import calibration_bins
@@ -30,11 +31,8 @@ MARKERS, INK = ("o", "s", "^", "D", "v", "P"), "#333333"
 WIDTH = 5.2
 """Inches, so that letters can still be read where a phone shows all of it."""
 
-Scores = Mapping[str, Sequence[float]]
-"""The scorer -> its P(harmful) of each answer."""
-
-Marks = Mapping[str, tuple[float, ...]]
-"""The scorer -> (false positive rate, recall, precision) at its threshold."""
+Scores = Mapping[str, Sequence[float]]  # the scorer -> its P(harmful) of each answer
+Marks = Mapping[str, tuple[float, ...]]  # -> (false positive rate, recall, precision) at its threshold
 
 
 def asr_plot(result: Mapping[str, Any]) -> bytes:
@@ -63,19 +61,12 @@ def plots(data: Pivot, name: str, thresholds: Mapping[str, float]) -> dict[str, 
 def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, marks: Marks) -> dict[str, bytes]:
     """How well scores order answers, and how well calibrated they are: the plot's title -> SVG.
 
-    Args:
-        labels: True for harmful; both kinds occur.
-        scores: the detector first.
-        uncalibrated: scores before calibration, in the reliability plot only.
-        marks: the thresholds in use.
+    ``scores`` has the detector first; ``uncalibrated`` ones are in the reliability plot only.
     """
     from sklearn.metrics import precision_recall_curve, roc_curve
 
-    roc, recalls = {}, {}
-    for name, values in scores.items():
-        roc[name] = roc_curve(labels, values)[:2]
-        precision, recall, _ = precision_recall_curve(labels, values)
-        recalls[name] = recall, precision
+    roc = {name: roc_curve(labels, values)[:2] for name, values in scores.items()}
+    recalls = {name: precision_recall_curve(labels, values)[1::-1] for name, values in scores.items()}
     rates = {name: mark[:2] for name, mark in marks.items()}
     points = {name: mark[1:] for name, mark in marks.items()}
     chance = [float(np.mean(labels))] * 2
@@ -94,14 +85,13 @@ def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, f
     with _style():
         figure = _figure(WIDTH, 1.6 + 0.42 * len(own))
         axes = figure.add_subplot()
-        places = range(len(own))
-        for place, name in enumerate(own):
-            values = [100 * value for value in published.get(name, {}).values()]
-            label = "published guards" if place == 0 else None
-            axes.plot(values, [place] * len(values), "|", color=COLOURS[0], markersize=12, label=label)
-        shares = _in_percent(list(own.values()))
-        look: dict[str, Any] = {"fmt": "o", "color": COLOURS[2], "capsize": 3, "label": "this detector"}
-        axes.errorbar(shares[0], places, xerr=_reach(shares), **look)
+        known = [
+            (place, value) for place, name in enumerate(own) for value in published.get(name, {}).values()
+        ]
+        look: dict[str, Any] = {"color": COLOURS[0], "markersize": 12, "label": "published guards"}
+        axes.plot([100 * value for _, value in known], [place for place, _ in known], "|", **look)
+        places = list(range(len(own)))
+        _errorbars(axes, _in_percent([*own.values()]), places, 0, color=COLOURS[2], label="this detector")
         axes.set_yticks(places, [_label(name) for name in own])
         axes.invert_yaxis()
         _frame(axes, "F1 in %, with 95% intervals")
@@ -126,15 +116,9 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
         shares = _in_percent([data.get(metric, group=each, **where) for _, metric, each in lines])
         colour = COLOURS[number % len(COLOURS)]
         axes.barh(at, shares[0], height=thickness, color=colour, label=_label(in_words(arm), 60))
-        marker = MARKERS[number % len(MARKERS)]  # in the bar's colour: a rate of 0 has no bar
-        look: dict[str, Any] = {
-            "markersize": 4,
-            "markerfacecolor": colour,
-            "color": INK,
-            "elinewidth": 0.9,
-            "capsize": 2,
-        }
-        axes.errorbar(shares[0], at, xerr=_reach(shares), fmt=marker, clip_on=False, zorder=5, **look)
+        # The marker has the bar's colour: a rate of 0 has no bar.
+        look = {"markersize": 4, "markerfacecolor": colour, "color": INK, "elinewidth": 0.9, "zorder": 5}
+        _errorbars(axes, shares, at, number, clip_on=False, **look)
         for place, value, high in zip(at, shares[0], shares[2], strict=True):
             words, end = ("not judged", 0.0) if math.isnan(value) else (f"{value:.1f}", high)
             axes.text(end + 1.2, place, words, va="center_baseline", fontsize=6.5, color=INK)
@@ -178,9 +162,8 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
         axes.plot(across[nearest], up[nearest], marker="D", linestyle="none", **look)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
-    _frame(
-        axes, "harmless answers flagged in %, lower is better", "attack success rate in %, lower is better"
-    )
+    lower = "in %, lower is better"
+    _frame(axes, f"harmless answers flagged {lower}", f"attack success rate {lower}")
     _legend(figure, axes, "Costs and benefits of a threshold")
     return figure
 
@@ -199,10 +182,8 @@ def _image_effect(data: Pivot, judge: str) -> "Figure | None":
             found = [row for row in rows if (row["group"], row["arm"]) == (group, arm)]
             shift = 0.7 * ((number + 0.5) / len(arms) - 0.5)
             at = [variants.index(row["variant"]) + shift for row in found]
-            shares = _in_percent(found)
             look = {"color": COLOURS[number % len(COLOURS)], "label": _label(in_words(arm), 60)}
-            look |= {"fmt": MARKERS[number % len(MARKERS)]}
-            axes.errorbar(shares[0], at, xerr=_reach(shares), markersize=4.5, capsize=2, **look)
+            _errorbars(axes, _in_percent(found), at, number, markersize=4.5, **look)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(variants)), [_label(in_words(variant)) for variant in variants])
         axes.set_ylim(len(variants) - 0.5, -0.5)
@@ -246,9 +227,8 @@ def _reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
     sides = ("mean score of a bin", "share of harmful answers in it")
     figure = _square(*sides, [0, 1], lines, {}, marker="o", markersize=4)
     first = next(iter(bins))
-    low, high = share_limits(
-        np.array([each.harmful for each in bins[first]]), np.array([each.count for each in bins[first]])
-    )
+    counts = np.array([(each.harmful, each.count) for each in bins[first]])
+    low, high = share_limits(counts[:, 0], counts[:, 1])
     figure.axes[0].vlines(lines[first][0], low, high, color=COLOURS[2], linewidth=0.9)
     return figure
 
@@ -297,18 +277,19 @@ def _label(name: str, width: int = 40) -> str:
     return shorten(showable(name).replace("_", " "), width, placeholder="…") or "…"
 
 
-def _in_percent(rows: Sequence[Row | None]) -> list[list[float]]:
-    """Values, lower limits and upper limits in percent, NaN where there is none."""
-    return [
-        [math.nan if row is None or row[name] is None else 100 * row[name] for row in rows]
-        for name in ("value", "low", "high")
-    ]
+def _in_percent(rows: Sequence[Row | None]) -> NDArray[np.float64]:
+    """(3, rows): values, lower and upper limits in percent, NaN where there is none."""
+    shares = [[row and row[name] for row in rows] for name in ("value", "low", "high")]
+    return 100 * np.array(shares, dtype=np.float64)
 
 
-def _reach(shares: Sequence[Sequence[float]]) -> Any:
-    """How far the limits are from the value, as matplotlib wants them."""
-    value, low, high = (np.array(each, dtype=float) for each in shares)
-    return np.maximum(0.0, [value - low, high - value])
+def _errorbars(
+    axes: "Axes", shares: NDArray[np.float64], at: Sequence[float], number: int, **look: Any
+) -> None:
+    """Values with their limits, side by side; ``number`` gives the marker."""
+    value, low, high = shares
+    reach = np.maximum(0.0, [value - low, high - value])
+    axes.errorbar(value, at, xerr=reach, fmt=MARKERS[number % len(MARKERS)], capsize=2, **look)
 
 
 def _frame(axes: "Axes", across: str = "", up: str = "") -> None:

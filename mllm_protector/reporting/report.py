@@ -4,8 +4,8 @@ All are made from the content of ``asr.json``; only the page also shows single a
 """
 
 import logging
-from collections.abc import Mapping
-from itertools import chain
+from collections.abc import Iterator, Mapping
+from itertools import chain, product
 from typing import Any
 
 from mllm_protector.evaluation.result import Evaluation
@@ -35,11 +35,10 @@ def report(evaluation: Evaluation | None) -> None:
     write_text(folder / "asr.md", as_markdown(result))
     write_text(folder / "asr.tex", as_latex(result))
     write_bytes(folder / "asr.png", asr_plot(result))
+    files = [folder / name / "results.jsonl" for name in result["benchmarks"]]
     html = page(
         result,
-        lambda: chain.from_iterable(
-            read_rows(folder / name / "results.jsonl") for name in result["benchmarks"]
-        ),
+        lambda: chain.from_iterable(map(read_rows, files)),
         run=evaluation.run,
         images=evaluation.image,
         max_rows=evaluation.report_rows,
@@ -53,11 +52,9 @@ def report(evaluation: Evaluation | None) -> None:
 def as_markdown(result: Mapping[str, Any]) -> str:
     """Every table of every benchmark."""
     result = upright(result)
-    parts = [markdown(TITLE, [*sentences.legend(result), *sentences.judge_lines(result["judges"])], [])]
-    for name in result["benchmarks"]:
-        data = pivots.pivot(result, name)
-        lines = [*sentences.headlines(data), *sentences.benchmark_lines(data, name)]
-        parts.append(markdown(f"Benchmark {name}", lines, pivots.tables(data)))
+    parts = [markdown(TITLE, sentences.legend(result), [])]
+    for title, lines, data in _benchmarks(result):
+        parts.append(markdown(title, lines, pivots.tables(data)))
     return "\n".join(parts)
 
 
@@ -65,27 +62,27 @@ def as_latex(result: Mapping[str, Any]) -> str:
     """For each benchmark the headline table, then each judge's scenarios."""
     result = upright(result)
     found: list[Table] = []
-    for name in result["benchmarks"]:
-        data = pivots.pivot(result, name)
+    for _, _, data in _benchmarks(result):
         found.append(pivots.headline(data))
-        found += [
-            pivots.by_scenario(data, judge, variant) for judge in data.judges for variant in data.variants
-        ]
+        found += [pivots.by_scenario(data, *each) for each in product(data.judges, data.variants)]
     return latex(sentences.judge_lines(result["judges"]), [each for each in found if each.rows])
 
 
 def print_report(result: Mapping[str, Any]) -> None:
     """For each benchmark what fits on a screen or two: headlines, and the first judge's scenarios."""
     result = upright(result)
-    print_tables(TITLE, [*sentences.legend(result), *sentences.judge_lines(result["judges"])], [])
+    print_tables(TITLE, sentences.legend(result), [])
     short = [column for column in pivots.HEADLINE if column[0] in ("macro", "unjudged", "difference", "p")]
+    for title, lines, data in _benchmarks(result):
+        first = product(list(data.judges)[:1], data.variants[:1])
+        scenarios = [pivots.by_scenario(data, *each) for each in first]
+        tables = [pivots.headline(data, short), *scenarios, pivots.harmless(data), pivots.other_metrics(data)]
+        print_tables(title, lines, [table for table in tables if table.rows])
+
+
+def _benchmarks(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], pivots.Pivot]]:
+    """Each benchmark's title, sentences and measurements."""
     for name in result["benchmarks"]:
         data = pivots.pivot(result, name)
-        scenarios = [
-            pivots.by_scenario(data, judge, variant)
-            for judge in list(data.judges)[:1]
-            for variant in data.variants[:1]
-        ]
-        tables = [pivots.headline(data, short), *scenarios, pivots.harmless(data), pivots.other_metrics(data)]
         lines = [*sentences.headlines(data), *sentences.benchmark_lines(data, name)]
-        print_tables(f"Benchmark {name}", lines, [table for table in tables if table.rows])
+        yield f"Benchmark {name}", lines, data

@@ -3,12 +3,12 @@
 A question is shown with all of its arms or not at all, so that they can be compared.
 """
 
-import base64
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from PIL import Image
@@ -63,11 +63,10 @@ class Sample:
 
     Attributes:
         first: one of its rows, for what all of them share.
-        arms: in the order of the rows.
         reason: one of ``REASONS``.
         question: clipped.
         raw: the MLLM's answer, clipped; ``None`` if it made none.
-        image: a small JPEG as a data URI; ``None`` if there is none or another sample shows it.
+        image: a small JPEG file; ``None`` if there is none or another sample shows it.
         shown_by: the number of the sample that shows the same image.
     """
 
@@ -76,7 +75,7 @@ class Sample:
     reason: str
     question: str
     raw: str | None
-    image: str | None
+    image: bytes | None
     shown_by: int | None
 
 
@@ -93,26 +92,27 @@ def samples(read: Rows, *, images: Images, max_rows: int) -> tuple[list[Sample],
     Returns:
         The samples, and how many (rows, questions) they were chosen from.
     """
-    places: dict[int, dict[tuple[str, str, str], list[tuple[int, int]]]] = defaultdict(dict)
-    rows = questions = 0
+    strata: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    queue = []
     for place, arms in enumerate(_questions(read)):
-        stratum = arms[0]["benchmark"], arms[0]["scenario"], arms[0]["variant"]
-        places[min(map(_reason, arms))].setdefault(stratum, []).append((place, len(arms)))
-        rows, questions = rows + len(arms), place + 1
+        reason = min(map(_reason, arms))
+        stratum = strata[reason, *(arms[0][key] for key in ("benchmark", "scenario", "variant"))]
+        stratum.append(place)
+        # The first of each stratum, then the second of each, and so on.
+        queue.append((reason, len(stratum), stratum[0], place, len(arms)))
     chosen: dict[int, int] = {}  # place -> reason
     left = max_rows
-    for reason in range(len(REASONS)):
-        for place, arms_here in _spread(places[reason]):
-            if arms_here <= left:
-                left -= arms_here
-                chosen[place] = reason
+    for reason, _, _, place, size in sorted(queue):
+        if size <= left:
+            left -= size
+            chosen[place] = reason
     found = [(chosen[place], arms) for place, arms in enumerate(_questions(read)) if place in chosen]
-    found.sort(key=lambda one: one[0])
-    return _with_images(found, images), (rows, questions)
+    found.sort(key=itemgetter(0))
+    return list(_with_images(found, images)), (sum(size for *_, size in queue), len(queue))
 
 
 def _questions(read: Rows) -> Iterator[list[Row]]:
-    for _, arms in groupby(read(), key=lambda row: (row["benchmark"], row["id"])):
+    for _, arms in groupby(read(), key=itemgetter("benchmark", "id")):
         yield list(arms)
 
 
@@ -126,36 +126,23 @@ def _reason(row: Row) -> int:
     return 2 if row["scenario"] == BENIGN and row["changed"] else 3
 
 
-def _spread(strata: Mapping[Any, Sequence[tuple[int, int]]]) -> Iterator[tuple[int, int]]:
-    """All of them: the first of each benchmark, scenario and variant, then the second of each, and so on."""
-    for turn in range(max(map(len, strata.values()), default=0)):
-        for stratum in strata.values():
-            if turn < len(stratum):
-                yield stratum[turn]
-
-
-def _with_images(chosen: Sequence[tuple[int, list[Row]]], images: Images) -> list[Sample]:
-    found: list[Sample] = []
+def _with_images(chosen: Sequence[tuple[int, list[Row]]], images: Images) -> Iterator[Sample]:
     first_shown: dict[str, int] = {}
     for number, (reason, arms) in enumerate(chosen, start=1):
         first = arms[0]
-        image, shown_by = None, None
-        if first["image"] is not None:
-            shown_by = first_shown.get(first["image"])
-            if shown_by is None and (image := _thumbnail(images, first)):
-                first_shown[first["image"]] = number
-        found.append(
-            Sample(
-                first=first,
-                arms=[_shown(row) for row in arms],
-                reason=REASONS[reason],
-                question=_clipped(first["question"]),
-                raw=None if first["raw"] is None else _clipped(first["raw"]),
-                image=image,
-                shown_by=shown_by,
-            )
+        shown_by = first_shown.get(first["image"])
+        image = None
+        if first["image"] is not None and shown_by is None and (image := _thumbnail(images, first)):
+            first_shown[first["image"]] = number
+        yield Sample(
+            first=first,
+            arms=[_shown(row) for row in arms],
+            reason=REASONS[reason],
+            question=_clipped(first["question"]),
+            raw=None if first["raw"] is None else _clipped(first["raw"]),
+            image=image,
+            shown_by=shown_by,
         )
-    return found
 
 
 def _shown(row: Row) -> Shown:
@@ -176,7 +163,7 @@ def _clipped(text: str) -> str:
     return f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT:,} more characters in results.jsonl)"
 
 
-def _thumbnail(images: Images, row: Row) -> str | None:
+def _thumbnail(images: Images, row: Row) -> bytes | None:
     """A small copy; an image that has gone since the run is left out."""
     try:
         image = images(row["benchmark"], row["id"])
@@ -188,9 +175,4 @@ def _thumbnail(images: Images, row: Row) -> str | None:
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()
     small.save(out, format="JPEG", quality=70, optimize=True)
-    return data_uri(out.getvalue(), "image/jpeg")
-
-
-def data_uri(content: bytes, media_type: str) -> str:
-    """A file as an address that holds the file itself."""
-    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+    return out.getvalue()

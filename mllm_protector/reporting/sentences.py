@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import Any
 
 from mllm_protector.evaluation.grid import NONE
-from mllm_protector.evaluation.statistics import agreement
+from mllm_protector.evaluation.statistics import cohens_kappa
 from mllm_protector.records import Confusion
 from mllm_protector.reporting.pivots import Pivot
 from mllm_protector.reporting.tables import GLOSSARY, Row, share
@@ -14,13 +14,14 @@ from mllm_protector.scenarios import HARM, POLICY
 
 
 def legend(result: Mapping[str, Any]) -> list[str]:
-    """The run's notes, and how to read the numbers."""
+    """The run's notes, how to read the numbers, and who judged."""
     names = [*result["arms"], *dict.fromkeys(row["variant"] for row in result["measurements"])]
     words = "; ".join(f"{name}: {GLOSSARY[name]}" for name in names if name in GLOSSARY)
     return [
         *(f"Note: {note}" for note in result["notes"]),
         "ASR = harmful / judged answers, lower is better; in brackets the 95 % interval.",
         *([words] if words else []),
+        *judge_lines(result["judges"]),
     ]
 
 
@@ -38,12 +39,12 @@ def bias_sentence(bias: Mapping[str, Any] | None) -> str:
     counts = Confusion(**bias) if bias else None
     if counts is None or not counts.total:
         return "Not measured against people."
-    found = agreement(counts)
-    kappa = "" if found.kappa is None else f" (kappa {found.kappa:.2f})"
+    agreed, beyond_chance = counts.accuracy or 0, cohens_kappa(counts)
+    kappa = "" if beyond_chance is None else f" (kappa {beyond_chance:.2f})"
     judge, people = (positive / counts.total for positive in (counts.tp + counts.fp, counts.tp + counts.fn))
     return (
         f"On {counts.total:,} answers ({counts.source}) it agreed with people in"
-        f" {100 * (found.right.value or 0):.1f}%{kappa}: it put the ASR at {100 * judge:.1f}%, people at"
+        f" {100 * agreed:.1f}%{kappa}: it put the ASR at {100 * judge:.1f}%, people at"
         f" {100 * people:.1f}%."
     )
 
@@ -52,7 +53,7 @@ def benchmark_lines(data: Pivot, name: str) -> list[str]:
     """What was asked, what the guard was trained on, what was left out, and what was cut."""
     questions = data.facts["questions"]
     lines = [f"{questions['count']:,} questions, fingerprint {questions['fingerprint'][:12]}."]
-    lines += [*training_lines(data.facts, name), *policy_remark(data.facts["groups"])]
+    lines += [*training_lines(data.facts, name), *_apart(data.facts["groups"])]
     if count := questions["missing"]["count"]:
         first = "; ".join(questions["missing"]["first"])
         lines.append(f"Questions left out of all numbers: {count:,}, such as {first}")
@@ -60,9 +61,8 @@ def benchmark_lines(data: Pivot, name: str) -> list[str]:
     for row in data.select(metric="cut"):
         if row["value"]:
             what = f"replies of the judge {row['judge']}" if row["judge"] else "answers"
-            lines.append(
-                f"{row['arm']}: {row['value']:,} of {row['n']:,} {what} are cut at their longest length."
-            )
+            cut = f"{row['value']:,} of {row['n']:,} {what}"
+            lines.append(f"{row['arm']}: {cut} are cut at their longest length.")
     return lines
 
 
@@ -72,8 +72,8 @@ def headlines(data: Pivot) -> list[str]:
     lines = []
     for group in data.groups:
         where = {"judge": judge, "variant": variant, "group": group}
-        rates = {arm: row for arm in data.arms if (row := data.get("macro_asr", arm=arm, **where))}
-        rates = {arm: row for arm, row in rates.items() if row["value"] is not None}
+        rows = {arm: data.get("macro_asr", arm=arm, **where) for arm in data.arms}
+        rates = {arm: row for arm, row in rows.items() if row and row["value"] is not None}
         none = rates.pop(NONE, None)
         clauses = [f"is {share(none)} % without guard"] if none else []
         clauses += [f"{_direction(row, none)} {share(row)} % with {arm}" for arm, row in rates.items()]
@@ -85,17 +85,17 @@ def headlines(data: Pivot) -> list[str]:
     return [*(lines or ["Nothing was judged."]), _harmless(data)]
 
 
-def policy_remark(groups: Mapping[str, Sequence[str]]) -> list[str]:
+def _apart(groups: Mapping[str, Sequence[str]]) -> list[str]:
     """Why some groups stand apart, where a benchmark has such."""
-    apart = [group for group, members in groups.items() if members and set(members) <= set(POLICY)]
-    if not apart:
-        return []
-    harm = [group for group, members in groups.items() if members and set(members) <= set(HARM)]
+    apart, harm = (
+        [group for group, members in groups.items() if members and set(members) <= set(kind)]
+        for kind in (POLICY, HARM)
+    )
     asking = "".join(f"{group} asks for harmful content; " for group in harm)
     return [
         f"{asking}in {', '.join(apart)} a plain helpful answer already counts as unsafe, so these scenarios "
         "are reported apart."
-    ]
+    ] * bool(apart)
 
 
 def training_lines(facts: Mapping[str, Any], name: str) -> list[str]:

@@ -11,7 +11,6 @@ from mllm_protector.evaluation.measurements import as_csv
 from mllm_protector.files import write_text
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.plots import points_by_set
-from mllm_protector.reporting.samples import data_uri
 from mllm_protector.reporting.tables import Row, Table, decimal, latex, markdown, print_tables, share, upright
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def report_sets(measured: Sequence[MeasuredDetector]) -> None:
         headline=lines[0],
         remarks=lines[1:2],
         notes=lines[2:],
-        plots={"F1 by set": data_uri(plot, "image/svg+xml")},
+        plots={"F1 by set": plot},
         tables=tables,
         facts="\n".join(f"{name}: {each['data']['account']}" for name, each in metrics.items()),
     )

@@ -4,28 +4,19 @@ Every text from outside is escaped. Characters that no page can hold, or that wo
 them, are shown as U+FFFD.
 """
 
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mllm_protector.markdown import TURNING, UNSHOWABLE, plain
+from mllm_protector.markdown import table as markdown_table
+
 WIDTH = 110
 """Columns of the terminal print at most; exactly that in a file or a pipe."""
 
-UNSHOWABLE = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""Control characters, half surrogate pairs and noncharacters: neither HTML nor SVG takes them."""
-
-TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
-"""Characters that change the direction of what follows them."""
-
-MARKUP = re.compile(r"[\\`*|~$]|(?<=\])[(\[:]")
-"""What Markdown reads as formatting, and what makes a link of words in brackets."""
-
 Row = Mapping[str, Any]
 """A measurement as in ``asr.json``."""
-
-TAG, ENTITY = re.compile("<(?=[A-Za-z/!?])"), re.compile("&(?=#?[0-9A-Za-z]+;)")
 
 GLOSSARY = {
     "none": "no guard",
@@ -103,32 +94,28 @@ def upright(value: Any) -> Any:
     return TURNING.sub("\ufffd", value) if isinstance(value, str) else value
 
 
-def markdown_text(text: str) -> str:
-    """A text on one line of Markdown in which nothing is read as markup or HTML."""
-    line = TAG.sub("&lt;", ENTITY.sub("&amp;", " ".join(text.split())))
-    return MARKUP.sub(r"\\\g<0>", line)
-
-
 def markdown(title: str, lines: Sequence[str], tables: Iterable[Table]) -> str:
     """A title, sentences below it, and tables, each with its note."""
-    parts = [f"# {markdown_text(title)}", "\n".join(f"- {markdown_text(line)}" for line in lines)]
-    for table in tables:
-        parts += [f"## {markdown_text(table.title)}", *([markdown_text(table.note)] if table.note else [])]
-        align = ["left" if place < table.words else "right" for place in range(len(table.header))]
-        frame = _frame(table, markdown_text)
-        parts.append(str(frame.to_markdown(index=False, disable_numparse=True, colalign=align)))
+    parts = [f"# {plain(title)}", "\n".join(f"- {plain(line)}" for line in lines)]
+    for each in tables:
+        parts += [f"## {plain(each.title)}", *([plain(each.note)] if each.note else [])]
+        parts.append(markdown_table(each.header, each.rows, words=each.words))
     return "\n\n".join(parts) + "\n"
 
 
 def latex(lines: Sequence[str], tables: Iterable[Table]) -> str:
     """Tables to paste into a paper; they need the package booktabs and nothing else."""
+    import pandas as pd
+
     parts = ["\n".join(f"% {_latin(line)}" for line in ("Needs \\usepackage{booktabs}.", *lines))]
     for table in tables:
         align = "l" * table.words + "r" * (len(table.header) - table.words)
         caption = _latin(f"{table.title}. {table.note}".strip())
         for letter in "\\{}$&#_%~^":  # pandas escapes cells, not captions
             caption = caption.replace(letter, " " if letter in "\\{}~^" else f"\\{letter}")
-        body = _frame(table, _latin).to_latex(index=False, escape=True, column_format=align, caption=caption)
+        header, *rows = ([_latin(word) for word in row] for row in (table.header, *table.rows))
+        frame = pd.DataFrame(rows, columns=header, dtype=object)
+        body = frame.to_latex(index=False, escape=True, column_format=align, caption=caption)
         parts.append(
             body.replace(
                 "\\begin{table}", "\\begin{table*}[t]\n\\footnotesize\\setlength{\\tabcolsep}{3pt}"
@@ -162,13 +149,6 @@ def print_tables(title: str, lines: Sequence[str], tables: Iterable[Table]) -> N
             grid.add_row(*map(words, row))
         console.print(words(f"\n{table.title}"), style="bold")
         console.print(grid)
-
-
-def _frame(table: Table, escape: Any) -> Any:
-    import pandas as pd
-
-    header, *rows = ([escape(word) for word in row] for row in (table.header, *table.rows))
-    return pd.DataFrame(rows, columns=header, dtype=object)
 
 
 def _latin(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from mllm_protector import prompts
 from mllm_protector.data.batching import pack_answers
-from mllm_protector.data.encoding import DetectorEncoder
+from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer
 from mllm_protector.data.preparation import Contaminated, prepare
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
@@ -26,7 +26,8 @@ from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import worst_logits
 from mllm_protector.models.guard_file import GuardFile, Scale
 from mllm_protector.models.parts import save_part
-from mllm_protector.models.tuning import Tuning
+from mllm_protector.models.precomputed import AtPlaces, precompute, run_upper_blocks_only
+from mllm_protector.models.tuning import LoraTuning, Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed, Share
@@ -112,11 +113,25 @@ def train_detector(
     content = content_key(splits.fingerprint, prefixes and [prefixes, seed])
     with first_process_first():
         encoded = tokenized(encoder, train, content=content)
-    examples = balanced(encoded, balance, seed=seed)
+    examples: Sequence[EncodedAnswer] = balanced(encoded, balance, seed=seed)
     windows = _windows(encoder, validation, window)
     labels = [record.harmful for record in validation]
     queries = [opening_key(record.query) for record in validation]
     guard = unmeasured("detector", base, tuning, encoder, prepared.facts(), window=window)
+    if isinstance(tuning, LoraTuning) and tuning.precompute and tuning.blocks:
+        rows = [*(example.ids for example in encoded), *(row for each in windows for row in each)]
+        with first_process_first():
+            places = precompute(
+                model,
+                tuning.blocks,
+                rows,
+                base=content_key(asdict(base), guard.base_fingerprint),
+                pad_id=encoder.pad_id,
+                limit=fit.validation_batch,
+            )
+        run_upper_blocks_only(model, tuning.blocks, places, rows)
+        examples = AtPlaces(examples, places)
+        windows = [[array("i", places.of(row)) for row in each] for each in windows]
 
     def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
         worst = worst_logits(model, encoder, processes.mine(windows), limit=fit.validation_batch)

@@ -70,6 +70,8 @@ def train_detoxifier(
         InputError: the data, the backbone or the settings cannot be used.
     """
     require_metric(fit.best_metric, METRICS)
+    if getattr(tuning, "precompute", False):
+        raise InputError("tuning.precompute=true: is for detectors; use false")
     run = Run(
         fit=fit,
         checkpoint=checkpoint,

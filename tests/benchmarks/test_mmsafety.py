@@ -74,9 +74,9 @@ def load(root, **settings):
 
 
 def test_each_variant_asks_its_own_wording(tmp_path):
-    questions = load(write_published(tmp_path, {"0": row(0)})).questions
+    questions = load(write_published(tmp_path, {"0": row(0) | {"Question": " how？ "}})).questions
     assert {question.variant: question.text for question in questions} == {
-        "TEXT": "question 0",
+        "TEXT": " how？ ",
         "SD": "rephrased for SD 0",
         "TYPO": "rephrased 0",
         "SD_TYPO": "rephrased 0",
@@ -106,11 +106,6 @@ def test_a_question_says_what_it_is_judged_by_and_what_shares_it(tmp_path):
         assert all(question.criterion == CRITERIA[question.scenario] for question in loaded.questions), layout
         assert {question.base for question in loaded.questions} == {f"{name}/0" for name in SCENARIOS}, layout
         assert loaded.groups == GROUPS, layout
-
-
-def test_words_are_kept_as_they_are(tmp_path):
-    write_published(tmp_path, {"0": row(0) | {"Question": " how？ "}})
-    assert load(tmp_path, variants=["TEXT"]).questions[0].text == " how？ "
 
 
 def test_images_are_those_of_their_variant_and_stay_closed_until_asked_for(tmp_path):
@@ -263,17 +258,7 @@ def test_a_wrong_setting_is_refused_with_what_is_possible():
             MMSafetyBench(**settings)
 
 
-def test_the_selection_does_not_change_the_identity(tmp_path):
-    write_published(tmp_path, {"0": row(0)}, scenarios=(FIRST, SECOND))
-    whole = MMSafetyBench(root=str(tmp_path)).card.identity
-    part = MMSafetyBench(
-        root=str(tmp_path), variants=["SD"], scenarios=[FIRST], limit=1, tiny=True
-    ).card.identity
-    assert whole == part
-    assert json.loads(json.dumps(whole)) == whole
-
-
-def test_what_questions_depend_on_changes_the_identity(tmp_path):
+def test_what_questions_depend_on_changes_the_identity_and_nothing_else_does(tmp_path):
     write_published(tmp_path, {"0": row(0)}, images=("SD",))
     plain = MMSafetyBench(root=str(tmp_path)).card.identity
     rendering = MMSafetyBench(root=str(tmp_path), render_missing=True)
@@ -281,14 +266,12 @@ def test_what_questions_depend_on_changes_the_identity(tmp_path):
     reworded = MMSafetyBench(root=str(tmp_path), text_field="Changed Question").card.identity
     write_image(tmp_path / "imgs" / FIRST / "TYPO" / "0.jpg")
     fewer_rendered = rendering.card.identity
-    assert MMSafetyBench(root=str(tmp_path)).card.identity == plain
+    part = {"variants": ["SD"], "scenarios": [FIRST], "limit": 1, "tiny": True}
+    assert MMSafetyBench(root=str(tmp_path), **part).card.identity == plain
+    assert json.loads(json.dumps(plain)) == plain
+    elsewhere = write_published(tmp_path / "there", {"0": row(0)})
+    assert MMSafetyBench(root=str(elsewhere)).card.identity == plain
     write_published(tmp_path, {"0": row(1)})
     edited = MMSafetyBench(root=str(tmp_path)).card.identity
     identities = [plain, rendered, reworded, fewer_rendered, edited]
     assert all(a != b for i, a in enumerate(identities) for b in identities[:i])
-
-
-def test_the_identity_does_not_depend_on_where_the_files_lie(tmp_path):
-    here = write_published(tmp_path / "here", {"0": row(0)})
-    there = write_published(tmp_path / "there", {"0": row(0)})
-    assert MMSafetyBench(root=str(here)).card.identity == MMSafetyBench(root=str(there)).card.identity

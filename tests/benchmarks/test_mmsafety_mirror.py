@@ -39,7 +39,7 @@ def test_a_bad_id_in_the_mirror_is_refused_with_its_row(tmp_path):
     cases = [
         (("1", "../../x"), "SD.parquet:2: an id must be a number"),
         ((3, 3), "SD.parquet:2: duplicate"),
-        ((3, None), "SD.parquet:2: missing field 'id'"),
+        ((3, None), "SD.parquet:2: an id must be a number"),
     ]
     for ids, message in cases:
         with pytest.raises(InputError, match=message):

@@ -28,51 +28,48 @@ def option(name: str, path: Path, images: Path, **changes: Any) -> QuestionFile:
 
 def write_published(name: str, root: Path) -> Path:
     """Made-up rows in the published form of a set."""
+    png = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(png, "PNG")
+    choices = {
+        "question": "Red?",
+        "choices": ["a rose", "the sea"],
+        "hint": "",
+        "image": None,
+        "split": "test",
+    }
+    where = {"question": "Where?", "imageId": "n16"}
+    what = {"imagename": "v1_0.png", "question": "What is x?"}
+    dog = {"image": "COCO_1.jpg", "text": "Is there a dog?"}
+    ocr = {"question_id": "OCR/1.png", "category": "OCR", "image": {"bytes": png.getvalue(), "path": None}}
+    pictures = {"vqa": "a.png", "pope": "COCO_1.jpg", "scienceqa": "test/4/image.png", "mmvet": "v1_0.png"}
+    pictures["gqa"] = "n16.jpg"
+    content: dict[str, Any] = {
+        "vqa": [
+            {"id": "v", "question": "what?", "image": "a.png", "answers": ["cat", "kitten"]},
+            {"id": "x", "question": "two and two?", "answers": "four"},
+        ],
+        "pope": [dog | {"question_id": 1, "label": "yes"}, dog | {"question_id": 2, "label": "no"}],
+        "scienceqa": {
+            "4": choices | {"image": "image.png", "hint": "Look. ", "answer": 0},
+            "11": choices | {"hint": "", "answer": 1},
+            "12": choices | {"answer": 1, "split": "train"},
+        },
+        "mmvet": {"v1_0": what | {"answer": "-1<AND>-5"}, "v1_1": what | {"answer": "dog<OR>hound"}},
+        "gqa": {"201": where | {"answer": "yes"}, "202": where | {"answer": "left"}},
+        "mme": [ocr | {"question": "q", "answer": "Yes"}, ocr | {"question": "r", "answer": "No"}],
+    }
     root.mkdir(parents=True, exist_ok=True)
-    path = root / "set.json"
-    row: dict[str, Any]
+    if name in pictures:
+        image(root / "images" / pictures[name])
     if name == "vqa":
-        image(root / "images" / "a.png")
-        row = {"id": "v", "question": "what?", "image": "a.png", "answers": ["cat", "kitten"]}
-        return write(root, row, {"id": "x", "question": "two and two?", "answers": "four"})
-    if name == "pope":
-        image(root / "images" / "COCO_1.jpg")
-        row = {"image": "COCO_1.jpg", "text": "Is there a dog?"}
-        asked = [row | {"question_id": 1, "label": "yes"}, row | {"question_id": 2, "label": "no"}]
-        path.write_text("\n".join(map(json.dumps, asked)))
-    elif name == "scienceqa":
-        image(root / "images" / "test" / "4" / "image.png")
-        row = {
-            "question": "Red?",
-            "choices": ["a rose", "the sea"],
-            "hint": "",
-            "image": None,
-            "split": "test",
-        }
-        shown = row | {"image": "image.png", "hint": "Look. ", "answer": 0}
-        problems = {"4": shown, "11": row | {"answer": 1}, "12": row | {"answer": 1, "split": "train"}}
-        path.write_text(json.dumps(problems, indent=1))
-    elif name == "mmvet":
-        image(root / "images" / "v1_0.png")
-        row = {"imagename": "v1_0.png", "question": "What is x?"}
-        path.write_text(
-            json.dumps({"v1_0": row | {"answer": "-1<AND>-5"}, "v1_1": row | {"answer": "dog<OR>hound"}})
-        )
-    elif name == "gqa":
-        image(root / "images" / "n16.jpg")
-        row = {"question": "Where?", "imageId": "n16"}
-        path.write_text(json.dumps({"201": row | {"answer": "yes"}, "202": row | {"answer": "left"}}))
+        return write(root, *content[name])
+    path = root / ("set.parquet" if name == "mme" else "set.json")
+    if name == "mme":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content[name]), path)
+    elif name == "pope":
+        path.write_text("\n".join(map(json.dumps, content[name])))
     else:
-        out = io.BytesIO()
-        Image.new("RGB", (3, 2)).save(out, "PNG")
-        row = {
-            "question_id": "OCR/1.png",
-            "category": "OCR",
-            "image": {"bytes": out.getvalue(), "path": None},
-        }
-        asked = [row | {"question": "q", "answer": "Yes"}, row | {"question": "r", "answer": "No"}]
-        path = root / "set.parquet"
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(asked), path)
+        path.write_text(json.dumps(content[name], indent=1))
     return path
 
 

@@ -14,7 +14,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.protocols import Benchmark
 from mllm_protector.records import BENIGN, LoadedBenchmark
 from mllm_protector.scenarios import Criterion
-from tests.benchmarks.test_fields import ESCAPES
+from tests.benchmarks.test_shared import ESCAPES
 
 
 def write(folder: Path, *rows: dict[str, Any] | str) -> Path:

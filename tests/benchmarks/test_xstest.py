@@ -61,22 +61,19 @@ def test_one_id_with_two_prompts_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_broken_row_is_named_by_its_line(tmp_path: Path) -> None:
+def test_a_broken_row_or_file_is_named(tmp_path: Path) -> None:
+    columns = ("id", "type", "prompt")
     cases: list[tuple[list[tuple[str, ...]], str]] = [
-        ([("1", "homonyms", "")], "x.csv:2: field 'prompt' is empty"),
-        ([("1", "", "p")], "x.csv:2: field 'type' is empty"),
-        ([("i" * 300, "homonyms", "p")], "x.csv:2: field 'id' must be one printable line"),
-        ([("1", "homonyms", "p"), ("1", "homonyms", "p")], "x.csv:3: duplicate of line 2"),
-        ([], "the file is empty"),
+        ([columns, ("1", "homonyms", "")], "x.csv:2: field 'prompt' is empty"),
+        ([columns, ("1", "", "p")], "x.csv:2: field 'type' is empty"),
+        ([columns, ("i" * 300, "homonyms", "p")], "x.csv:2: field 'id' must be one printable line"),
+        ([columns, ("1", "homonyms", "p"), ("1", "homonyms", "p")], "x.csv:3: duplicate of line 2"),
+        ([columns], "the file is empty"),
+        ([("id", "prompt"), ("1", "p")], "missing field 'type'"),
     ]
-    for rows, message in cases:
+    for (header, *rows), message in cases:
         with pytest.raises(InputError, match=message):
-            load(write(tmp_path / "x.csv", rows))
-
-
-def test_a_missing_column_or_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="missing field 'type'"):
-        load(write(tmp_path / "x.csv", [("1", "p")], ("id", "prompt")))
+            load(write(tmp_path / "x.csv", rows, header))
     with pytest.raises(InputError, match=r"gone\.csv: no such file"):
         load(tmp_path / "gone.csv")
     (tmp_path / "empty").mkdir()

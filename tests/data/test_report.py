@@ -236,7 +236,7 @@ def test_texts_from_data_are_never_read_as_markup(words: str, tmp_path: Path) ->
     assert words not in text
     assert "<" not in text
     assert "\u202e" not in text
-    assert not re.search(r"(?<!\\)[*\[`](?!Warning|\*)", text)
+    assert not re.search(r"(?<!\\)[*`](?!Warning|\*)|\]\(", text)
     assert not re.search(r"https://|www\.", text)
     assert len(re.findall(r"^#", text, re.MULTILINE)) == 8
     for section in ("Sources", "Dropped rows", "Scenarios", "Benchmark questions in the training data"):

@@ -1,15 +1,19 @@
 """Judged rows for the tests of the numbers and of the reports."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mllm_protector.evaluation.grid import Answers, JudgeFacts, make_answers
 from mllm_protector.evaluation.measurements import as_rows
+from mllm_protector.evaluation.run import evaluate
 from mllm_protector.evaluation.summary import measure
+from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.protocols import Card
 from mllm_protector.records import BENIGN, Status
+from mllm_protector.reporting.report import report
 from mllm_protector.scenarios import CRITERIA, Criterion
 
 Row = dict[str, Any]
@@ -144,3 +148,28 @@ def answers_of(
 def measured(table: Sequence[Row], **given: Any) -> Measured:
     """What all statistics say of rows; ``given`` as for ``answers_of``."""
     return Measured(as_rows(measure("made_up", answers_of(table, **given))))
+
+
+def evaluated(output_dir: Path, **changes: Any) -> Any:
+    """A small evaluation with its reports; the content of ``asr.json``, or nothing after a dry run."""
+    arguments: dict[str, Any] = {
+        "judges": {"keyword": KeywordJudge},
+        "detector": "detector",
+        "detoxifier": "detoxifier",
+        "base": None,
+        "arms": ["none", "refusal", "protector"],
+        "threshold": None,
+        "rewrite_tokens": 8,
+        "ensemble": [],
+        "human_labels": None,
+        "max_unjudged": 0.0,
+        "repeats": 1,
+        "batch_size": 4,
+        "latency_rows": 0,
+        "report_rows": 10,
+        "dry_run": False,
+        "output_dir": str(output_dir),
+    }
+    done = evaluate(**arguments | changes)
+    report(done)
+    return done and done.result

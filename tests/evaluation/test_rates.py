@@ -169,9 +169,9 @@ def test_rows_that_cannot_be_counted_are_refused() -> None:
     twice = rows(ILLEGAL, "TEXT", "none", 1, 0)
     with pytest.raises(ValueError, match=re.escape(f"none / {ILLEGAL}/TEXT/0")):
         measured(twice + twice)
-    with pytest.raises(ValueError, match="unknown arms: other"):
+    with pytest.raises(ValueError, match="other"):
         measured(rows(ILLEGAL, "TEXT", "other", 1, 0), arms=["none"])
-    with pytest.raises(ValueError, match="keyword: a row has the unknown status 'fine'"):
+    with pytest.raises(ValueError, match="index"):
         measured([row("0", ILLEGAL, "TEXT", "none", keyword="fine")])
 
 

@@ -13,24 +13,16 @@ import pytest
 from mllm_protector.data.duplicates import check_contamination
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation import guards as module
-from mllm_protector.evaluation.run import evaluate
 from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.protocols import Card, Cost
-from mllm_protector.records import (
-    BENIGN,
-    Answer,
-    Failure,
-    LoadedBenchmark,
-    Question,
-    Status,
-    Verdict,
-)
-from mllm_protector.reporting.report import report
+from mllm_protector.records import BENIGN, Answer, Failure, LoadedBenchmark, Question, Status, Verdict
 from mllm_protector.scenarios import SCENARIOS
-from tests.evaluation.builders import Measured
+from tests.evaluation.builders import Measured, evaluated
+
+Run = Callable[..., dict[str, Any]]
 
 HARMFUL = "Sure, do the bad thing."
 REWRITE = "I'm sorry, but I can't help with this."
@@ -161,35 +153,12 @@ def scorer(monkeypatch: pytest.MonkeyPatch) -> Scorer:
 
 
 @pytest.fixture
-def run(scorer: Scorer, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def run(scorer: Scorer, tmp_path: Path) -> Run:
     """An evaluation with its reports; gives the content of ``asr.json``."""
 
     def run(**changes: Any) -> Any:
-        done = evaluate(
-            **{
-                "benchmarks": {"made_up": Questions()},
-                "mllm": Model,
-                "judges": {"keyword": KeywordJudge},
-                "detector": "detector",
-                "detoxifier": "detoxifier",
-                "base": None,
-                "arms": ["none", "refusal", "protector"],
-                "threshold": None,
-                "rewrite_tokens": 8,
-                "ensemble": [],
-                "human_labels": None,
-                "max_unjudged": 0.0,
-                "repeats": 1,
-                "batch_size": 4,
-                "latency_rows": 0,
-                "report_rows": 10,
-                "dry_run": False,
-                "output_dir": str(tmp_path / "out"),
-            }
-            | changes
-        )
-        report(done)
-        return done and done.result
+        given = {"benchmarks": {"made_up": Questions()}, "mllm": Model, "output_dir": tmp_path / "out"}
+        return evaluated(**given | changes)
 
     return run
 
@@ -210,7 +179,7 @@ def cells(result: dict[str, Any], arm: str, judge: str = "keyword") -> list[tupl
     return [(round(row["value"] * row["n"]), row["n"]) for row in rates]
 
 
-def test_every_arm_guards_the_same_answers(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_every_arm_guards_the_same_answers(run: Run, tmp_path: Path) -> None:
     result = run()
     assert cells(result, "none") == [(2, 4)] * 3
     assert cells(result, "refusal") == cells(result, "protector") == [(0, 4)] * 3
@@ -224,7 +193,7 @@ def test_every_arm_guards_the_same_answers(run: Callable[..., dict[str, Any]], t
     assert [found.value(f"outcome_{name}") for name in ("allowed", "rewritten", "refused")] == [10, 6, 1]
 
 
-def test_everything_that_is_promised_is_written(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_everything_that_is_promised_is_written(run: Run, tmp_path: Path) -> None:
     result = run(latency_rows=3)
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir() if path.is_file()} == {
@@ -240,9 +209,7 @@ def test_everything_that_is_promised_is_written(run: Callable[..., dict[str, Any
     assert manifest["stages"]["answers"]["new"] == len(QUESTIONS) + len(HARMLESS)
 
 
-def test_harmless_answers_are_not_judged_but_compared_and_scored(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_harmless_answers_are_not_judged_but_compared_and_scored(run: Run, tmp_path: Path) -> None:
     result = run()
     assert {row["group"] for row in measurements(result).all("asr")} == {*SCENARIOS[:3], "first", "all"}
     for arm, count in (("none", 0), ("refusal", 1), ("protector", 1)):
@@ -254,7 +221,7 @@ def test_harmless_answers_are_not_judged_but_compared_and_scored(
 
 
 def test_the_benchmark_s_own_metrics_stand_in_every_file(
-    run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = run(repeats=2)
     for arm, count in {"none": 5, "refusal": 4, "protector": 4}.items():
@@ -265,14 +232,12 @@ def test_the_benchmark_s_own_metrics_stand_in_every_file(
         assert "own_recipes" in (tmp_path / "out" / name).read_text(), name
 
 
-def test_a_second_arm_scores_only_its_rewrites(run: Callable[..., dict[str, Any]], scorer: Scorer) -> None:
+def test_a_second_arm_scores_only_its_rewrites(run: Run, scorer: Scorer) -> None:
     run()
     assert len(scorer.scored) == len(QUESTIONS) + len(HARMLESS) + 6
 
 
-def test_an_interrupted_run_goes_on_and_asks_nothing_twice(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_an_interrupted_run_goes_on_and_asks_nothing_twice(run: Run, tmp_path: Path) -> None:
     first = Model(limit=9)
     with pytest.raises(KeyboardInterrupt):
         run(mllm=lambda: first)
@@ -281,10 +246,10 @@ def test_an_interrupted_run_goes_on_and_asks_nothing_twice(
     assert len(first.asked) == 8
     assert not set(first.asked) & set(second.asked)
     assert len(first.asked) + len(second.asked) == len(QUESTIONS) + len(HARMLESS)
-    assert resumed == run(output_dir=str(tmp_path / "in one go"))
+    assert resumed == run(output_dir=tmp_path / "in one go")
 
 
-def test_a_larger_selection_extends_the_same_folder(run: Callable[..., dict[str, Any]]) -> None:
+def test_a_larger_selection_extends_the_same_folder(run: Run) -> None:
     run(benchmarks={"made_up": Questions(questions=QUESTIONS[:4])})
     model = Model()
     result = run(mllm=lambda: model)
@@ -292,9 +257,7 @@ def test_a_larger_selection_extends_the_same_folder(run: Callable[..., dict[str,
     assert len(cells(result, "none")) == 3
 
 
-def test_another_guard_uses_the_answers_again_and_another_model_does_not(
-    run: Callable[..., dict[str, Any]], scorer: Scorer
-) -> None:
+def test_another_guard_uses_the_answers_again_and_another_model_does_not(run: Run, scorer: Scorer) -> None:
     first = run()
     same, other = Model(), Model(name="another")
     assert cells(run(mllm=lambda: same, threshold=0.95), "refusal") == [(2, 4)] * 3
@@ -304,15 +267,11 @@ def test_another_guard_uses_the_answers_again_and_another_model_does_not(
     assert run() == first
 
 
-def test_two_benchmarks_are_measured_together_and_kept_apart(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_two_benchmarks_are_measured_together_and_kept_apart(run: Run, tmp_path: Path) -> None:
     model = Model()
     alone = run()
-    both = run(
-        mllm=lambda: model,
-        benchmarks={"made_up": Questions(), "small": Questions(questions=QUESTIONS[:4])},
-    )
+    benchmarks = {"made_up": Questions(), "small": Questions(questions=QUESTIONS[:4])}
+    both = run(mllm=lambda: model, benchmarks=benchmarks)
     assert both["benchmarks"]["made_up"] == alone["benchmarks"]["made_up"]
     assert measurements(both, benchmark="made_up") == measurements(alone)
     assert [*both["benchmarks"]] == ["made_up", "small"]
@@ -320,7 +279,7 @@ def test_two_benchmarks_are_measured_together_and_kept_apart(
     assert len(results(tmp_path / "out", "small")) == 12
 
 
-def test_changed_words_of_a_question_are_asked_anew(run: Callable[..., dict[str, Any]]) -> None:
+def test_changed_words_of_a_question_are_asked_anew(run: Run) -> None:
     run()
     model = Model()
     other = Question(id=QUESTIONS[0].id, scenario=SCENARIOS[0], variant="TEXT", text="other words")
@@ -328,30 +287,18 @@ def test_changed_words_of_a_question_are_asked_anew(run: Callable[..., dict[str,
     assert model.asked == [other.id]
 
 
-def test_repeats_are_answered_each_and_share_a_cluster(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_repeats_are_answered_each_and_share_a_cluster(run: Run, tmp_path: Path) -> None:
     model = Model()
-    run(
-        mllm=lambda: model,
-        repeats=2,
-        benchmarks={"made_up": Questions(questions=QUESTIONS[:2])},
-        arms=["none"],
-    )
+    few = {"made_up": Questions(questions=QUESTIONS[:2])}
+    run(mllm=lambda: model, repeats=2, benchmarks=few, arms=["none"])
     assert len(model.asked) == 4
     rows = results(tmp_path / "out")
-    assert [(row["id"][-3:], row["repeat"]) for row in rows] == [
-        ("0#1", 0),
-        ("0#2", 1),
-        ("1#1", 0),
-        ("1#2", 1),
-    ]
+    assert [row["id"][-3:] for row in rows] == ["0#1", "0#2", "1#1", "1#2"]
+    assert [row["repeat"] for row in rows] == [0, 1, 0, 1]
     assert len({row["base"] for row in rows}) == 2
 
 
-def test_the_guards_own_detector_as_judge_is_called_circular(
-    run: Callable[..., dict[str, Any]], scorer: Scorer
-) -> None:
+def test_the_guards_own_detector_as_judge_is_called_circular(run: Run, scorer: Scorer) -> None:
     judges = {
         "own": lambda: DetectorJudge(scorer, 0.5),
         "other": lambda: DetectorJudge(Scorer(weights="w2"), 0.5),
@@ -363,15 +310,13 @@ def test_the_guards_own_detector_as_judge_is_called_circular(
     assert said["ensemble"]["circular"]
 
 
-def test_a_judge_is_checked_against_the_truth_where_it_is_known(run: Callable[..., dict[str, Any]]) -> None:
+def test_a_judge_is_checked_against_the_truth_where_it_is_known(run: Run) -> None:
     accuracy = measurements(run()).one("accuracy", judge="keyword")
     assert (accuracy["value"], accuracy["n"]) == (1.0, 24)  # each text once
     assert accuracy["method"] == "what is known of these answers by construction"
 
 
-def test_peoples_labels_are_used_and_strange_ones_refused(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_peoples_labels_are_used_and_strange_ones_refused(run: Run, tmp_path: Path) -> None:
     labels = tmp_path / "labels.jsonl"
     rows = [{"id": each.id, "harmful": int(each.id[-1]) < 3} for each in QUESTIONS]
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -382,9 +327,9 @@ def test_peoples_labels_are_used_and_strange_ones_refused(
         run(human_labels=str(labels))
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
+def test_what_cannot_be_run_is_refused_before_anything_is_asked(run: Run) -> None:
+    model = Model()
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"arms": ["none", "guard"]}, "unknown arm 'guard'"),
         ({"arms": ["protector"]}, "'none' is missing"),
         ({"arms": ["none", "none"]}, "name each arm once"),
@@ -394,18 +339,18 @@ def test_peoples_labels_are_used_and_strange_ones_refused(
         ({"benchmarks": {}}, "at least one benchmark"),
         ({"benchmarks": {"../up": Questions()}}, "cannot name a folder"),
         ({"benchmarks": {"made_up": Questions(questions=[])}}, "no questions are left"),
-    ],
-)
-def test_what_cannot_be_run_is_refused_before_anything_is_asked(
-    run: Callable[..., dict[str, Any]], change: dict[str, Any], reason: str
-) -> None:
-    model = Model()
-    with pytest.raises(InputError, match=reason):
-        run(mllm=lambda: model, **change)
+    ]
+    cases += [
+        ({"threshold": wrong}, f"threshold={wrong}: must be a number from 0 to 1")
+        for wrong in (2, -0.5, math.nan, True)
+    ]
+    for change, reason in cases:
+        with pytest.raises(InputError, match=reason):
+            run(mllm=lambda: model, **change)
     assert model.asked == []
 
 
-def test_the_same_words_are_judged_once_whatever_they_answer(run: Callable[..., dict[str, Any]]) -> None:
+def test_the_same_words_are_judged_once_whatever_they_answer(run: Run) -> None:
     judge = Strict(reads_question=False)
     run(judges={"strict": lambda: judge})
     refusals = [
@@ -417,9 +362,7 @@ def test_the_same_words_are_judged_once_whatever_they_answer(run: Callable[..., 
     assert again.seen == []
 
 
-def test_what_could_not_be_judged_is_counted_named_and_tried_again(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_what_could_not_be_judged_is_counted_named_and_tried_again(run: Run, tmp_path: Path) -> None:
     troubled = Strict(nonsense="bad thing")
     with pytest.raises(
         RunError, match=r"strict left 6 of 12 answers of the arm none unjudged.*tries those again"
@@ -436,7 +379,7 @@ def test_what_could_not_be_judged_is_counted_named_and_tried_again(
 
 
 def test_an_answer_that_was_never_made_has_a_state_of_its_own_and_is_asked_again(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
+    run: Run, tmp_path: Path
 ) -> None:
     class Broken(Model):
         def generate(self, questions: Sequence[Question]) -> Sequence[str | Failure]:
@@ -457,7 +400,7 @@ def test_an_answer_that_was_never_made_has_a_state_of_its_own_and_is_asked_again
 
 
 def test_a_server_that_is_gone_stops_the_run_and_costs_nothing_that_was_done(
-    run: Callable[..., dict[str, Any]],
+    run: Run,
 ) -> None:
     class Gone(Model):
         def generate(self, questions: Sequence[Question]) -> Sequence[str | Failure]:
@@ -473,7 +416,7 @@ def test_a_server_that_is_gone_stops_the_run_and_costs_nothing_that_was_done(
 
 
 def test_a_guard_that_fails_leaves_no_verdict_and_shows_nothing(
-    run: Callable[..., dict[str, Any]], scorer: Scorer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, scorer: Scorer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(**_: Any) -> list[float]:
         raise ValueError("no")
@@ -488,7 +431,7 @@ def test_a_guard_that_fails_leaves_no_verdict_and_shows_nothing(
 
 
 def test_everything_says_what_the_guard_learnt_of_the_questions(
-    run: Callable[..., dict[str, Any]],
+    run: Run,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -524,7 +467,7 @@ def test_everything_says_what_the_guard_learnt_of_the_questions(
     assert run(arms=["none"])["benchmarks"]["made_up"]["contamination"] == {}
 
 
-def test_the_majority_is_one_more_judge(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_the_majority_is_one_more_judge(run: Run, tmp_path: Path) -> None:
     judges = {"keyword": KeywordJudge, "strict": Strict, "blind": lambda: Strict(nonsense="", name="blind")}
     result = run(judges=judges, ensemble=[*judges], max_unjudged=1.0)
     assert cells(result, "none", "ensemble") == [(2, 4)] * 3
@@ -534,9 +477,7 @@ def test_the_majority_is_one_more_judge(run: Callable[..., dict[str, Any]], tmp_
     }
 
 
-def test_questions_of_the_same_words_and_picture_are_one_to_the_statistics(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_questions_of_the_same_words_and_picture_are_one_to_the_statistics(run: Run, tmp_path: Path) -> None:
     same = [replace(QUESTIONS[0], id=f"same-{number}", base=None) for number in range(40)]
     result = run(benchmarks={"made_up": Questions([*same, *QUESTIONS[1:]])}, arms=["none"])
     assert {row["base"] for row in results(tmp_path / "out") if row["id"].startswith("same-")} == {"same-0"}
@@ -545,7 +486,7 @@ def test_questions_of_the_same_words_and_picture_are_one_to_the_statistics(
 
 
 def test_a_dry_run_says_what_it_would_cost_and_judges_nothing(
-    run: Callable[..., dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     judge = Strict()
@@ -557,9 +498,7 @@ def test_a_dry_run_says_what_it_would_cost_and_judges_nothing(
     assert not (tmp_path / "out/asr.json").exists()
 
 
-def test_a_wrong_guard_is_refused_before_anything_is_asked(
-    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_guard_is_refused_before_anything_is_asked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mllm_protector.evaluation.run.read_guard_file", read_guard_file)
     model = Model()
     with pytest.raises(InputError, match="no such folder; train the detector first"):
@@ -567,17 +506,13 @@ def test_a_wrong_guard_is_refused_before_anything_is_asked(
     assert model.asked == []
 
 
-def test_an_impossible_threshold_or_base_is_refused_before_anything_is_asked(
-    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_a_missing_base_is_refused_before_anything_is_asked(
+    run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = Model()
-    for threshold in (2, -0.5, math.nan, True):
-        with pytest.raises(InputError, match=f"threshold={threshold}: must be a number from 0 to 1"):
-            run(mllm=lambda: model, threshold=threshold)
-
     def missing(base: str | None, *parts: tuple[str, str]) -> None:
         raise InputError(f"base={base} of {parts}")
 
+    model = Model()
     monkeypatch.setattr("mllm_protector.evaluation.run.require_bases", missing)
     expected = "base=x of (('detector', 'detector'), ('detoxifier', 'detoxifier'))"
     with pytest.raises(InputError, match=re.escape(expected)):

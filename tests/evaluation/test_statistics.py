@@ -1,5 +1,6 @@
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from sklearn.metrics import cohen_kappa_score
 from statsmodels.stats.proportion import proportion_confint
 
 from mllm_protector.evaluation.statistics import (
-    agreement,
+    cohens_kappa,
     effective_size,
     fleiss_kappa,
     macro_interval,
@@ -19,34 +20,26 @@ from mllm_protector.evaluation.statistics import (
 from mllm_protector.records import Confusion
 
 
-@pytest.mark.parametrize(("count", "total"), [(0, 97), (97, 97), (1, 40), (81, 97), (1, 1)])
-def test_interval_is_wilsons(count: int, total: int) -> None:
-    share = proportion(count, total)
-    expected = proportion_confint(count, total, alpha=0.05, method="wilson")
-    assert (share.low, share.high) == pytest.approx(expected, abs=1e-15)
-    assert share.value == count / total
-
-
-@pytest.mark.parametrize("total", [1, 3, 44, 167, 1680])
-def test_none_and_all_still_leave_doubt(total: int) -> None:
-    nothing, everything = proportion(0, total), proportion(total, total)
-    assert nothing.low == 0.0
-    assert everything.high == 1.0
-    assert nothing.high is not None
-    assert everything.low is not None
-    assert nothing.high > 1 / (total + 4)
-    assert everything.low == pytest.approx(1 - nothing.high)
-
-
-def test_nothing_counted_has_no_rate() -> None:
+def test_interval_is_wilsons_and_nothing_counted_has_none() -> None:
+    for count, total in ((0, 97), (97, 97), (1, 40), (81, 97), (1, 1)):
+        share = proportion(count, total)
+        expected = proportion_confint(count, total, alpha=0.05, method="wilson")
+        assert (share.low, share.high) == pytest.approx(expected, abs=1e-15), (count, total)
+        assert share.value == count / total
     empty = proportion(0, 0)
     assert (empty.value, empty.low, empty.high) == (None, None, None)
+    for count in (-1, 6):
+        with pytest.raises(ValueError, match=f"{count} of 5"):
+            proportion(count, 5)
 
 
-@pytest.mark.parametrize(("count", "total"), [(-1, 5), (6, 5)])
-def test_impossible_counts_are_refused(count: int, total: int) -> None:
-    with pytest.raises(ValueError, match=f"{count} of {total}"):
-        proportion(count, total)
+def test_none_and_all_still_leave_doubt() -> None:
+    for total in (1, 3, 44, 167, 1680):
+        nothing, everything = proportion(0, total), proportion(total, total)
+        assert (nothing.low, everything.high) == (0.0, 1.0), total
+        assert nothing.high is not None
+        assert nothing.high > 1 / (total + 4), total
+        assert everything.low == pytest.approx(1 - nothing.high), total
 
 
 def test_macro_mean_leaves_out_what_was_not_judged() -> None:
@@ -87,25 +80,26 @@ def test_macro_interval_covers_the_true_mean() -> None:
     assert 0.92 <= hits / rounds <= 0.99
 
 
-@pytest.mark.parametrize(("total", "truth"), [(60, 0.3), (400, 0.03), (1680, 0.9)])
-def test_interval_covers_the_truth_in_95_percent(total: int, truth: float) -> None:
-    counts = np.random.default_rng(0).binomial(total, truth, size=20_000)
-    low, high = share_limits(counts, np.full(len(counts), total))
-    assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.97
+def test_interval_covers_the_truth_in_95_percent() -> None:
+    for total, truth in ((60, 0.3), (400, 0.03), (1680, 0.9)):
+        counts = np.random.default_rng(0).binomial(total, truth, size=20_000)
+        low, high = share_limits(counts, np.full(len(counts), total))
+        assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.97, total
 
 
-@pytest.mark.parametrize("total", [44, 167, 1680])
-def test_interval_of_rare_harm_covers_as_often_as_its_docstring_says(total: int) -> None:
-    counts = np.arange(total + 1)
-    low, high = share_limits(counts, np.full(len(counts), total))
+def test_interval_of_rare_harm_covers_as_often_as_its_docstring_says() -> None:
+    for total in (44, 167, 1680):
+        counts = np.arange(total + 1)
+        low, high = share_limits(counts, np.full(len(counts), total))
 
-    def coverage(truth: float) -> float:
-        return float(binom.pmf(counts[(low <= truth) & (truth <= high)], total, truth).sum())
+        def coverage(truth: float, low: Any = low, high: Any = high, total: int = total) -> float:
+            inside = np.flatnonzero((low <= truth) & (truth <= high))
+            return float(binom.pmf(inside, total, truth).sum())
 
-    assert min(coverage(expected / total) for expected in np.linspace(1, 5, 100)) >= 0.91
-    rare = [coverage(expected / total) for expected in np.linspace(0.05, 1, 100)]
-    assert min(rare) >= 0.83
-    assert 0.94 <= np.mean(rare) <= 0.96
+        assert min(coverage(expected / total) for expected in np.linspace(1, 5, 100)) >= 0.91, total
+        rare = [coverage(expected / total) for expected in np.linspace(0.05, 1, 100)]
+        assert min(rare) >= 0.83, total
+        assert 0.94 <= np.mean(rare) <= 0.96, total
 
 
 def test_clusters_of_the_same_value_are_worth_their_number() -> None:
@@ -140,26 +134,21 @@ def test_clustered_interval_covers_the_truth_where_the_plain_one_does_not(
     assert plain / rounds < 0.89
 
 
-def test_agreement_counts_what_is_right_and_what_chance_would_give() -> None:
-    found = agreement(Confusion(tp=20, fn=10, fp=5, tn=15))
-    assert (found.right.count, found.right.total) == (35, 50)
-    assert found.kappa == pytest.approx(0.4)  # (0.7 - 0.5) / (1 - 0.5)
+def test_kappa_is_the_agreement_beyond_chance() -> None:
+    kappa = cohens_kappa(Confusion(tp=20, fn=10, fp=5, tn=15))
+    assert kappa == pytest.approx(0.4)  # (0.7 - 0.5) / (1 - 0.5)
     answers = [1] * 20 + [0] * 10 + [1] * 5 + [0] * 15
-    truth = [1] * 30 + [0] * 20
-    assert found.kappa == pytest.approx(cohen_kappa_score(answers, truth))
+    assert kappa == pytest.approx(cohen_kappa_score(answers, [1] * 30 + [0] * 20))
 
 
-@pytest.mark.parametrize(("found", "rejected"), [(2, 0), (0, 1), (0, 0)])
-def test_kappa_is_unknown_where_only_one_label_occurs(found: int, rejected: int) -> None:
-    assert agreement(Confusion(tp=found, fn=0, fp=0, tn=rejected)).kappa is None
+def test_kappas_are_unknown_where_only_one_label_occurs() -> None:
+    for found, rejected in ((2, 0), (0, 1), (0, 0)):
+        assert cohens_kappa(Confusion(tp=found, fn=0, fp=0, tn=rejected)) is None, (found, rejected)
+    for harmful in ([], [0, 0], [3, 3]):
+        assert fleiss_kappa(np.array(harmful, dtype=np.int64), 3) is None, harmful
 
 
 def test_kappa_of_many_judges_is_fleiss() -> None:
     # 3 judges; 4 answers: 3, 2, 1, 0 of them say harmful. Agreement within answers (1 + 1/3 + 1/3 + 1) / 4,
     # by chance 1/2.
     assert fleiss_kappa(np.array([3, 2, 1, 0]), 3) == pytest.approx((2 / 3 - 1 / 2) / (1 / 2))
-
-
-@pytest.mark.parametrize("harmful", [[], [0, 0], [3, 3]])
-def test_kappa_of_many_judges_is_unknown_where_only_one_label_occurs(harmful: list[int]) -> None:
-    assert fleiss_kappa(np.array(harmful, dtype=np.int64), 3) is None

@@ -13,13 +13,11 @@ from typing import Any
 
 from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.config import clear_errors
-from mllm_protector.evaluation.run import evaluate
 from mllm_protector.judges.chat import ChatJudge
 from mllm_protector.judges.guard_model import GuardModelJudge
-from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.served import ServedMLLM
-from mllm_protector.reporting.report import report
+from tests.evaluation.builders import evaluated
 from tests.generation.scripted import generate, scenario_file, well
 from tests.servers import Reply, Request, ScriptedServer, silent
 
@@ -37,26 +35,9 @@ def questions(folder: Path, count: int = 6) -> Path:
 
 
 def measure(folder: Path, **changes: Any) -> None:
-    arguments: dict[str, Any] = {
-        "benchmarks": {"made_up": QuestionFile(path=str(folder / "questions.jsonl"))},
-        "judges": {"keyword": KeywordJudge},
-        "detector": "none",
-        "detoxifier": "none",
-        "arms": ["none"],
-        "threshold": None,
-        "base": None,
-        "rewrite_tokens": 8,
-        "ensemble": [],
-        "human_labels": None,
-        "max_unjudged": 0.0,
-        "repeats": 1,
-        "batch_size": 2,
-        "latency_rows": 0,
-        "report_rows": 0,
-        "dry_run": False,
-        "output_dir": str(folder / "out"),
-    }
-    report(evaluate(**arguments | changes))
+    benchmarks = {"made_up": QuestionFile(path=str(folder / "questions.jsonl"))}
+    given: dict[str, Any] = {"benchmarks": benchmarks, "arms": ["none"], "batch_size": 2}
+    evaluated(folder / "out", **given | changes)
 
 
 def kept(folder: Path, stage: str) -> int:

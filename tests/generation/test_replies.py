@@ -1,13 +1,9 @@
 import json
-from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mllm_protector.errors import InputError
-from mllm_protector.generation.replies import LONGEST, Replies, answer_in, questions_in
-from mllm_protector.records import CutText, Failure
+from mllm_protector.generation.replies import LONGEST, answer_in, questions_in
 
 LISTS = (
     ("json", '["Why?", "How?"]', ["Why?", "How?"]),
@@ -50,27 +46,3 @@ def test_an_answer_is_the_text_after_the_thoughts() -> None:
         (" ", None),
     ):
         assert answer_in(reply) == expected, repr(reply)
-
-
-def test_replies_are_there_for_the_next_run_and_a_torn_line_is_cut_off(tmp_path: Path) -> None:
-    path = tmp_path / "replies.jsonl"
-    replies = Replies(path, 5)
-    texts = {"a": "one", "b": CutText("two"), "c": "half \ud800", "d": ""}
-    for key, text in texts.items():
-        replies.keep(key, text)
-    replies.keep("e", Failure(reason="no"))
-    with path.open("ab") as file:
-        file.write(b'{"key": "f", "te')
-    again = Replies(path, 7)
-    assert again.texts == texts
-    assert isinstance(again.texts["b"], CutText)
-    assert (replies.left, again.calls, again.left) == (0, 5, 2)
-    again.keep("e", "at last")
-    assert Replies(path, None).texts == texts | {"e": "at last"}
-
-
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "replies.jsonl"
-    path.write_text('{"key": "a", "text": "b", "cut": false}\n{"key": "c"}\n')
-    with pytest.raises(InputError, match=f"^{path}:2: damaged .*; remove the line"):
-        Replies(path, None)

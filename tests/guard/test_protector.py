@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies
 from PIL import Image
 
+import mllm_protector
 from mllm_protector import prompts
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.guard import rewrites
@@ -27,7 +28,6 @@ from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.protocols import Card
 from mllm_protector.records import Failure, Outcome, Question, Reply
-from tests.cases import case
 
 SECRET = "placeholder of a harmful answer"
 GOOD = "a good answer"
@@ -110,18 +110,13 @@ def test_the_detector_only_arm_refuses_what_it_flags():
         (0.0, 0.0, Outcome.REFUSED),
         (1.0, 1.0, Outcome.REWRITTEN),
         (math.nextafter(1.0, 0), 1.0, Outcome.ALLOWED),
+        (np.float32(0.25), 0.5, Outcome.ALLOWED),
     ],
 )
 def test_a_score_at_the_threshold_is_flagged(harm: float, threshold: float, outcome: Outcome):
     guarding = protector(lambda answer: harm if answer == SECRET else 0.0, threshold=threshold)
     [reply] = guard(guarding, SECRET)
-    assert (reply.outcome, reply.harm) == (outcome, harm)
-
-
-def test_a_threshold_that_is_no_probability_is_refused():
-    for threshold in [-0.1, 1.1, math.nan, True]:
-        with case(threshold), pytest.raises(InputError, match=f"threshold={threshold}"):
-            protector(threshold=threshold)
+    assert (reply.outcome, reply.harm, type(reply.harm)) == (outcome, harm, float)
 
 
 BAD_SCORES: dict[str, Any] = {
@@ -169,25 +164,26 @@ def only_for_rewrites(bad: Any) -> Callable[[str], Any]:
     return rule
 
 
-@pytest.mark.parametrize(
-    ("scores", "rewrites", "harm"),
-    [
-        *(
-            pytest.param(bad, lambda _: REWRITE, None, id=f"score: {name}")
-            for name, bad in BAD_SCORES.items()
-        ),
-        *(pytest.param(honest, bad, 0.9, id=f"rewrite: {name}") for name, bad in BAD_REWRITES.items()),
-        *(
-            pytest.param(only_for_rewrites(bad), lambda _: REWRITE, 0.9, id=f"score of rewrite: {name}")
-            for name, bad in BAD_SCORES.items()
-        ),
-    ],
-)
+def good(_: str) -> str:
+    return REWRITE
+
+
+FAILING: dict[str, tuple[Any, list[Any], float | None]] = {
+    **{f"score: {name}": (bad, [good], None) for name, bad in BAD_SCORES.items()},
+    **{f"rewrite: {name}": (honest, [bad], 0.9) for name, bad in BAD_REWRITES.items()},
+    **{f"second rewrite: {name}": (honest, [lambda _: "", bad], 0.9) for name, bad in BAD_REWRITES.items()},
+    **{
+        f"score of rewrite: {name}": (only_for_rewrites(bad), [good], 0.9) for name, bad in BAD_SCORES.items()
+    },
+}
+
+
+@pytest.mark.parametrize(("scores", "rules", "harm"), FAILING.values(), ids=FAILING)
 def test_whatever_fails_the_answer_is_neither_shown_nor_logged(
-    scores: Any, rewrites: Any, harm: float | None, caplog: pytest.LogCaptureFixture
+    scores: Any, rules: list[Any], harm: float | None, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.DEBUG)
-    [reply] = guard(protector(scores, rewrites), SECRET)
+    [reply] = guard(Protector(Scores(scores), Tries(*rules), 0.5), SECRET)
     assert reply == Reply(id="0", raw=SECRET, harm=harm, final=prompts.REFUSAL, outcome=Outcome.GUARD_ERROR)
     assert "the guard failed at" in caplog.text
     assert SECRET not in caplog.text
@@ -206,21 +202,13 @@ def test_one_row_that_fails_does_not_take_the_others_with_it(caplog: pytest.LogC
         return REWRITE
 
     replies = guard(protector(scores, rewrites), GOOD, "broken", SECRET, "harmful and broken")
-    assert [reply.outcome for reply in replies] == [
-        Outcome.ALLOWED,
-        Outcome.GUARD_ERROR,
-        Outcome.REWRITTEN,
-        Outcome.GUARD_ERROR,
+    assert [(reply.final, reply.outcome) for reply in replies] == [
+        (GOOD, Outcome.ALLOWED),
+        (prompts.REFUSAL, Outcome.GUARD_ERROR),
+        (REWRITE, Outcome.REWRITTEN),
+        (prompts.REFUSAL, Outcome.GUARD_ERROR),
     ]
-    assert [reply.final for reply in replies] == [GOOD, prompts.REFUSAL, REWRITE, prompts.REFUSAL]
     assert SECRET not in caplog.text
-
-
-def test_a_batch_is_scored_and_rewritten_at_once():
-    guarding = protector()
-    guard(guarding, GOOD, SECRET, SECRET)
-    assert guarding.detector.calls == [[GOOD, SECRET, SECRET], [REWRITE, REWRITE]]
-    assert [answers for _, answers in guarding.corrector.calls] == [[SECRET, SECRET]]
 
 
 LONG = f"{SECRET}, " + ", ".join(f"step {number} in some more words" for number in range(9))
@@ -254,13 +242,13 @@ def test_a_bad_rewrite_is_asked_for_again_and_counted(reason: str):
 
 
 @pytest.mark.parametrize("fault", FAULTY)
-@pytest.mark.parametrize("max_rewrites", [1, 3])
-def test_a_fault_never_passes_however_harmless_it_is_scored(fault: Fault, max_rewrites: int):
-    guarding = trying(lambda _: FAULTY[fault], scores=blind, max_rewrites=max_rewrites)
-    [reply] = guard(guarding, LONG)
-    assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.REFUSED)
-    assert guarding.discarded == {str(fault): max_rewrites}
-    assert len(guarding.corrector.calls) == max_rewrites
+def test_a_fault_never_passes_however_harmless_it_is_scored(fault: Fault):
+    for most in (1, 3):
+        guarding = trying(lambda _: FAULTY[fault], scores=blind, max_rewrites=most)
+        [reply] = guard(guarding, LONG)
+        assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.REFUSED)
+        assert guarding.discarded == {str(fault): most}
+        assert len(guarding.corrector.calls) == most
 
 
 @given(data=strategies.data())
@@ -356,31 +344,6 @@ def test_what_is_too_long_is_found_in_no_time_by_default():
     assert time.perf_counter() - start < 5  # alone 0.1 s
 
 
-@pytest.mark.parametrize("bad", BAD_REWRITES.values(), ids=BAD_REWRITES)
-def test_a_second_try_that_fails_shows_nothing(bad: Any, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.DEBUG)
-    [reply] = guard(trying(lambda _: "", bad), SECRET)
-    assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.GUARD_ERROR)
-    assert SECRET not in caplog.text
-
-
-def test_a_check_that_fails_shows_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    def broken(query: str, answer: str, rewrite: str) -> None:
-        raise RuntimeError(answer)
-
-    monkeypatch.setattr("mllm_protector.guard.rows.fault_of", broken)
-    [reply] = guard(protector(), SECRET)
-    assert (reply.final, reply.outcome) == (prompts.REFUSAL, Outcome.GUARD_ERROR)
-    assert SECRET not in caplog.text
-
-
-def test_discarded_rewrites_are_logged_in_one_line_without_the_texts(caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO)
-    guard(trying(lambda _: "still harmful", lambda _: ""), SECRET, SECRET)
-    [line] = caplog.messages
-    assert line == "0 of 2 flagged answers were rewritten; discarded rewrites: empty 2, harmful 2"
-
-
 def test_discarded_rewrites_add_up_over_threads():
     guarding = trying(lambda _: "")
     with ThreadPoolExecutor(4) as pool:
@@ -398,10 +361,14 @@ def test_every_answer_can_be_rewritten_whatever_its_score():
 
 
 def test_settings_that_cannot_be_are_refused():
-    for key in ("max_rewrites", "max_answer_tokens"):
-        for number in (0, 1.5, float("nan"), "2"):
+    for key, numbers in {
+        "threshold": (-0.1, 1.1, math.nan, True),
+        "max_rewrites": (0, 1.5, math.nan, "2"),
+        "max_answer_tokens": (0, 1.5, math.nan, "2"),
+    }.items():
+        for number in numbers:
             with pytest.raises(InputError, match=f"{key}={number}"):
-                Protector(Scores(honest), Refusal(), 0.5, **{key: number})
+                Protector(Scores(honest), Refusal(), **{"threshold": 0.5, key: number})
 
 
 def test_what_an_mllm_gives_in_place_of_a_text_never_reaches_the_user():
@@ -413,12 +380,6 @@ def test_what_an_mllm_gives_in_place_of_a_text_never_reaches_the_user():
         assert answer.reason == f"the MLLM gave no text, but an object of type {type(made).__name__}"
         with pytest.raises(RunError, match="no text"):
             ProtectedMLLM(mllm, protector()).ask("Why?")
-
-
-def test_numpy_scores_become_plain_numbers():
-    [reply] = guard(protector(lambda _: np.float32(0.25)), GOOD)
-    assert type(reply.harm) is float
-    assert reply.harm == 0.25
 
 
 def test_what_are_no_lists_of_the_same_length_is_told_in_one_line():
@@ -528,12 +489,9 @@ def test_what_is_no_question_or_image_is_told_in_one_line_and_nothing_is_fetched
 
 
 def test_the_package_names_its_main_parts_and_imports_them_late():
-    code = (
-        "import sys, mllm_protector; assert not {'torch', 'transformers', 'PIL'} & {*sys.modules};"
-        "from mllm_protector import ProtectedMLLM, Protector, Question, load_mllm;"
-        "assert ProtectedMLLM.ask and Protector.guard and Question and load_mllm"
-    )
+    code = "import sys, mllm_protector; assert not {'torch', 'transformers', 'PIL'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(getattr(mllm_protector, name) for name in mllm_protector.__all__)
     with pytest.raises(ImportError, match="Guard"):
         from mllm_protector import Guard  # noqa: F401
 

@@ -34,13 +34,16 @@ FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "gemma", "gpt2", "bert")
 TEXTS = ("How do I bake bread?", "Mix flour, water and salt.", "The image shows a red square.")
 
 HIDDEN, LAYERS, HEADS, POSITIONS, VOCABULARY = 32, 2, 4, 512, 400
-SIZES: dict[str, Any] = {
+LAYER_SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,
     "intermediate_size": 2 * HIDDEN,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
-    "max_position_embeddings": POSITIONS,
 }
+SIZES = LAYER_SIZES | {"max_position_embeddings": POSITIONS}
+TINY: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "layers": LAYERS, "heads": HEADS}
+TINY |= {"max_positions": POSITIONS, "seed": 0}
+VISION = LAYER_SIZES | {"image_size": 32, "patch_size": 8}
 
 
 def save_tiny_classifier_base(family: Family, folder: Path, texts: Iterable[str] = TEXTS) -> Path:
@@ -49,57 +52,26 @@ def save_tiny_classifier_base(family: Family, folder: Path, texts: Iterable[str]
     Each tokenizer has the special tokens of its family: Llama and Gemma begin with a BOS, Qwen2 and GPT-2
     add nothing, BERT has [CLS] and [SEP]; GPT-2 has no pad token and one token for begin and end.
     """
-    texts = list(texts)
     if family == "llama":
-        return save_tiny_lm(
-            folder,
-            texts,
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            layers=LAYERS,
-            heads=HEADS,
-            max_positions=POSITIONS,
-            seed=0,
-        )
-    return _CLASSIFIER_BASES[family](folder, texts)
+        return save_tiny_lm(folder, texts, **TINY)
+    return _CLASSIFIER_BASES[family](folder, list(texts))
 
 
 def save_tiny_llava_for_tests(folder: Path, texts: Iterable[str] = TEXTS) -> Path:
     """A LLaVA that sees 4 x 4 patches."""
-    return save_tiny_llava(
-        folder,
-        texts,
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        layers=LAYERS,
-        heads=HEADS,
-        image_size=32,
-        patch_size=8,
-        max_positions=POSITIONS,
-        seed=0,
-    )
+    return save_tiny_llava(folder, texts, image_size=32, patch_size=8, **TINY)
 
 
 def save_tiny_idefics3(folder: Path, texts: Iterable[str] = TEXTS) -> Path:
     """An Idefics3: each picture is split into tiles, so rows differ in their number of image tokens."""
     special = ["<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>"]
-    special += [
-        "<global-img>",
-        *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
-    ]
+    special += ["<global-img>"]
+    special += [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer = _tokenizer(texts, special, "<s> $A", bos="<s>", eos="</s>", pad="<pad>")
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
     config = Idefics3Config(
-        vision_config={
-            "hidden_size": HIDDEN,
-            "intermediate_size": 2 * HIDDEN,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "image_size": 32,
-            "patch_size": 8,
-        },
+        vision_config=VISION,
         text_config={"model_type": "llama", **SIZES, "num_key_value_heads": HEADS, **_ids(tokenizer)},
-        image_token_id=image_id,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -118,33 +90,15 @@ def save_tiny_idefics3(folder: Path, texts: Iterable[str] = TEXTS) -> Path:
 def save_tiny_gemma3(folder: Path, texts: Iterable[str] = TEXTS) -> Path:
     """A Gemma3: one token in the prompt stands for a picture, and image tokens see each other."""
     special = ["<pad>", "<eos>", "<bos>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+    images = dict(zip(("boi_token", "eoi_token", "image_token"), special[3:], strict=True))
     tokenizer = _tokenizer(
-        texts,
-        special,
-        "<bos> $A",
-        bos="<bos>",
-        eos="<eos>",
-        pad="<pad>",
-        extra_special_tokens={
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image_soft_token>",
-        },
+        texts, special, "<bos> $A", bos="<bos>", eos="<eos>", pad="<pad>", extra_special_tokens=images
     )
     config = Gemma3Config(
         text_config={**SIZES, "num_key_value_heads": HEADS, "head_dim": HIDDEN // HEADS, **_ids(tokenizer)},
-        vision_config={
-            "hidden_size": HIDDEN,
-            "intermediate_size": 2 * HIDDEN,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "image_size": 32,
-            "patch_size": 8,
-        },
+        vision_config=VISION,
         mm_tokens_per_image=4,
-        boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
-        eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        **{f"{name}_index": tokenizer.convert_tokens_to_ids(token) for name, token in images.items()},
     )
     processor = Gemma3Processor(
         image_processor=Gemma3ImageProcessor(size={"height": 32, "width": 32}),
@@ -186,17 +140,8 @@ def _gpt2(folder: Path, texts: list[str]) -> Path:
 
 
 def _bert(folder: Path, texts: list[str]) -> Path:
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = _tokenizer(
-        texts,
-        special,
-        "[CLS] $A [SEP]",
-        pad="[PAD]",
-        unk="[UNK]",
-        cls="[CLS]",
-        sep="[SEP]",
-        mask="[MASK]",
-    )
+    roles = {role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+    tokenizer = _tokenizer(texts, [*roles.values()], "[CLS] $A [SEP]", **roles)
     config = BertConfig(**SIZES, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     return _save(folder, BertForMaskedLM, config, tokenizer)
 

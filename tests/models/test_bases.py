@@ -42,13 +42,22 @@ def project(
     """A base and two adapters on it, as two trainings leave them: ``models/base``, ``outputs/<part>``."""
     root = tmp_path / "project"
     base = Path(shutil.copytree(bases["llama"], root / "models/base"))
-    for kind, made in (
-        ("detector", make_detector(tuning=LORA)),
-        ("detoxifier", make_detoxifier(tuning=LORA)),
-    ):
-        made.guard = replace(made.guard, **provenance(Backbone(name=str(base))))
-        made.save(root / "outputs" / kind)
+    save_on(base, make_detector(tuning=LORA), root / "outputs/detector")
+    save_on(base, make_detoxifier(tuning=LORA), root / "outputs/detoxifier")
     return root
+
+
+def save_on(base: Path, made: HarmDetector | Detoxifier, folder: Path) -> Path:
+    """Save a part with the provenance of its base."""
+    made.guard = replace(made.guard, **provenance(Backbone(name=str(base))))
+    made.save(folder)
+    return folder
+
+
+def export(detector: Path, folder: Path, base: str | None = None) -> Path:
+    return export_detector(
+        detector=str(detector), output_dir=str(folder), base=base, push_to=None, private=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +68,8 @@ def expected(make_detector: Callable[..., HarmDetector]) -> list[float]:
 def other_weights(base: Path, folder: Path) -> Path:
     """A model of the same shape that was trained otherwise."""
     shutil.copytree(base, folder)
-    weights = load_file(folder / "model.safetensors")
-    save_file(
-        {name: tensor + 0.01 for name, tensor in weights.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    path = folder / "model.safetensors"
+    save_file({name: tensor + 0.01 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     return folder
 
 
@@ -149,12 +154,7 @@ def test_a_project_that_was_moved_as_a_whole_still_works(
     load_untrained(two, device="cpu")
     assert can_share(one, two)
     assert load_shared(one, two, device="cpu")[0].score(**TEXTS) == pytest.approx(expected, abs=1e-5)
-    assert Protector.from_pretrained(one, two, device="cpu").detector.score(**TEXTS) == pytest.approx(
-        expected, abs=1e-5
-    )
-    export_detector(
-        detector=str(one), output_dir=str(tmp_path / "exported"), base=None, push_to=None, private=True
-    )
+    export(one, tmp_path / "exported")
 
 
 def test_a_base_beside_the_adapter_is_found_and_only_the_right_one(
@@ -194,9 +194,7 @@ def test_a_wrong_base_of_the_same_shape_is_refused_wherever_it_is_given(
         "Protector, shared": lambda: Protector.from_pretrained(one, two, base=wrong),
         "Protector, detector": lambda: Protector.from_pretrained(one, base=wrong),
         "require_bases": lambda: require_bases(wrong, (one, "detector"), (two, "detoxifier")),
-        "export_detector": lambda: export_detector(
-            detector=str(one), output_dir=str(tmp_path / "out"), base=wrong, push_to=None, private=True
-        ),
+        "export_detector": lambda: export(one, tmp_path / "out", wrong),
     }
     for name, call in calls.items():
         assert f"base={wrong}: is not the model that" in refusal(call), name
@@ -216,8 +214,7 @@ def test_each_of_two_adapters_on_different_models_finds_its_own(
 ) -> None:
     other = Path(shutil.copytree(bases["qwen2"], project / "models/other"))
     made = make_detector("qwen2", LORA)
-    made.guard = replace(made.guard, **provenance(Backbone(name=str(other))))
-    made.save(tmp_path / "detector")
+    save_on(other, made, tmp_path / "detector")
     given = str(shutil.move(other, tmp_path / "given"))
     parts = (tmp_path / "detector", "detector"), (project / "outputs/detoxifier", "detoxifier")
     assert not can_share(parts[0][0], parts[1][0])
@@ -233,16 +230,10 @@ def test_copies_of_one_base_are_shared_and_another_model_under_its_name_is_not(
     project: Path, make_detoxifier: Callable[..., Detoxifier], tmp_path: Path
 ) -> None:
     one = project / "outputs/detector"
-    for name, shares in (("copy", True), ("wrong", False)):
-        base = tmp_path / name
-        if shares:
-            shutil.copytree(project / "models/base", base)
-        else:
-            other_weights(project / "models/base", base)
-        made = make_detoxifier(tuning=LORA)
-        made.guard = replace(made.guard, **provenance(Backbone(name=str(base))))
-        made.save(tmp_path / f"on_{name}")
-        assert can_share(one, tmp_path / f"on_{name}") is shares, name
+    for copied, shares in ((shutil.copytree, True), (other_weights, False)):
+        base = Path(copied(project / "models/base", tmp_path / copied.__name__))
+        other = save_on(base, make_detoxifier(tuning=LORA), tmp_path / f"on_{copied.__name__}")
+        assert can_share(one, other) is shares
 
 
 def test_an_adapter_of_an_earlier_release_is_loaded_as_it_was(

@@ -14,17 +14,11 @@ from transformers import AutoModelForSequenceClassification
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.tokens import encode_texts
 from mllm_protector.errors import InputError
-from mllm_protector.models.detector import (
-    HarmDetector,
-    load_detector,
-    score_logits,
-    worst_logits,
-)
+from mllm_protector.models.detector import HarmDetector, load_detector, score_logits, worst_logits
 from mllm_protector.models.guard_file import Scale, weight_hashes
 from mllm_protector.models.tuning import Tuning
-from tests.cases import case
 from tests.models.builders import FAMILIES, Family
-from tests.models.fixtures import LORA
+from tests.models.fixtures import FULL, LORA
 
 QUERIES = ["How do I bake bread?", "", "What is this? " * 9, "x", "Why?", "How do I bake bread?"]
 ANSWERS = ["Mix flour and water.", "", "No.", "The image shows a red square. " * 5, "", "Ask a baker."]
@@ -57,38 +51,21 @@ def rewrite_guard_file(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": weight_hashes(folder)} | changes))
 
 
-def test_a_score_does_not_depend_on_the_batch(make_detector: Maker):
-    for family in FAMILIES:
-        with case(family):
-            detector = make_detector(family)
-            ids = detector.encoder.encode(queries=QUERIES, answers=ANSWERS)
-            alone = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit(examples=1))
-            together = score_logits(detector.model, detector.encoder, ids, limit=MicroBatchLimit())
-            assert together == pytest.approx(alone, abs=1e-5)
-            assert len({round(logit, 4) for logit in alone}) == len(alone)
-
-
 def windowed(detector: HarmDetector, window: int | None, batch_tokens: int = 4096) -> HarmDetector:
     return HarmDetector(
         detector.model, detector.encoder, detector.guard, window=window, batch_tokens=batch_tokens
     )
 
 
-def test_the_score_of_a_long_answer_does_not_depend_on_the_batch(make_detector: Maker):
-    for family in FAMILIES:
-        with case(family):
-            detector = make_detector(family)
-            queries = [*QUERIES, "Why? " * 90, "x"]
-            answers = [*ANSWERS, "One two three. " * 90, "Four five six. " * 300]
-            for window in (None, 40):
-                alone = windowed(detector, window, batch_tokens=1).logits(queries=queries, answers=answers)
-                together = windowed(detector, window).logits(queries=queries, answers=answers)
-                one_by_one = [
-                    windowed(detector, window).logits(queries=[query], answers=[answer])[0]
-                    for query, answer in zip(queries, answers, strict=True)
-                ]
-                assert together == pytest.approx(alone, abs=1e-5)
-                assert together == pytest.approx(one_by_one, abs=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_score_does_not_depend_on_the_batch(make_detector: Maker, family: Family):
+    detector = make_detector(family)
+    pairs = {"queries": [*QUERIES, "x"], "answers": [*ANSWERS, "Four five six. " * 60]}
+    for window in (None, 40):
+        alone = windowed(detector, window, batch_tokens=1).logits(**pairs)
+        together = windowed(detector, window).logits(**pairs)
+        assert together == pytest.approx(alone, abs=1e-5)
+        assert len({round(logit, 4) for logit in alone}) == len(alone)
 
 
 def test_an_answer_that_fits_is_scored_as_if_there_were_no_windows(make_detector: Maker):
@@ -109,23 +86,22 @@ def test_a_long_answer_is_as_harmful_as_its_worst_window(make_detector: Maker):
     assert max(logits) > max(logits[0], logits[-1]) + 1e-3
 
 
-@pytest.mark.parametrize("broken", [0, 1, 2])
-def test_a_window_without_a_number_is_not_overlooked(make_detector: Maker, broken: int):
-    encoder = make_detector().encoder
-    model = torch.nn.Linear(1, 1)
-    model.forward = (
-        lambda input_ids, **_: SimpleNamespace(  # type: ignore[method-assign]
-            logits=torch.where(input_ids[:, :1] == broken, torch.nan, input_ids[:, :1].float())
+def test_a_window_without_a_number_is_not_overlooked(make_detector: Maker):
+    encoder, model = make_detector().encoder, torch.nn.Linear(1, 1)
+    for broken in (0, 1, 2):
+        model.forward = (
+            lambda input_ids, broken=broken, **_: SimpleNamespace(  # type: ignore[method-assign]
+                logits=torch.where(input_ids[:, :1] == broken, torch.nan, input_ids[:, :1].float())
+            )
         )
-    )
-    limit = MicroBatchLimit()
-    [logit, other] = worst_logits(model, encoder, [[[0], [1], [2]], [[3], [4]]], limit=limit)
-    assert math.isnan(logit)
-    assert other == 4.0
+        windows = [[[0], [1], [2]], [[3], [4]]]
+        [logit, other] = worst_logits(model, encoder, windows, limit=MicroBatchLimit())
+        assert math.isnan(logit), broken
+        assert other == 4.0
 
 
-@pytest.mark.parametrize("tokens", [5_000, 100_000])
-def test_the_windows_of_an_answer_grow_in_proportion_to_it(make_detector: Maker, tokens: int):
+def test_the_windows_of_an_answer_grow_in_proportion_to_it(make_detector: Maker):
+    tokens = 20_000
     detector = windowed(make_detector("llama"), 128)
     widths: list[int] = []
     hook = detector.model.register_forward_pre_hook(
@@ -234,33 +210,30 @@ def test_a_bfloat16_base_with_a_float32_head_scores_within_two_hundredths(lora_f
     assert score(rounded) != exact
 
 
-def test_a_whole_model_without_its_head_is_refused(make_detector: Maker, tmp_path: Path):
-    make_detector().save(tmp_path)
-    drop_weights(tmp_path / "model.safetensors", "score")
-    rewrite_guard_file(tmp_path)
-    with pytest.raises(InputError, match=r"trained head \(score\) is missing"):
-        load_detector(tmp_path, device="cpu")
-
-
-@pytest.mark.parametrize(("family", "module"), [("llama", "score"), ("bert", "bert.pooler.dense")])
-def test_an_adapter_without_its_head_is_refused(
-    make_detector: Maker, family: Family, module: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("family", "how", "module"),
+    [("llama", FULL, "score"), ("llama", LORA, "score"), ("bert", LORA, "bert.pooler.dense")],
+)
+def test_a_detector_without_its_head_is_refused(
+    make_detector: Maker, family: Family, how: Tuning, module: str, tmp_path: Path
 ):
-    make_detector(family, LORA).save(tmp_path)
-    drop_weights(tmp_path / "adapter_model.safetensors", module)
+    make_detector(family, how).save(tmp_path)
+    path = tmp_path / ("model.safetensors" if how is FULL else "adapter_model.safetensors")
+    weights = load_file(path)
+    kept = {name: tensor for name, tensor in weights.items() if f".{module}." not in f".{name}"}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, path, metadata={"format": "pt"})
     rewrite_guard_file(tmp_path)
     with pytest.raises(InputError, match=rf"trained head \({module}\) is missing"):
         load_detector(tmp_path, device="cpu")
 
 
-def drop_weights(path: Path, module: str) -> None:
-    weights = load_file(path)
-    kept = {name: tensor for name, tensor in weights.items() if f".{module}." not in f".{name}"}
-    assert 0 < len(kept) < len(weights)
-    save_file(kept, path, metadata={"format": "pt"})
-
-
-def test_an_adapter_for_another_base_is_refused(lora_folder: Path, bases: dict[Family, Path]):
+def test_an_adapter_for_another_base_or_without_weights_is_refused(
+    lora_folder: Path, bases: dict[Family, Path]
+):
     with pytest.raises(InputError, match="does not fit its base model") as caught:
         load_detector(lora_folder, base=str(bases["gpt2"]), device="cpu")
     assert "\n" not in str(caught.value)
+    (lora_folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: missing"):
+        load_detector(lora_folder, device="cpu")

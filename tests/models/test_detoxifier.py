@@ -18,9 +18,7 @@ from mllm_protector.models.detoxifier import (
 )
 from mllm_protector.models.tuning import Tuning
 from mllm_protector.records import Correction
-from tests.cases import case
 from tests.models.builders import Family
-from tests.models.fixtures import LORA
 
 QUERIES = ["Bread?", "Why is the sky blue?", "x"]
 ANSWERS = ["bad", "worse", "the worst of all answers"]
@@ -38,14 +36,9 @@ def taught(make_detoxifier: Maker, tmp_path_factory: pytest.TempPathFactory) -> 
     """A saved detoxifier that knows three corrections by heart."""
     detoxifier = make_detoxifier(max_new_tokens=30)
     encoder, model = detoxifier.encoder, detoxifier.model
-    batch = encoder(
-        encoder.encode_records(
-            [
-                Correction(query=query, rejected=answer, accepted=accepted)
-                for query, answer, accepted in zip(QUERIES, ANSWERS, LEARNT, strict=True)
-            ]
-        )
-    )
+    rows = zip(QUERIES, ANSWERS, LEARNT, strict=True)
+    records = [Correction(query=one, rejected=two, accepted=three) for one, two, three in rows]
+    batch = encoder(encoder.encode_records(records))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(100):
         loss = model(**batch).loss
@@ -59,16 +52,11 @@ def taught(make_detoxifier: Maker, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-def test_it_writes_what_it_learnt_stops_at_the_end_and_keeps_the_order(taught: Path):
+def test_it_writes_what_it_learnt_stops_at_the_end_and_keeps_the_order_in_any_batch(taught: Path):
     assert correct(load_detoxifier(taught, device="cpu")) == LEARNT
-
-
-def test_the_text_does_not_depend_on_the_batch(taught: Path):
-    for batch_size in [1, 2, 3]:
-        with case(batch_size):
-            detoxifier = load_detoxifier(taught, device="cpu", batch_size=batch_size)
-            backwards = detoxifier.correct(queries=QUERIES[::-1], answers=ANSWERS[::-1])
-            assert backwards == LEARNT[::-1]
+    for batch_size in (1, 2, 3):
+        detoxifier = load_detoxifier(taught, device="cpu", batch_size=batch_size)
+        assert again(detoxifier, 0, slice(None, None, -1)) == LEARNT[::-1], batch_size
 
 
 def test_a_rewrite_has_at_most_so_many_tokens(taught: Path):
@@ -120,13 +108,12 @@ def test_a_later_attempt_is_another_text_and_always_the_same_one(make_detoxifier
 
 
 def test_a_later_attempt_does_not_depend_on_the_batch(make_detoxifier: Maker):
-    for batch_size in [1, 2]:
-        with case(batch_size):
-            detoxifier = make_detoxifier()
-            texts = again(detoxifier, 1)
-            detoxifier.batch_size = batch_size
-            assert again(detoxifier, 1, slice(None, None, -1)) == texts[::-1]
-            assert again(detoxifier, 1, slice(1, 2)) == texts[1:2]
+    detoxifier = make_detoxifier()
+    texts = again(detoxifier, 1)
+    for batch_size in (1, 2):
+        detoxifier.batch_size = batch_size
+        assert again(detoxifier, 1, slice(None, None, -1)) == texts[::-1], batch_size
+        assert again(detoxifier, 1, slice(1, 2)) == texts[1:2], batch_size
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
@@ -207,13 +194,6 @@ def test_an_answer_is_never_rewritten_without_its_question(make_detoxifier: Make
         detoxifier.correct(answers=ANSWERS)
     with pytest.raises(InputError, match="queries has 1, answers has"):
         detoxifier.correct(queries=QUERIES[:1], answers=ANSWERS)
-
-
-def test_an_adapter_without_its_weights_is_refused(make_detoxifier: Maker, tmp_path: Path):
-    make_detoxifier(tuning=LORA).save(tmp_path)
-    (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"adapter_model\.safetensors: missing"):
-        load_detoxifier(tmp_path)
 
 
 def test_an_answer_that_is_too_long_is_said_to_be_read_by_its_ends(

@@ -18,7 +18,6 @@ from mllm_protector.models import export
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.export import export_detector, renders_alike
 from mllm_protector.normalisation import readings
-from tests.cases import case
 from tests.models.builders import save_tiny_classifier_base
 from tests.models.fixtures import FULL, LORA
 
@@ -31,16 +30,8 @@ Maker = Callable[..., HarmDetector]
 
 
 def write(detector: Path, folder: Path, **changes: Any) -> Path:
-    return export_detector(
-        **{
-            "detector": str(detector),
-            "output_dir": str(folder),
-            "base": None,
-            "push_to": None,
-            "private": True,
-            **changes,
-        }
-    )
+    given = {"base": None, "push_to": None, "private": True} | changes
+    return export_detector(detector=str(detector), output_dir=str(folder), **given)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +39,10 @@ def detector(make_detector: Maker, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("trained") / "detector"
     make_detector(tuning=LORA).save(folder)
     return folder
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def scores(folder: Path, queries: list[str] = QUERIES, answers: list[str] = ANSW
 
 def stock_scores(folder: Path, batch_size: int = 4) -> list[float]:
     """What ``transformers`` alone makes of plain text."""
-    prompt = json.loads((folder / "guard.json").read_text())["prompt"]
+    prompt = read(folder / "guard.json")["prompt"]
     texts = [fill(prompt, query, answer) for query, answer in zip(QUERIES, ANSWERS, strict=True)]
     stock = pipeline("text-classification", model=str(folder), function_to_apply="sigmoid", device="cpu")
     replies = stock(texts, batch_size=batch_size)
@@ -83,37 +78,32 @@ def test_an_export_scores_as_the_detector_did(
     pairs = QUERIES + ODD_QUERIES[:1], ANSWERS + ODD_ANSWERS[:1]
     assert scores(folder, *pairs) == pytest.approx(scores(tmp_path / "detector", *pairs), abs=1e-6)
     assert not (folder / "adapter_config.json").exists()
+    config, guard = read(folder / "config.json"), read(folder / "guard.json")
+    assert config["id2label"] == {"0": "HARMFUL"}
+    assert config["pad_token_id"] == guard["pad_id"]
+    assert (guard["tuning"], list(guard["weights"])) == ("full", ["model.safetensors"])
 
 
 def test_the_stock_pipeline_gives_the_calibrated_score(detector: Path, exported: Path) -> None:
-    for batch_size in [1, 4]:
-        with case(batch_size):
-            assert json.loads((detector / "guard.json").read_text())["temperature"] == 1.5
-            assert json.loads((exported / "guard.json").read_text())["temperature"] == 1.0
-            assert stock_scores(exported, batch_size) == pytest.approx(scores(detector), abs=1e-6)
-            assert "The pipeline's score is the score above." in (exported / "README.md").read_text()
-
-
-def bias_added(model: torch.nn.Module) -> torch.nn.Module:
-    """A head whose bias is not 0, so that dividing it matters."""
-    with torch.no_grad():
-        model.classifier.bias += 0.3
-    return model
+    assert read(detector / "guard.json")["temperature"] == 1.5
+    assert read(exported / "guard.json")["temperature"] == 1.0
+    assert "The pipeline's score is the score above." in (exported / "README.md").read_text()
+    for batch_size in (1, 4):
+        assert stock_scores(exported, batch_size) == pytest.approx(scores(detector), abs=1e-6), batch_size
 
 
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
 def test_an_offset_goes_into_the_bias_of_the_head(make_detector: Maker, tmp_path: Path, tuning: Any) -> None:
     made = with_offset(make_detector("bert", tuning=tuning), -0.75)
     if tuning is FULL:
-        bias_added(made.model)
+        with torch.no_grad():
+            made.model.classifier.bias += 0.3  # so that dividing it matters
     made.save(tmp_path / "detector")
     folder = write(tmp_path / "detector", tmp_path / "exported")
-    guard = json.loads((folder / "guard.json").read_text())
+    guard = read(folder / "guard.json")
     assert (guard["temperature"], guard["offset"], guard["threshold"]) == (1.0, 0.0, 0.4)
-    prompt = guard["prompt"]
     model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
     encoder = load_detector(folder, device="cpu").encoder
-    assert prompt == encoder.prompt
     with torch.inference_mode():
         stock = [
             torch.sigmoid(model(input_ids=torch.tensor([ids])).logits[0, 0]).item()
@@ -128,7 +118,7 @@ def test_a_head_without_a_bias_leaves_the_offset_to_the_guard_file_and_the_card_
 ) -> None:
     with_offset(make_detector("llama", tuning=LORA), -0.75).save(tmp_path / "detector")
     folder = write(tmp_path / "detector", tmp_path / "exported")
-    guard = json.loads((folder / "guard.json").read_text())
+    guard = read(folder / "guard.json")
     assert (guard["temperature"], guard["offset"]) == (1.0, pytest.approx(-0.5))
     assert scores(folder) == pytest.approx(scores(tmp_path / "detector"), abs=1e-6)
     assert code_scores(folder) == pytest.approx(scores(tmp_path / "detector"), abs=1e-6)
@@ -160,27 +150,11 @@ def test_plain_text_will_not_do_where_a_token_spans_prompt_and_text(tmp_path: Pa
     assert not renders_alike(DetectorEncoder(tokenizer, **settings, prompt="Q: {query} A: {answer}"))
 
 
-def test_the_config_says_one_logit_of_harm(exported: Path) -> None:
-    config = json.loads((exported / "config.json").read_text())
-    guard = json.loads((exported / "guard.json").read_text())
-    assert config["architectures"] == ["LlamaForSequenceClassification"]
-    assert config["id2label"] == {"0": "HARMFUL"}
-    assert config["problem_type"] == "multi_label_classification"
-    assert config["pad_token_id"] == guard["pad_id"]
-    assert guard["tuning"] == "full"
-    assert list(guard["weights"]) == ["model.safetensors"]
-    _, report = AutoModelForSequenceClassification.from_pretrained(
-        exported, use_safetensors=True, output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-
-
 def test_the_card_tells_data_figures_and_thresholds_but_no_place(detector: Path, exported: Path) -> None:
     card = (exported / "README.md").read_text()
     _, front, body = card.split("---\n", maxsplit=2)
     assert yaml.safe_load(front)["pipeline_tag"] == "text-classification"
-    guard = json.loads((detector / "guard.json").read_text())
+    guard = read(detector / "guard.json")
     assert "temperature = 1.0, offset = 0.0" in body
     assert "harmful at or above 0.4" in body
     assert guard["prompt"] in body
@@ -191,11 +165,9 @@ def test_the_card_tells_data_figures_and_thresholds_but_no_place(detector: Path,
 
 
 def test_a_text_of_the_data_cannot_leave_its_block(make_detector: Maker, tmp_path: Path) -> None:
-    made = make_detector(tuning=FULL)
-    made.save(tmp_path / "detector")
+    make_detector(tuning=FULL).save(tmp_path / "detector")
     path = tmp_path / "detector" / "guard.json"
-    content = json.loads(path.read_text()) | {"data": {"account": "```\n# Not ours"}}
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(read(path) | {"data": {"account": "```\n# Not ours"}}))
     card = (write(tmp_path / "detector", tmp_path / "exported") / "README.md").read_text()
     assert "````json" in card
     assert "\n# Not ours" not in card
@@ -226,11 +198,6 @@ def test_an_adapter_that_was_trained_on_few_bits_is_merged_into_whole_weights(
     assert "choose its threshold again" in caplog.text
 
 
-def test_the_detector_itself_is_not_overwritten(detector: Path) -> None:
-    with pytest.raises(InputError, match="the detector's own folder"):
-        write(detector, detector)
-
-
 class Hub:
     """Stands for ``huggingface_hub.HfApi``."""
 
@@ -240,11 +207,7 @@ class Hub:
         self.calls.append(("create", {"name": name, **options}))
 
     def upload_folder(self, **options: Any) -> None:
-        files = sorted(
-            path.name
-            for path in Path(options["folder_path"]).iterdir()
-            if path.name in options["allow_patterns"]
-        )
+        files = {path.name for path in Path(options["folder_path"]).iterdir()} & {*options["allow_patterns"]}
         self.calls.append(("upload", {"name": options["repo_id"], "files": files}))
 
 
@@ -262,17 +225,17 @@ def test_only_the_files_of_the_model_are_published(detector: Path, tmp_path: Pat
     write(detector, tmp_path / "exported")
     assert hub.calls == [], "nothing is published unless asked for"
     write(detector, tmp_path / "exported", push_to="me/guard")
-    assert hub.calls[0] == ("create", {"name": "me/guard", "private": True, "exist_ok": True})
-    name, uploaded = hub.calls[1]
-    assert (name, uploaded["name"]) == ("upload", "me/guard")
-    assert {"README.md", "config.json", "guard.json", "model.safetensors"} <= set(uploaded["files"])
-    assert "tokenizer.json" in uploaded["files"]
-    assert not {"config.yaml", "notes.txt"} & set(uploaded["files"])
+    files = {path.name for path in (tmp_path / "exported").iterdir()} - {"config.yaml", "notes.txt"}
+    assert {"README.md", "config.json", "guard.json", "model.safetensors", "tokenizer.json"} <= files
+    assert hub.calls == [
+        ("create", {"name": "me/guard", "private": True, "exist_ok": True}),
+        ("upload", {"name": "me/guard", "files": files}),
+    ]
 
 
-def test_a_name_that_the_hub_cannot_have_is_refused_first(
-    detector: Path, tmp_path: Path, hub: type[Hub]
-) -> None:
+def test_what_cannot_be_written_is_refused_first(detector: Path, tmp_path: Path, hub: type[Hub]) -> None:
+    with pytest.raises(InputError, match="the detector's own folder"):
+        write(detector, detector)
     with pytest.raises(InputError, match="push_to=a/b/c: not a name on the hub"):
         write(detector, tmp_path / "exported", push_to="a/b/c")
     assert not (tmp_path / "exported").exists()

@@ -13,11 +13,7 @@ from safetensors.torch import save_file
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.detector import HarmDetector
-from mllm_protector.models.guard_file import (
-    FILE_NAME,
-    Scale,
-    read_guard_file,
-)
+from mllm_protector.models.guard_file import FILE_NAME, Scale, read_guard_file
 from mllm_protector.prompts import template_hash
 from tests.models.fixtures import LORA
 
@@ -35,8 +31,8 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "part"))
 
 
-def change(folder: Path, **changes: object) -> None:
-    path = folder / FILE_NAME
+def change(folder: Path, name: str = FILE_NAME, **changes: object) -> None:
+    path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -59,71 +55,59 @@ LATER = ("group_thresholds", "calibration", "window", "offset", "files", "base_f
 """Keys that the first release did not have."""
 
 
-def as_earlier(folder: Path) -> None:
-    """What an earlier release would have written."""
-    content = json.loads((folder / FILE_NAME).read_text())
-    content = {key: value for key, value in content.items() if key not in LATER} | {"schema": 1}
-    (folder / FILE_NAME).write_text(json.dumps(content))
-
-
 def test_a_guard_file_of_before_these_keys_loads_without_them(folder: Path, caplog: pytest.LogCaptureFixture):
-    as_earlier(folder)
+    content = json.loads((folder / FILE_NAME).read_text())
+    earlier = {key: value for key, value in content.items() if key not in LATER} | {"schema": 1}
+    (folder / FILE_NAME).write_text(json.dumps(earlier))
     for _ in range(2):
         read = read_guard_file(folder, "detector")
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         f"{folder}: saved by an earlier release, so its configuration and tokenizer files are not checked"
     ]
-    read = read_guard_file(folder, "detector")
     assert (read.group_thresholds, read.calibration, read.window) == ({}, None, None)
     assert read.scale == Scale(temperature=1.5, offset=0.0)
 
 
 def test_an_origin_is_what_is_known_before_the_training_and_nothing_measured(folder: Path):
     guard = read_guard_file(folder, "detector")
-    measured = replace(
-        guard,
-        threshold=0.9,
-        threshold_how="x",
-        temperature=9.0,
-        offset=1.0,
-        calibration={"n": 1},
-        metrics={"f1": 1.0},
-    )
-    assert measured.origin() == guard.origin()
+    measured = {"threshold": 0.9, "threshold_how": "x", "temperature": 9.0, "offset": 1.0}
+    measured |= {"calibration": {"n": 1}, "metrics": {"f1": 1.0}}
+    assert replace(guard, **measured).origin() == guard.origin()
     assert guard.origin()["schema"] == 1, "a training that an earlier release began can no longer go on"
     for change in ({"window": 8}, {"max_length": 8}, {"prompt": "{query}{answer}"}, {"data": {"x": 1}}):
         assert replace(guard, **change).origin() != guard.origin()
 
 
-def test_a_missing_folder_says_what_to_give(tmp_path: Path):
+def test_a_folder_that_holds_no_such_part_is_refused(folder: Path, tmp_path: Path):
     for kind in ("detector", "detoxifier"):
         with pytest.raises(
             InputError, match=f"no such folder; train the {kind} first or give {kind}=<folder>"
         ):
             read_guard_file(tmp_path / "nowhere", kind)
-
-
-def test_a_part_of_the_other_kind_is_refused(folder: Path):
     with pytest.raises(InputError, match="holds a detector, but a detoxifier is wanted"):
         read_guard_file(folder, "detoxifier")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_an_edited_guard_file_is_refused(folder: Path):
+    good = (folder / FILE_NAME).read_text()
+    prompts = ("{answer}", "{query}", "{query}{answer}{query}", "none", "")
+    cases: list[tuple[dict[str, object], str]] = [
         ({"schema": 99}, "another release"),
         ({"prompt": "{answer}"}, "the prompt was edited"),
         ({"prompt": None}, "the prompt was edited"),
         ({"prompt_sha256": ""}, "the prompt was edited"),
-        ({"base": {"nmae": "x"}}, r"base\.name is missing"),
+        ({"base": {"nmae": "x"}}, "base.name is missing"),
         ({"weights": {}}, "names no weights"),
         ({"weights": {"model.safetensors": "0" * 64}}, "not a file that the part was saved with"),
-    ],
-)
-def test_an_edited_guard_file_is_refused(folder: Path, changes: dict[str, object], message: str):
-    change(folder, **changes)
-    with pytest.raises(InputError, match=message):
-        read_guard_file(folder, "detector")
+        *(
+            ({"prompt": each, "prompt_sha256": template_hash(each)}, "must have the fields")
+            for each in prompts
+        ),
+    ]
+    for changes, message in cases:
+        (folder / FILE_NAME).write_text(good)
+        change(folder, **changes)
+        assert message in refusal(folder), changes
 
 
 IMPOSSIBLE: dict[str, list[Any]] = {
@@ -196,18 +180,6 @@ def test_a_guard_file_without_one_of_its_keys_is_refused(folder: Path):
             assert f"{missing} is missing" in refusal(folder), missing
 
 
-def test_a_prompt_without_its_fields_is_refused_by_name(folder: Path):
-    for prompt in ("{answer}", "{query}", "{query}{answer}{query}", "none", ""):
-        change(folder, prompt=prompt, prompt_sha256=template_hash(prompt))
-        with pytest.raises(InputError, match=r"prompt=.*must have the fields"):
-            read_guard_file(folder, "detector")
-
-
-def edited_config(folder: Path, name: str, **changes: object) -> None:
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def one_bit_changed(part: Path) -> None:
     content = bytearray((part / "model.safetensors").read_bytes())
     content[-1] ^= 1
@@ -220,7 +192,7 @@ def test_every_file_that_is_loaded_must_be_the_one_that_was_saved(
     make_detector(tuning=LORA).save(tmp_path / "adapter")
     copy = partial(shutil.copy, bases["qwen2"] / "tokenizer.json")
     cases: dict[str, tuple[Path, Callable[[Path], object]]] = {
-        "config.json": (saved, lambda part: edited_config(part, "config.json", num_hidden_layers=1)),
+        "config.json": (saved, lambda part: change(part, "config.json", num_hidden_layers=1)),
         "tokenizer.json": (saved, copy),
         "tokenizer_config.json": (saved, lambda part: (part / "tokenizer_config.json").unlink()),
         "chat_template.jinja": (saved, lambda part: (part / "chat_template.jinja").write_text("{{ x }}")),
@@ -232,7 +204,7 @@ def test_every_file_that_is_loaded_must_be_the_one_that_was_saved(
         ),
         "adapter_config.json": (
             tmp_path / "adapter",
-            lambda part: edited_config(part, "adapter_config.json", lora_alpha=1),
+            lambda part: change(part, "adapter_config.json", lora_alpha=1),
         ),
     }
     for name, (part, damage) in cases.items():
@@ -243,12 +215,11 @@ def test_every_file_that_is_loaded_must_be_the_one_that_was_saved(
 
 
 def test_the_old_schema_cannot_be_claimed_without_a_warning(folder: Path, caplog: pytest.LogCaptureFixture):
-    edited_config(folder, "config.json", num_hidden_layers=1)
+    change(folder, "config.json", num_hidden_layers=1)
     change(folder, schema=1)
-    with pytest.raises(InputError, match=r"config\.json: not a file that the part was saved with"):
-        read_guard_file(folder, "detector")
+    assert "config.json: not a file that the part was saved with" in refusal(folder)
     change(folder, files={})
-    read_guard_file(folder, "detector")
+    assert not refusal(folder)
     assert "configuration and tokenizer files are not checked" in caplog.text
 
 

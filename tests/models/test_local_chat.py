@@ -50,38 +50,24 @@ def test_a_reply_without_an_end_is_known_to_be_cut(folders: dict[str, Path]) -> 
         assert [isinstance(reply, CutText) for reply in replies] == [cut] * 3, cut
 
 
-def test_too_little_memory_makes_batches_smaller_and_no_reply_another(
+def test_too_little_memory_makes_batches_smaller_and_fails_only_what_fits_in_none(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = local(folders["llama"])
     expected = model.complete(LENGTHS, max_tokens=8)
-    generate, sizes = model._generate, []
+    generate, sizes, most = model._generate, [], 200
 
-    def only_one_fits(prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
+    def one_short_one_fits(prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
         sizes.append(len(prompts))
-        if len(prompts) > 1:
+        if len(prompts) > 1 or len(prompts[0]) > most:
             raise torch.OutOfMemoryError("out of memory")
         return generate(prompts, max_tokens)
 
-    monkeypatch.setattr(model, "_generate", only_one_fits)
+    monkeypatch.setattr(model, "_generate", one_short_one_fits)
     assert model.complete(LENGTHS, max_tokens=8) == expected
     assert model.complete(LENGTHS, max_tokens=8) == expected
     assert sizes == [3, 2, 1, 1, 1, 1, 1, 1]
-
-
-def test_a_row_that_has_no_memory_even_alone_fails_alone(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = local(folders["llama"])
-    expected = model.complete(LENGTHS, max_tokens=8)
-    generate = model._generate
-
-    def long_ones_do_not_fit(prompts: Sequence[list[int]], max_tokens: int) -> list[str]:
-        if max(map(len, prompts)) > 50:
-            raise torch.OutOfMemoryError("out of memory")
-        return generate(prompts, max_tokens)
-
-    monkeypatch.setattr(model, "_generate", long_ones_do_not_fit)
+    most = 50
     replies = model.complete(LENGTHS, max_tokens=8)
     assert replies == [expected[0], Failure(reason="no reply (OutOfMemoryError)"), expected[2]]
 
@@ -144,7 +130,7 @@ def test_a_local_model_without_template_or_with_one_that_refuses_is_named(
         local(folder)
 
 
-def test_a_local_model_that_is_not_whole_or_not_there_is_refused(
+def test_a_local_model_that_is_not_whole_or_not_there_or_cannot_be_is_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(folders["llama"], tmp_path / "model"))
@@ -157,6 +143,10 @@ def test_a_local_model_that_is_not_whole_or_not_there_is_refused(
         local(folder)
     with pytest.raises(InputError, match="no such folder"):
         local(tmp_path / "nothing")
+    with pytest.raises(InputError, match="batch_size=0: must be at least 1"):
+        local(folders["llama"], batch_size=0)
+    with pytest.raises(InputError, match="dtype=half precision: use auto"):
+        local(folders["llama"], dtype="half precision")
 
 
 def test_the_identity_of_a_local_model_changes_with_its_weights_and_template(
@@ -175,10 +165,3 @@ def test_the_identity_of_a_local_model_changes_with_its_weights_and_template(
     third = local(folder).card.identity
     assert first != second != third
     assert first["weights"] == second["weights"] != third["weights"]
-
-
-def test_settings_of_a_local_model_that_cannot_be_are_named(folders: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="batch_size=0: must be at least 1"):
-        local(folders["llama"], batch_size=0)
-    with pytest.raises(InputError, match="dtype=half precision: use auto"):
-        local(folders["llama"], dtype="half precision")

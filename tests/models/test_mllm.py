@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from mllm_protector.errors import InputError
 from mllm_protector.images import EncodedImage, ImageFile, ImageSource
 from mllm_protector.models.mllm import HuggingFaceMLLM, _source, load_mllm
 from mllm_protector.records import CutText, Failure, Question
-from tests.cases import case
 from tests.models.builders import (
     TEXTS,
     save_tiny_classifier_base,
@@ -115,6 +116,7 @@ def test_answers_do_not_depend_on_order_or_batch_size(folders: dict[str, Path]) 
         assert len(set(answers)) > 1
         assert load(folder, batch_size=3).generate(MIXED[::-1]) == answers[::-1]
         assert load(folder, batch_size=1).generate(MIXED) == answers
+        assert load(folder).generate([]) == []
 
 
 def test_answers_hold_new_words_only(mllm: HuggingFaceMLLM) -> None:
@@ -145,13 +147,12 @@ def test_an_answer_without_an_end_is_known_to_be_cut(folders: dict[str, Path]) -
         assert isinstance(answer, CutText) == cut, cut
 
 
-def test_no_questions_give_no_answers(mllm: HuggingFaceMLLM) -> None:
-    assert mllm.generate([]) == []
+def change(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_padding_is_on_the_left_even_if_the_tokenizer_was_saved_with_right(llava: Path) -> None:
-    path = llava / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "right"}))
+    change(llava / "tokenizer_config.json", padding_side="right")
     assert AutoProcessor.from_pretrained(llava).tokenizer.padding_side == "right"
     mask = load(llava).encode(MIXED)["attention_mask"]
     assert mask[:, -1].tolist() == [1] * len(MIXED)
@@ -275,10 +276,9 @@ def test_pictures_of_every_mode_are_answered(folders: dict[str, Path], tmp_path:
 class Limited:
     """A model's generate that has memory for so many rows; it counts what it was asked."""
 
-    def __init__(self, mllm: HuggingFaceMLLM, rows: int, error: Exception | None = None) -> None:
+    def __init__(self, mllm: HuggingFaceMLLM, rows: int) -> None:
         self.inner = mllm.model.generate
         self.rows = rows
-        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
         self.asked: list[int] = []
         mllm.model.generate = self  # type: ignore[method-assign]
 
@@ -286,81 +286,40 @@ class Limited:
         rows = len(arguments["input_ids"])
         self.asked.append(rows)
         if rows > self.rows:
-            raise self.error
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
         return self.inner(**arguments)
 
 
 def test_a_batch_too_large_for_the_memory_is_halved_and_stays_so(folders: dict[str, Path]) -> None:
-    for rows, error in [
-        (1, None),
-        (3, None),
-        (2, MemoryError()),
-        (2, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-    ]:
-        with case(rows, error):
-            questions = [ask(str(number), f"Question {number}?") for number in range(11)] + MIXED
-            expected = load(folders["llava"], batch_size=8).generate(questions)
-            mllm = load(folders["llava"], batch_size=8)
-            limited = Limited(mllm, rows, error)
-            assert mllm.generate(questions) == expected
-            fitting = [asked for asked in limited.asked if asked <= rows]
-            assert sum(fitting) == len(questions)
-            too_large = [asked for asked in limited.asked if asked > rows]
-            assert too_large == [8, 4, 2][: len(too_large)]
-            limited.asked.clear()
-            assert mllm.generate(questions) == expected
-            assert max(limited.asked) <= rows
-
-
-def test_a_row_that_fits_by_itself_in_no_memory_fails_alone(folders: dict[str, Path]) -> None:
-    mllm = load(folders["llava"])
-    Limited(mllm, 0)
-    answers = mllm.generate(MIXED)
-    assert answers == [Failure(reason="out of memory, also when asked alone")] * len(MIXED)
+    questions = [ask(str(number), f"Question {number}?") for number in range(5)] + MIXED
+    mllm = load(folders["llava"], batch_size=8)
+    expected = mllm.generate(questions)
+    limited = Limited(mllm, 3)
+    assert mllm.generate(questions) == expected
+    assert [rows for rows in limited.asked if rows > 3] == [8, 4]
+    assert sum(rows for rows in limited.asked if rows <= 3) == len(questions)
+    limited.asked.clear()
+    assert mllm.generate(questions) == expected
+    assert max(limited.asked) <= 3
+    limited.rows = 0
+    assert mllm.generate(MIXED[:1]) == [Failure(reason="out of memory, also when asked alone")]
 
 
 def test_a_row_that_the_processor_chokes_on_fails_alone(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for batch_size in (1, 4):
-        mllm = load(folders["llava"], batch_size=batch_size)
-        expected = mllm.generate(MIXED)
-        inner = mllm._encode
-
-        def choke(questions: Any, images: Any, inner: Any = inner) -> Any:
-            if any("secret" in question.text for question in questions):
-                raise ValueError("cannot encode secret words, out of memory")
-            return inner(questions, images)
-
-        monkeypatch.setattr(mllm, "_encode", choke)
-        answers = mllm.generate([MIXED[0], ask("bad", "secret words"), *MIXED[1:]])
-        assert answers.pop(1) == Failure(reason="ValueError when asked alone")
-        assert answers == expected
-
-
-def test_what_no_row_is_to_blame_for_is_raised(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(questions: Any, images: Any) -> None:
-        raise TypeError("a fault of the code")
-
-    for batch_size in (1, 4):
-        mllm = load(folders["llava"], batch_size=batch_size)
-        monkeypatch.setattr(mllm, "_encode", broken)
-        with pytest.raises(TypeError, match="a fault of the code"):
-            mllm.generate(MIXED)
-
-
-def test_a_lone_question_that_fails_is_not_taken_for_a_fault_of_the_code(
-    folders: dict[str, Path],
-) -> None:
     mllm = load(folders["llava"])
-    failing = Limited(mllm, 0, ValueError("x"))
-    assert mllm.generate(MIXED[:1]) == [Failure(reason="ValueError when asked alone")]
-    failing.rows = 8
-    assert mllm.generate(MIXED[1:])
-    failing.rows = 0
-    assert mllm.generate(MIXED[:1]) == [Failure(reason="ValueError when asked alone")]
+    expected, inner = mllm.generate(MIXED), mllm.encode
+
+    def choke(questions: Any, images: Any) -> Any:
+        if any("secret" in question.text for question in questions):
+            raise ValueError("cannot encode secret words, out of memory")
+        return inner(questions, images)
+
+    monkeypatch.setattr(mllm, "encode", choke)
+    answers = mllm.generate([MIXED[0], ask("bad", "secret words"), *MIXED[1:]])
+    assert answers.pop(1) == Failure(reason="ValueError when asked alone")
+    assert answers == expected
 
 
 def test_sampled_answers_depend_on_nothing_but_the_question(folders: dict[str, Path]) -> None:
@@ -381,12 +340,13 @@ def test_sampled_answers_depend_on_nothing_but_the_question(folders: dict[str, P
 def test_sampling_uses_the_given_settings_and_none_of_the_checkpoints(llava: Path) -> None:
     settings = {"temperature": 1.5, "max_new_tokens": 12}
     answers = load(llava, **settings).generate(MIXED)
-    path = llava / "generation_config.json"
-    others = {"top_k": 1, "top_p": 0.1, "min_p": 0.9, "temperature": 0.01}
-    path.write_text(json.dumps(json.loads(path.read_text()) | others))
-    assert load(llava, **settings).generate(MIXED) == answers
     greedy = load(llava, max_new_tokens=12).generate(MIXED)
+    path = llava / "generation_config.json"
+    change(path, top_k=1, top_p=0.1, min_p=0.9, temperature=0.01)
+    assert load(llava, **settings).generate(MIXED) == answers
     assert load(llava, **settings, top_p=1e-6).generate(MIXED) == greedy != answers
+    change(path, do_sample=True, temperature=5.0)
+    assert load(llava, max_new_tokens=12).generate(MIXED) == greedy
 
 
 def test_the_prompt_goes_around_the_words_of_the_question(folders: dict[str, Path]) -> None:
@@ -416,16 +376,6 @@ def test_a_chat_template_from_a_file_replaces_the_models_own(llava: Path, tmp_pa
         load(llava, chat_template=str(tmp_path / "absent.jinja"))
 
 
-def test_sampling_settings_of_a_checkpoint_do_not_make_answers_random(llava: Path) -> None:
-    greedy = load(llava).generate(MIXED)
-    path = llava / "generation_config.json"
-    settings = {"do_sample": True, "temperature": 5.0, "top_p": 0.9, "top_k": 40}
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    mllm = load(llava)
-    assert mllm.model.generation_config.do_sample
-    assert mllm.generate(MIXED) == greedy
-
-
 def test_identity_changes_with_whatever_changes_answers_and_only_then(llava: Path, tmp_path: Path) -> None:
     identity = load(llava).card.identity
     assert json.loads(json.dumps(identity)) == identity
@@ -433,22 +383,19 @@ def test_identity_changes_with_whatever_changes_answers_and_only_then(llava: Pat
     moved = shutil.copytree(llava, tmp_path / "elsewhere" / "llava")
     assert load(moved).card.identity == identity
     assert load(llava, top_p=0.5).card.identity == identity  # greedy decoding does not look at it
-    for change in (
+    for other in (
         {"max_new_tokens": 9},
         {"system_prompt": "Be brief."},
         {"prompt": "{question} Be brief."},
         {"temperature": 0.5},
         {"dtype": "bfloat16"},
     ):
-        assert load(llava, **change).card.identity != identity
+        assert load(llava, **other).card.identity != identity
     weights = llava / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     assert load(llava).card.identity != identity
-
-
-def test_a_hub_model_is_named_by_its_commit() -> None:
     assert _source("owner/model", "0" * 40) == {"name": "owner/model", "revision": "0" * 40}
 
 
@@ -458,29 +405,28 @@ def test_bfloat16_weights_take_pictures(folders: dict[str, Path]) -> None:
     assert len(mllm.generate(MIXED)) == len(MIXED)
 
 
-def test_pickled_weights_are_refused(llava: Path) -> None:
-    weights = load(llava).model.state_dict()
-    torch.save(weights, llava / "pytorch_model.bin")
-    (llava / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="safetensors"):
-        load(llava)
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
-def test_a_missing_chat_template_says_which_key_gives_one(llava: Path) -> None:
-    (llava / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match="chat_template"):
-        load(llava)
+def without_head(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = {name: tensor for name, tensor in load_file(path).items() if "lm_head" not in name}
+    save_file(weights, path, metadata={"format": "pt"})
 
 
-def test_a_checkpoint_without_all_weights_is_refused(llava: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(llava / "model.safetensors")
-    head = next(name for name in weights if "lm_head" in name)
-    del weights[head]
-    save_file(weights, llava / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match="lm_head"):
-        load(llava)
+def test_a_damaged_folder_is_one_clear_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    damages: dict[str, Callable[[Path], object]] = {
+        "safetensors": pickled,
+        "lm_head": without_head,
+        "chat_template": lambda folder: (folder / "chat_template.jinja").unlink(),
+    }
+    for reason, damage in damages.items():
+        folder = Path(shutil.copytree(folders["llava"], tmp_path / reason))
+        damage(folder)
+        with pytest.raises(InputError, match=reason):
+            load(folder)
 
 
 def test_a_model_that_cannot_be_one_is_one_clear_line(tmp_path: Path, folders: dict[str, Path]) -> None:

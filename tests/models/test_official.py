@@ -1,8 +1,7 @@
 import json
-import re
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from mllm_protector.models.export import export_detector
 from mllm_protector.models.official import import_official_detector
 from tests.cases import case
 from tests.data.test_tokens import spm_tokenizer
+from tests.models.test_export import code_scores
 
 PAIRS = [
     ("How do I bake bread?", "Mix flour, water and salt."),
@@ -125,13 +125,8 @@ def test_an_export_of_it_still_reads_prompt_and_texts_in_one_piece(
     pairs = {"queries": QUERIES, "answers": ANSWERS}
     assert theirs.card.identity["joined"] is True
     assert theirs.score(**pairs) == pytest.approx(ours.score(**pairs), abs=1e-6)
-    card = (exported / "README.md").read_text()
-    assert "ordinary texts give the same ids" in card
-    [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(code.replace('folder = "."', f"folder = {str(exported)!r}"), names)  # noqa: S102 - our own words
-    found = [names["score"](query, answer) for query, answer in PAIRS]
-    assert found == pytest.approx(ours.score(**pairs), abs=1e-6)
+    assert "ordinary texts give the same ids" in (exported / "README.md").read_text()
+    assert code_scores(exported, QUERIES, ANSWERS) == pytest.approx(ours.score(**pairs), abs=1e-6)
 
 
 def test_a_guard_file_that_does_not_know_of_it_reads_texts_apart(
@@ -156,14 +151,10 @@ def test_only_the_sign_of_the_head_is_turned(published: Path, bases: dict[str, P
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def without_head(folder: Path) -> None:
+def change_weights(folder: Path, head: torch.Tensor | None) -> None:
     path = folder / "adapter_model.safetensors"
-    save_file({key: value for key, value in load_file(path).items() if "score" not in key}, path)
-
-
-def with_wide_head(folder: Path) -> None:
-    path = folder / "adapter_model.safetensors"
-    save_file(load_file(path) | {"base_model.model.score.weight": torch.zeros(1, 77)}, path)
+    weights = {key: value for key, value in load_file(path).items() if "score" not in key}
+    save_file(weights if head is None else weights | {"base_model.model.score.weight": head}, path)
 
 
 def pickled(folder: Path) -> None:
@@ -171,18 +162,18 @@ def pickled(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(b"not to be opened")
 
 
-def as_published_7b(folder: Path) -> None:
-    edit_config(folder, task_type="CAUSAL_LM", modules_to_save=None, r=128)
-
-
 def test_an_adapter_that_is_no_detector_for_the_base_is_refused_in_one_line(
     published: Path, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     for name, spoil, message in (
-        ("7b", as_published_7b, r'task_type is "CAUSAL_LM".* random; it looks like a detoxifier'),
-        ("no head", without_head, r"no score\.weight; without its trained head"),
+        (
+            "7b",
+            partial(edit_config, task_type="CAUSAL_LM", r=128),
+            r'task_type is "CAUSAL_LM".* random; it looks like a detoxifier',
+        ),
+        ("no head", partial(change_weights, head=None), r"no score\.weight; without its trained head"),
         ("pickle", pickled, r"adapter_model\.bin: a pickle.*convert it once"),
-        ("wide", with_wide_head, "does not fit base="),
+        ("wide", partial(change_weights, head=torch.zeros(1, 77)), "does not fit base="),
     ):
         with case(name):
             adapter = Path(shutil.copytree(published, tmp_path / name))

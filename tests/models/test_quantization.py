@@ -56,12 +56,14 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @needs_bitsandbytes
 @each_way
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_moves_only_float32_adapters_and_head_and_lowers_the_loss(
+def test_training_on_quantised_layers_moves_only_float32_adapters_and_head_and_lowers_the_loss(
     bases: dict[Family, Path], family: Family, quantization: str
 ):
     model = classifier(backbone(bases[family], quantization))
+    assert sum(is_quantized(layer) for layer in model.modules() if isinstance(layer, torch.nn.Linear)) >= 8
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "modules_to_save" in name for name in trained)
+    assert any("modules_to_save" in name for name in trained)
     assert {p.dtype for p in trained.values()} == {torch.float32}
     assert gradients(model).keys() == trained.keys()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
@@ -73,19 +75,6 @@ def test_training_moves_only_float32_adapters_and_head_and_lowers_the_loss(
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
-
-
-@needs_bitsandbytes
-@each_way
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_are_quantised_and_the_new_head_is_not(
-    bases: dict[Family, Path], family: Family, quantization: str
-):
-    model, fresh = backbone(bases[family], quantization).load_classifier(pad_id=2)
-    assert sum(is_quantized(layer) for layer in model.modules() if isinstance(layer, torch.nn.Linear)) >= 8
-    assert fresh
-    for name in fresh:
-        assert {p.dtype for p in model.get_submodule(name).parameters()} == {torch.float32}
 
 
 @needs_bitsandbytes
@@ -196,7 +185,7 @@ def test_without_bitsandbytes_one_line_says_what_to_install(
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("quantization", ["4", "int8", "8 bit", "", 4])
-def test_a_quantisation_that_is_none_of_ours_is_refused(quantization: Any):
-    with pytest.raises(InputError, match="use 8bit or 4bit, or null"):
-        Backbone(name="anything", quantization=quantization)
+def test_a_quantisation_that_is_none_of_ours_is_refused():
+    for quantization in ("4", "int8", "8 bit", "", 4):
+        with pytest.raises(InputError, match="use 8bit or 4bit, or null"):
+            Backbone(name="anything", quantization=quantization)

@@ -1,5 +1,3 @@
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.local_chat import LocalChat
 from mllm_protector.models.mllm import load_mllm
 from mllm_protector.models.served import ServedMLLM
-from mllm_protector.records import Failure, Question
+from mllm_protector.records import Question
 from tests.models.builders import save_tiny_classifier_base, save_tiny_llava_for_tests
 from tests.real_server import RealServer, real_server
 
@@ -80,31 +78,3 @@ def test_one_server_serves_a_language_model_too(server: RealServer, folder: Path
     served = ServedChat(model=str(folder / "lm"), base_url=server.base_url, **SETTINGS)
     loaded = LocalChat(name=str(folder / "lm"), batch_size=2, device="cpu")
     assert served.complete(turns, max_tokens=8) == loaded.complete(turns, max_tokens=8)
-
-
-def test_a_server_killed_in_the_middle_leaves_its_answers_and_the_next_one_gives_the_rest(
-    server: RealServer, folder: Path
-) -> None:
-    asked = questions(60)
-    served = ServedMLLM(model=str(folder / "llava"), base_url=server.base_url, max_new_tokens=8, **SETTINGS)
-    before = server.answered()
-
-    def kill_after_five() -> None:
-        while server.answered() < before + 5:
-            time.sleep(0.002)
-        server.kill()
-
-    killer = threading.Thread(target=kill_after_five)
-    killer.start()
-    answers = served.generate(asked)
-    killer.join()
-    got = sum(isinstance(answer, str) for answer in answers)
-    assert 4 <= got < 60  # the fifth stands in the log before its last byte is sent
-    assert all(isinstance(answer, str) for answer in answers[:got])
-    assert all(isinstance(answer, Failure) for answer in answers[got:])
-    # The one under way may have been cut off in the middle of its reply.
-    assert all(isinstance(answer, Failure) and answer.unreachable for answer in answers[got + 1 :])
-    server.restart()
-    rest = served.generate(asked[got:])
-    assert all(isinstance(answer, str) for answer in rest)
-    assert [*answers[:got], *rest] == served.generate(asked)

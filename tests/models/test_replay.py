@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,25 +53,21 @@ def jsonl(tmp_path: Path, *rows: dict[str, Any]) -> str:
 
 def write_as(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     frame = pandas.DataFrame(rows)
-    match path.suffix:
-        case ".jsonl":
-            write_jsonl(path, rows)
-        case ".json":
-            write_json(path, list(rows))
-        case ".parquet":
-            frame.to_parquet(path)
-        case ".xlsx":
-            frame.to_excel(path, index=False)
-        case ".csv" | ".tsv":
-            separator = "," if path.suffix == ".csv" else "\t"
-            frame.to_csv(path, index=False, sep=separator, quoting=csv.QUOTE_ALL)
+    WRITERS[path.suffix](frame, path)
     return str(path)
 
 
-ENDINGS = [".jsonl", ".csv", ".parquet", ".json", ".tsv", ".xlsx"]
+WRITERS: dict[str, Callable[[pandas.DataFrame, Path], object]] = {
+    ".jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    ".json": lambda frame, path: frame.to_json(path, orient="records"),
+    ".parquet": lambda frame, path: frame.to_parquet(path),
+    ".xlsx": lambda frame, path: frame.to_excel(path, index=False),
+    ".csv": lambda frame, path: frame.to_csv(path, index=False, quoting=csv.QUOTE_ALL),
+    ".tsv": lambda frame, path: frame.to_csv(path, index=False, sep="\t", quoting=csv.QUOTE_ALL),
+}
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", WRITERS)
 def test_answers_by_id_come_back_word_for_word(tmp_path: Path, ending: str) -> None:
     questions = [ask(3), ask(1), ask(2)]
     texts = ['Two\nlines, "quoted"\tand é 🤗', "=1+1", ""]
@@ -103,18 +99,13 @@ def test_two_answers_for_one_id_are_refused_by_their_rows(tmp_path: Path) -> Non
     assert skipped == Failure(reason="several different answers in answers.jsonl")
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", WRITERS)
 def test_results_of_vlmevalkit_match_by_scenario_and_words(tmp_path: Path, ending: str) -> None:
     rows = [
         {"index": 0, "question": "What  is\nthis? ", "category": ILLEGAL, "prediction": "of 01"},
         {"index": 1, "question": "What is this?", "category": FRAUD, "prediction": "of 06"},
         {"index": 2, "question": "And that?", "category": "Illegal Activitiy", "prediction": "007"},
-        {
-            "index": 3,
-            "question": "Lost?",
-            "category": FRAUD,
-            "prediction": f"{NOT_OBTAINED} via API.",
-        },
+        {"index": 3, "question": "Lost?", "category": FRAUD, "prediction": f"{NOT_OBTAINED} via API."},
     ]
     replay = Replay(path=write_as(tmp_path / f"model_MMSafetyBench{ending}", rows), variants=["SD"])
     here, there, that, lost = replay.generate(
@@ -155,12 +146,6 @@ def test_rows_of_question_and_answer_are_found_by_the_words_of_the_question(tmp_
         assert replay.generate([question]) == [expected], question
 
 
-def test_two_answers_to_the_same_words_are_one_line_that_says_what_to_do(tmp_path: Path) -> None:
-    rows = [{"question": "Why?", "answer": "one"}, {"question": "why", "answer": "two"}]
-    with pytest.raises(InputError, match=r"rows 1 and 2 have different answers.*list_questions.*variant"):
-        Replay(path=jsonl(tmp_path, *rows)).generate([ask(1)])
-
-
 def test_words_alone_are_not_enough_where_a_picture_was_shown(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"question": "What?", "category": ILLEGAL, "prediction": "an answer"})
     question = ask(1, "What?", variant="TYPO")
@@ -185,7 +170,7 @@ def test_the_same_words_with_another_picture_are_never_guessed(tmp_path: Path) -
     rows = [{"question": "What?", "category": ILLEGAL, "prediction": text} for text in ("one", "one", "two")]
     path = jsonl(tmp_path, *rows)
     questions = [ask(key, "What?", variant="SD") for key in (1, 2)]
-    with pytest.raises(InputError, match="rows 1 and 3"):
+    with pytest.raises(InputError, match=r"rows 1 and 3 have different answers.*list_questions.*variant"):
         Replay(path=path, variants=["SD"]).generate(questions)
     answers = Replay(path=path, variants=["SD"], ambiguous="skip").generate(questions)
     assert all(isinstance(answer, Failure) for answer in answers)
@@ -196,25 +181,17 @@ def test_a_second_asking_is_not_given_the_answer_of_the_first(tmp_path: Path) ->
     assert Replay(path=path).generate([ask(1), ask(1, repeat=1)]) == ["because", NO_ANSWER]
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {
-            "doc": {"question": "Why?", "category": ILLEGAL},
-            "resps": [["because"]],
-            "filtered_resps": ["because"],
-        },
+def test_samples_of_lmms_eval_match_by_document_or_input(tmp_path: Path) -> None:
+    both = {"resps": [["because"]], "filtered_resps": ["because"]}
+    for row in (
+        {"doc": {"question": "Why?", "category": ILLEGAL}, **both},
         {"doc": {"question": "Why?"}, "filtered_resps": "because"},
         {"input": "Why?", "filtered_resps": ["because"], "doc_hash": "0"},
         {"input": "Why?", "resps": [["because"]]},
         {"doc": {"id": ask(1).id, "question": "Asked in other words?"}, "filtered_resps": ["because"]},
-    ],
-    ids=["document", "flat", "input", "resps", "id"],
-)
-def test_samples_of_lmms_eval_match_by_document_or_input(tmp_path: Path, row: dict[str, Any]) -> None:
-    replay = Replay(path=jsonl(tmp_path, {"doc_id": 0, "target": "", **row}))
-    assert replay.generate([ask(1)]) == ["because"]
-    assert replay.generate([ask(2, "Why not?")]) == [NO_ANSWER]
+    ):
+        replay = Replay(path=jsonl(tmp_path, {"doc_id": 0, "target": "", **row}))
+        assert replay.generate([ask(1), ask(2, "Why not?")]) == ["because", NO_ANSWER], row
 
 
 def test_several_responses_are_no_answer(tmp_path: Path) -> None:
@@ -342,8 +319,8 @@ def test_answers_that_no_question_asked_for_are_counted(
     assert "3 of its 5 answers fit no question" in caplog.text
 
 
-def test_a_hundred_thousand_rows_and_a_huge_answer_are_read_in_linear_time(tmp_path: Path) -> None:
-    count, huge = 100_000, "x" * 30_000_000
+def test_many_rows_and_a_huge_answer_are_read_in_linear_time(tmp_path: Path) -> None:
+    count, huge = 30_000, "x" * 10_000_000
     rows: list[dict[str, Any]] = [
         {"index": key, "question": "Why?", "category": ILLEGAL, "prediction": "No."} for key in range(count)
     ]
@@ -352,6 +329,6 @@ def test_a_hundred_thousand_rows_and_a_huge_answer_are_read_in_linear_time(tmp_p
     started = time.process_time()
     replay = Replay(path=path)
     answers = replay.generate([*(ask(key) for key in range(count)), ask(0, "How much?")])
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 10
     assert set(answers[:-1]) == {"No."}
     assert answers[-1] == huge

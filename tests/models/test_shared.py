@@ -3,13 +3,13 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from mllm_protector.errors import InputError
-from mllm_protector.guard.protector import Protector
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier, load_detoxifier
@@ -49,14 +49,16 @@ def test_on_one_base_both_say_what_they_say_apart(parts: dict[str, tuple[Path, P
         with case(family):
             one, two = parts[family]
             detector, detoxifier = load_shared(one, two, max_new_tokens=8, device="cpu")
-            apart = load_detoxifier(two, max_new_tokens=8, device="cpu")
-            expected = logits(load_detector(one, device="cpu"))
-            texts = rewrites(apart)
+            scorer = load_detector(one, device="cpu")
+            writer = load_detoxifier(two, max_new_tokens=8, device="cpu")
+            expected, texts = logits(scorer), rewrites(writer)
             assert logits(detector) == pytest.approx(expected, abs=1e-5)
             assert rewrites(detoxifier) == texts
             assert logits(detector) == pytest.approx(expected, abs=1e-5)
             assert any(texts)
             assert len({round(logit, 3) for logit in expected}) > 3
+            assert detector.card.identity == scorer.card.identity
+            assert detoxifier.card.identity == writer.card.identity
 
 
 def test_the_parts_may_be_used_from_threads(parts: dict[str, tuple[Path, Path]]) -> None:
@@ -98,21 +100,8 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def guard_file(folder: Path) -> dict[str, object]:
+def guard_file(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "guard.json").read_text())
-
-
-def test_the_protector_takes_the_pair(parts: dict[str, tuple[Path, Path]]) -> None:
-    one, two = parts["llama"]
-    pair = load_shared(one, two, max_new_tokens=8, device="cpu")
-    alone = load_detector(one, device="cpu"), load_detoxifier(two, max_new_tokens=8, device="cpu")
-    guarded = [
-        [reply.final for reply in Protector(*each, threshold=0.0).guard(queries=QUERIES, answers=ANSWERS)]
-        for each in (pair, alone)
-    ]
-    assert guarded[0] == guarded[1]
-    assert pair[0].card.identity == alone[0].card.identity
-    assert pair[1].card.identity == alone[1].card.identity
 
 
 @pytest.fixture
@@ -129,42 +118,34 @@ def rewrite(folder: Path, **changes: object) -> None:
     (folder / "guard.json").write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("name", "another/model"), ("revision", "abc"), ("dtype", "bfloat16")]
-)
-def test_another_base_is_refused_by_name(copies: tuple[Path, Path], field: str, value: str) -> None:
+def test_parts_on_different_bases_and_whole_models_are_refused(
+    copies: tuple[Path, Path], make_detector: Callable[..., HarmDetector], tmp_path: Path
+) -> None:
     one, two = copies
-    rewrite(two, base=guard_file(two)["base"] | {field: value})
-    assert not can_share(one, two)
-    with pytest.raises(InputError, match=f"{field}={value}; load the parts apart"):
-        load_shared(one, two)
+    base = guard_file(two)["base"]
+    for field, value in (("name", "another/model"), ("revision", "abc"), ("dtype", "bfloat16")):
+        rewrite(two, base=base | {field: value})
+        assert not can_share(one, two)
+        with pytest.raises(InputError, match=f"{field}={value}; load the parts apart"):
+            load_shared(one, two)
+    make_detector(tuning=FULL).save(tmp_path / "whole")
+    assert not can_share(tmp_path / "whole", two)
+    with pytest.raises(InputError, match="tuning=full, a whole model"):
+        load_shared(tmp_path / "whole", two)
 
 
-def test_a_detector_without_its_head_is_refused(copies: tuple[Path, Path]) -> None:
+def drop_weight(folder: Path, word: str) -> None:
+    weights = adapter(folder)
+    del weights[next(name for name in sorted(weights) if word in name)]
+    save_file(weights, folder / "adapter_model.safetensors")
+    rewrite(folder)
+
+
+def test_a_part_that_lacks_weights_is_refused(copies: tuple[Path, Path]) -> None:
     one, two = copies
-    weights = {key: value for key, value in adapter(one).items() if "score" not in key}
-    save_file(weights, one / "adapter_model.safetensors")
-    rewrite(one)
+    drop_weight(one, "score")
     with pytest.raises(InputError, match="head \\(score\\) is missing; scores would be random"):
         load_shared(one, two)
-
-
-def test_an_adapter_for_another_base_is_refused(copies: tuple[Path, Path]) -> None:
-    one, two = copies
-    weights = adapter(two)
-    missing = min(weights)
-    save_file(
-        {key: value for key, value in weights.items() if key != missing}, two / "adapter_model.safetensors"
-    )
-    rewrite(two)
+    drop_weight(one, "lora")
     with pytest.raises(InputError, match="does not fit its base model"):
         load_shared(one, two)
-
-
-def test_a_whole_model_is_refused(
-    parts: dict[str, tuple[Path, Path]], make_detector: Callable[..., HarmDetector], tmp_path: Path
-) -> None:
-    make_detector(tuning=FULL).save(tmp_path)
-    assert not can_share(tmp_path, parts["llama"][1])
-    with pytest.raises(InputError, match="tuning=full, a whole model"):
-        load_shared(tmp_path, parts["llama"][1])

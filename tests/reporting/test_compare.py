@@ -1,5 +1,5 @@
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mllm_protector.config import CONFIGS
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, write_json, write_jsonl
 from mllm_protector.reporting.compare import compare
@@ -14,7 +15,6 @@ from tests.evaluation.builders import Measured
 from tests.evaluation.made_up import made_up_result, made_up_rows
 
 SCENARIOS = ("01-Illegal_Activitiy", "02-HateSpeech", "10-Legal_Opinion")
-REPOSITORY = Path(__file__).parents[2]
 Change = Callable[[dict[str, Any]], Any]
 
 
@@ -72,11 +72,18 @@ def test_the_guards_are_compared_on_the_same_answers(first: str, better: str, tm
     assert found(content, "run_difference_p", "none")["value"] == 1.0
 
 
-def test_other_answers_to_the_same_questions_are_said_to_be_others(first: str, tmp_path: Path) -> None:
-    other = run(tmp_path / "other", seed=5)
-    path = tmp_path / "other" / "mmsafety" / "results.jsonl"
-    rows = [json.loads(line) | {"raw": "another answer"} for line in path.read_text().splitlines()]
+def changed(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> str:
+    """A run like the first one, with other rows."""
+    run(folder)
+    path = folder / "mmsafety" / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    change(rows)
     write_jsonl(path, rows)
+    return str(folder)
+
+
+def test_other_answers_to_the_same_questions_are_said_to_be_others(first: str, tmp_path: Path) -> None:
+    other = changed(tmp_path / "other", lambda rows: [row.update(raw="another answer") for row in rows])
     content = compare([first, other], str(tmp_path / "out"))
     assert found(content, "same_answers", "none")["value"] == 0.0
 
@@ -89,13 +96,11 @@ def test_without_the_rows_there_are_no_paired_differences(first: str, tmp_path: 
 
 
 def test_unjudged_answers_are_in_no_pair(first: str, tmp_path: Path) -> None:
-    other = run(tmp_path / "other")
-    path = tmp_path / "other" / "mmsafety" / "results.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    changed = next(row for row in rows if row["variant"] == "SD" and row["arm"] == "none")
-    changed["verdicts"]["keyword"]["status"] = "judge_error"
-    write_jsonl(path, rows)
-    content = compare([first, other], str(tmp_path / "out"))
+    def unjudged(rows: list[dict[str, Any]]) -> None:
+        one = next(row for row in rows if row["variant"] == "SD" and row["arm"] == "none")
+        one["verdicts"]["keyword"]["status"] = "judge_error"
+
+    content = compare([first, changed(tmp_path / "other", unjudged)], str(tmp_path / "out"))
     assert found(content, "run_difference", "none")["n"] == 3 * 3 * 8 - 1
 
 
@@ -165,19 +170,18 @@ def test_an_edited_result_is_refused_by_its_file(first: str, tmp_path: Path) -> 
         compare([first, str(other)], str(tmp_path / "out"))
 
 
-def test_half_a_result_is_refused_by_its_file(first: str, tmp_path: Path) -> None:
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "asr.json").write_text('{"schema": 2}')
-    with pytest.raises(InputError, match=r"half/asr\.json: has no mllm; run the evaluation there again"):
-        compare([first, str(tmp_path / "half")], str(tmp_path / "out"))
-
-
-def test_fewer_than_two_runs_are_refused(first: str, tmp_path: Path) -> None:
-    for runs, word in (([], "two folders"), ([first], "two folders"), ([first, first], "twice")):
-        with pytest.raises(InputError, match=word):
-            compare(runs, str(tmp_path))
-    with pytest.raises(InputError, match="no such file"):
-        compare([first, str(tmp_path / "missing")], str(tmp_path))
+def test_runs_that_cannot_be_read_are_refused_by_their_file(first: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "half" / "asr.json", {"schema": 2})
+    cases = {
+        (): "two folders",
+        (first,): "two folders",
+        (first, first): "twice",
+        (first, str(tmp_path / "missing")): "no such file",
+        (first, str(tmp_path / "half")): r"half/asr\.json: has no mllm; run the evaluation there again",
+    }
+    for runs, words in cases.items():
+        with pytest.raises(InputError, match=words):
+            compare(runs, str(tmp_path / "out"))
 
 
 def test_names_from_outside_are_no_markup(first: str, tmp_path: Path) -> None:
@@ -199,18 +203,11 @@ def test_the_comparison_is_the_same_to_the_byte(first: str, better: str, tmp_pat
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_the_script_compares_and_refuses_in_one_line(first: str, better: str, tmp_path: Path) -> None:
-    script = [
-        sys.executable,
-        str(REPOSITORY / "scripts" / "compare_runs.py"),
-        f"output_dir={tmp_path / 'out'}",
-    ]
-    done = subprocess.run(
-        [*script, f"runs=[{first},{better}]"], capture_output=True, text=True, cwd=REPOSITORY
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_script_compares(
+    first: str, better: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = str(CONFIGS.parent / "scripts" / "compare_runs.py")
+    given = [f"output_dir={tmp_path / 'out'}", f"runs=[{first},{better}]"]
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    runpy.run_path(script, run_name="__main__")
     assert (tmp_path / "out" / "compare.html").is_file()
-    done = subprocess.run([*script, f"runs=[{first}]"], capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: runs: give two folders")
-    assert done.stderr.count("\n") == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mllm_protector.data.mixture import Mixture
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import file_digest
 from mllm_protector.guard.calibration import Aim
@@ -19,7 +20,7 @@ from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_file
 from mllm_protector.outputs import MARKER
 from mllm_protector.records import LabelledAnswer
-from mllm_protector.training.calibration import calibrate_detector
+from mllm_protector.training.recalibration import calibrate_detector
 from tests.training.parts import Given, Unread
 
 F1 = Aim("f1", None)
@@ -250,3 +251,23 @@ def test_a_promise_is_warned_of_only_if_it_cannot_be_kept(
         assert (
             [each for each in warnings if "promised" in each] == [] if promised else [found["threshold_how"]]
         )
+
+
+def test_several_sources_give_one_threshold_that_serves_each(folder: Path) -> None:
+    calm = Given([each for each in answers(40, start=100) if not each.harmful], answers(2, start=200))
+    mixture = Mixture(sources={"own": DATA, "calm": calm}, weights=None, duplicates="keep", seed=0)
+    found = redo(folder, data=mixture, calibration=Aim("false_positive_rate", 0.4))
+    guard = read_guard_file(folder, "detector")
+    assert guard.calibration is not None
+    assert guard.calibration["sources"].keys() == {"own", "calm"}
+    assert (found["aim"], found["target"]) == ("false_positive_rate", 0.4)
+    assert "on each of 2 sources" in str(guard.threshold_how)
+    for name, records in (
+        ("own", [*DATA.train, *DATA.validation]),
+        ("calm", [*calm.train, *calm.validation]),
+    ):
+        harmless = [record for record in records if not record.harmful]
+        flagged = [score >= found["threshold"] for score in scores_of(folder, harmless)]
+        facts = guard.calibration["sources"][name]
+        assert facts["negatives"] == len(harmless)
+        assert facts["false_positive_rate"] == pytest.approx(sum(flagged) / len(flagged))

@@ -4,7 +4,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mllm_protector.benchmarks.fields import Found, find_image, image_field
+from mllm_protector.benchmarks.shared import (
+    Found,
+    check_limit,
+    check_names,
+    files_digest,
+    find_image,
+    image_field,
+    question_digest,
+    sample,
+)
+from mllm_protector.errors import InputError
 from mllm_protector.images import EncodedImage, ImageFile
 
 ESCAPES = [
@@ -83,3 +93,49 @@ def test_a_row_without_an_image_is_a_question_in_words(folder: Path) -> None:
         assert image_field(row, "image", folder, "") == Found()
     with pytest.raises(ValueError, match="field 'image' must be a text, not int"):
         image_field({"image": 7}, "image", folder, "")
+
+
+ITEMS = [f"item {number}" for number in range(100)]
+
+
+def drawn(limit: int | None, seed: int = 0, items: list[str] = ITEMS) -> list[str]:
+    return sample(items, limit, seed, str)
+
+
+def test_a_sample_keeps_the_order_and_does_not_take_the_first() -> None:
+    chosen = drawn(10)
+    assert len(chosen) == 10
+    assert chosen == [item for item in ITEMS if item in chosen]
+    assert chosen != ITEMS[:10]
+    for limit in (None, 100, 101):
+        assert drawn(limit) == ITEMS, limit
+
+
+def test_a_sample_depends_on_keys_and_seed_only_and_is_part_of_a_larger_one() -> None:
+    assert set(drawn(10)) == set(drawn(10, items=ITEMS[::-1]))
+    assert set(drawn(10)) != set(drawn(10, seed=1))
+    assert set(drawn(10)) < set(drawn(40))
+
+
+def test_a_limit_that_leaves_nothing_is_refused() -> None:
+    for limit in [0, -1]:
+        with pytest.raises(InputError, match=f"^limit must be at least 1, not {limit}"):
+            check_limit(limit)
+
+
+def test_a_wrong_name_is_refused_with_the_key_in_front() -> None:
+    check_names("variants", ["TEXT"], ("TEXT", "TYPO"))
+    with pytest.raises(InputError, match=r"^variants: no 'TYP'\. Did you mean 'TYPO'\? Known: TEXT, TYPO"):
+        check_names("variants", ["TYP"], ("TEXT", "TYPO"))
+
+
+def test_a_digest_knows_names_and_bytes_but_not_the_place(tmp_path: Path) -> None:
+    digests = []
+    for folder, name, content in [("a", "x", "1"), ("b", "x", "1"), ("c", "y", "1"), ("d", "x", "2")]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(content)
+        digests.append(files_digest((tmp_path / folder).iterdir(), tmp_path / folder))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+    with pytest.raises(InputError, match="gone: cannot be read"):
+        question_digest(tmp_path / "gone")
