@@ -38,3 +38,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 def everything(splits: Any) -> list[Any]:
     """The records of both parts."""
     return [*splits.train, *splits.validation]
+
+
+def texts(prefix: str, count: int) -> list[str]:
+    """Texts of nine words that have no two words in common."""
+    return [" ".join(f"{prefix}{number}word{place}" for place in range(9)) for number in range(count)]

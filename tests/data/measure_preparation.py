@@ -17,6 +17,7 @@ from pathlib import Path
 from mllm_protector.data.preparation import prepare
 from mllm_protector.data.sources import Pairs
 from mllm_protector.data.table import VARIABLE
+from tests.data.builders import OPTIONS
 
 WORDS = [hashlib.sha256(str(number).encode()).hexdigest()[: 3 + number % 6] for number in range(5000)]
 KINDS = ("RssAnon", "RssFile")
@@ -46,14 +47,8 @@ def main() -> None:
         folder = Path(name)
         os.environ[VARIABLE] = str(folder / "cache")
         write_pairs(folder / "pairs.jsonl", count)
-        source = Pairs(
-            path=str(folder / "pairs.jsonl"),
-            validation_fraction=0.02,
-            seed=0,
-            limit=None,
-            duplicates="near",
-            quarantine=None,
-        )
+        changes = {"validation_fraction": 0.02, "duplicates": "near"}
+        source = Pairs(path=str(folder / "pairs.jsonl"), **OPTIONS | changes)
         start, peak, done = memory(), dict.fromkeys(KINDS, 0.0), threading.Event()
 
         def watch() -> None:

@@ -1,4 +1,3 @@
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,12 @@ from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.sources import Labelled, Pairs, Toy
 from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError
-
-
-def named(prefix: str, count: int) -> list[str]:
-    """Texts that have no two words in common."""
-    return [" ".join(f"{prefix}{number}word{place}" for place in range(9)) for number in range(count)]
+from tests.data.builders import OPTIONS, texts, write_rows
 
 
 def pairs(path: Path, queries: list[str], text: str = "a", **options: Any) -> Pairs:
     rows = [{"query": query, "accepted": f"{text} {query}", "rejected": f"no {query}"} for query in queries]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    defaults = {"validation_fraction": 0.2, "seed": 0, "limit": None, "duplicates": "exact"}
-    return Pairs(path=str(path), quarantine=None, **defaults | options)  # type: ignore[arg-type]
+    return Pairs(path=write_rows(path, rows), **OPTIONS | {"validation_fraction": 0.2} | options)
 
 
 def mixture(sources: dict[str, Any], duplicates: Any = "near", seed: int = 0, **weights: Any) -> Splits[Any]:
@@ -30,8 +23,8 @@ def mixture(sources: dict[str, Any], duplicates: Any = "near", seed: int = 0, **
 @pytest.fixture
 def two(tmp_path: Path) -> dict[str, Pairs]:
     return {
-        "first": pairs(tmp_path / "first.jsonl", named("alpha", 20)),
-        "second": pairs(tmp_path / "second.jsonl", named("beta", 10)),
+        "first": pairs(tmp_path / "first.jsonl", texts("alpha", 20)),
+        "second": pairs(tmp_path / "second.jsonl", texts("beta", 10)),
     }
 
 
@@ -77,12 +70,12 @@ def test_a_weight_is_how_often_a_training_record_is_used(two: dict[str, Pairs]) 
 def test_a_later_source_repeats_nothing_of_an_earlier_one(
     how: Any, dropped: dict[str, int], tmp_path: Path
 ) -> None:
-    first = named("alpha", 20)
+    first = texts("alpha", 20)
     nearly = [query.replace("word3", "other") for query in first[5:8]]
     sources = {
         "first": pairs(tmp_path / "a.jsonl", first, validation_fraction=0.05),
         "second": pairs(
-            tmp_path / "b.jsonl", [*first[:2], *nearly, *named("beta", 9)], validation_fraction=0.05
+            tmp_path / "b.jsonl", [*first[:2], *nearly, *texts("beta", 9)], validation_fraction=0.05
         ),
     }
     held = {record.query for source in sources.values() for record in source.load().validation}
@@ -95,7 +88,7 @@ def test_a_later_source_repeats_nothing_of_an_earlier_one(
 
 
 def test_no_query_is_learnt_that_another_source_validates_with(tmp_path: Path) -> None:
-    queries = named("alpha", 30)
+    queries = texts("alpha", 30)
     sources = {
         "first": pairs(tmp_path / "a.jsonl", queries, "one", seed=0),
         "second": pairs(tmp_path / "b.jsonl", queries, "another way to say", seed=1),
@@ -110,16 +103,8 @@ def test_no_query_is_learnt_that_another_source_validates_with(tmp_path: Path) -
 
 
 def test_pairs_and_labelled_answers_mix_with_the_toy_data(tmp_path: Path, two: dict[str, Pairs]) -> None:
-    rows = [{"query": f"{query}!", "answer": "yes", "harmful": True} for query in named("gamma", 9)]
-    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answers = Labelled(
-        path=str(tmp_path / "answers.jsonl"),
-        validation_fraction=0.2,
-        seed=0,
-        limit=None,
-        duplicates="exact",
-        quarantine=None,
-    )
+    rows = [{"query": f"{query}!", "answer": "yes", "harmful": True} for query in texts("gamma", 9)]
+    answers = Labelled(path=write_rows(tmp_path / "answers.jsonl", rows), **OPTIONS)
     splits = mixture({"toy": Toy(), "answers": answers} | two, "exact", toy=0.1)
     assert [len({type(record) for record in part}) for part in (splits.train, splits.validation)] == [2, 2]
     adds_up(splits)

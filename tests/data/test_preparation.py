@@ -14,19 +14,15 @@ from mllm_protector.data.table import VARIABLE
 from mllm_protector.errors import InputError
 from mllm_protector.protocols import Card
 from mllm_protector.records import LoadedBenchmark, Question
+from tests.data import builders
+from tests.data.builders import texts, write_rows
 
 ASKED = [
     "Which of the seven hills of the old town was built upon last?",
     "What would a miller have paid for the use of the village weir?",
     "Why do swallows leave the valley before the first frost comes?",
 ]
-OPTIONS: dict[str, Any] = {
-    "validation_fraction": 0.1,
-    "seed": 0,
-    "limit": None,
-    "duplicates": "exact",
-    "quarantine": None,
-}
+OPTIONS = builders.OPTIONS | {"validation_fraction": 0.1}
 
 
 @dataclass
@@ -52,12 +48,7 @@ class Asks:
 
 def write(path: Path, queries: list[str]) -> Pairs:
     rows = [{"query": query, "accepted": f"a {n}", "rejected": f"r {n}"} for n, query in enumerate(queries)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Pairs(path=str(path), **OPTIONS)
-
-
-def others(count: int, name: str = "other") -> list[str]:
-    return [" ".join(f"{name}{n}w{place}" for place in range(8)) for n in range(count)]
+    return Pairs(path=write_rows(path, rows), **OPTIONS)
 
 
 @pytest.fixture
@@ -68,7 +59,7 @@ def pairs(tmp_path: Path) -> Pairs:
         ASKED[1].upper().replace("?", ""),
         f"First this. {ASKED[1].replace('miller', 'smith')}",
     ]
-    source = write(tmp_path / "pairs.jsonl", [*others(20), *planted])
+    source = write(tmp_path / "pairs.jsonl", [*texts("other", 20), *planted])
     assert not {record.query for record in source.load().validation} & set(planted)
     return source
 
@@ -94,7 +85,7 @@ def test_what_stands_in_a_benchmark_is_found_and_told(
 def test_what_stands_in_a_benchmark_can_be_left_out(pairs: Pairs, tmp_path: Path) -> None:
     loaded = pairs.load()
     prepared = prepare(pairs, {"asks": Asks(ASKED)}, contaminated="drop", folder=tmp_path)
-    assert {record.query for record in prepared.splits.train} <= set(others(20))
+    assert {record.query for record in prepared.splits.train} <= set(texts("other", 20))
     assert len(prepared.splits.train) == len(loaded.train) - 3
     assert list(prepared.splits.validation) == list(loaded.validation)
     [account] = prepared.splits.sources
@@ -105,7 +96,7 @@ def test_what_stands_in_a_benchmark_can_be_left_out(pairs: Pairs, tmp_path: Path
 
 
 def test_of_a_mixture_each_source_accounts_for_its_own(pairs: Pairs, tmp_path: Path) -> None:
-    second = write(tmp_path / "second.jsonl", [*others(20, "second"), f"{ASKED[2]} Really?"])
+    second = write(tmp_path / "second.jsonl", [*texts("second", 20), f"{ASKED[2]} Really?"])
     both = Mixture(
         sources={"first": pairs, "second": second}, weights={"second": 2}, duplicates="exact", seed=0
     )

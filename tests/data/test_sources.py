@@ -3,8 +3,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -44,17 +42,6 @@ def test_pairs_carry_the_usual_labels_unless_told_otherwise(tmp_path: Path) -> N
     first, second = sorted(everything(splits), key=lambda pair: pair.query)
     assert first == AnswerPair(query="q1", accepted="good", rejected="bad")
     assert (second.accepted_harmful, second.rejected_harmful) == (True, False)
-
-
-def test_labels_are_read_alike_from_every_kind_of_file(tmp_path: Path) -> None:
-    rows = [row(f"q{number}", harmful=number % 2 == 0) for number in range(10)]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    lines = "".join(f"{r['query']},{r['answer']},{r['harmful']}\n" for r in rows)
-    (tmp_path / "rows.csv").write_text("query,answer,harmful\n" + lines)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    loaded = [configured("labelled", path=str(path)).load() for path in tmp_path.iterdir()]
-    assert len({splits.fingerprint for splits in loaded}) == 1
-    assert sum(record.harmful for record in everything(loaded[0])) == 5
 
 
 def test_an_option_out_of_range_is_refused_at_once() -> None:

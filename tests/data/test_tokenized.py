@@ -1,6 +1,5 @@
 import hashlib
 import json
-import multiprocessing
 import random
 import re
 from array import array
@@ -174,32 +173,6 @@ def test_a_record_that_stops_the_tokenising_leaves_nothing_behind(cache: Path) -
         tokenized(detector(), broken(), content="0")
     assert list((cache / "tokens").iterdir()) == []
     assert len(tokenized(detector(), answers(3), content="0")) == 3
-
-
-def meeting(barrier: Any) -> Iterator[LabelledAnswer]:
-    """Records, in the midst of which every process waits for the others."""
-    for number, record in enumerate(answers(20)):
-        if number == 10:
-            barrier.wait(30)
-        yield record
-
-
-def test_two_processes_at_once_make_and_read_the_same(cache: Path) -> None:
-    forked = multiprocessing.get_context("fork")
-    barrier, results = forked.Barrier(2), forked.Queue()
-
-    def work() -> None:
-        results.put(list(tokenized(detector(), meeting(barrier), content="0")))
-
-    processes = [forked.Process(target=work) for _ in range(2)]
-    for process in processes:
-        process.start()
-    both = [results.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join(60)
-    assert both[0] == both[1] == detector().encode_records(list(answers(20)))
-    assert [path.name[0] for path in (cache / "tokens").iterdir()] != ["."]
-    assert len(list((cache / "tokens").iterdir())) == 1
 
 
 def anonymous() -> int:

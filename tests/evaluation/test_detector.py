@@ -1,8 +1,6 @@
 import html
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,9 +25,9 @@ from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.records import AnswerPair, LabelledAnswer
 from mllm_protector.reporting.parts import report_detector as report
+from tests import forked
 from tests.evaluation.builders import Measured
 
-REPOSITORY = Path(__file__).parents[2]
 TEMPERATURE, THRESHOLD = 2.0, 0.4
 HOSTILE = "<script>alert(1)</script>\u202e'\"><img src=x onerror=alert(2)>"
 
@@ -418,11 +416,6 @@ def test_the_folder_of_the_detector_is_not_written_over(measure: Measure, tmp_pa
         measure(output_dir=str(tmp_path))
 
 
-def script(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "eval_detector.py"), *overrides]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-
-
 def test_the_script_measures_a_saved_detector(
     make_detector: Callable[..., HarmDetector], tmp_path: Path
 ) -> None:
@@ -435,16 +428,17 @@ def test_the_script_measures_a_saved_detector(
             for n in range(60)
         ),
     )
-    ran = script(
+    ran = forked.run(
+        "eval_detector",
         "detector=detector",
         "data=labelled",
         f"data.path={path}",
         "data.validation_fraction=0.5",
         cwd=tmp_path,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert "pairs in the right order" in ran.stdout
-    assert max(map(len, ran.stdout.splitlines())) <= 200
+    assert ran.code == 0, ran.err
+    assert "pairs in the right order" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 200
     written = json.loads((tmp_path / "outputs" / "detector_figures" / "metrics.json").read_text())
     assert written["answers"] == 30
     assert (written["threshold"], written["temperature"]) == (0.4, 1.5)

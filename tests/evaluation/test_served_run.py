@@ -1,9 +1,6 @@
 """A whole evaluation against servers: a real one that crashes, and a scripted one that misbehaves."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,12 +17,12 @@ from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
 from mllm_protector.models.served import ServedMLLM
 from mllm_protector.rendering import RenderedText
+from tests import forked
 from tests.evaluation.builders import Measured, evaluated
 from tests.models.builders import save_tiny_classifier_base, save_tiny_llava_for_tests
 from tests.real_server import RealServer, real_server
 from tests.servers import Request, ScriptedServer, failed, text, too_many
 
-REPOSITORY = Path(__file__).parents[2]
 CANARY = "sk-canary-0123456789"
 QUIET: dict[str, Any] = {"concurrency": 2, "timeout": 60.0, "max_retries": 1, "temperature": 0.0}
 
@@ -168,35 +165,30 @@ def test_faults_of_a_server_are_retried_or_counted_and_mended_by_the_next_run(
         assert server.count == paid + 1  # only number 3 is asked again
 
 
-def test_a_secret_is_in_no_file_and_no_line_of_an_evaluation(home: Path, tmp_path: Path) -> None:
+def test_a_secret_is_in_no_file_and_no_line_of_an_evaluation(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ScriptedServer(scripted) as server:
-        ran = subprocess.run(
-            [
-                sys.executable,
-                str(REPOSITORY / "scripts" / "eval_mmsafety.py"),
-                "benchmark=questions",
-                f"benchmarks.questions.path={home / 'questions.jsonl'}",
-                "mllm=served",
-                "mllm.model=mllm",
-                f"mllm.base_url={server.base_url}",
-                "mllm.api_key_env=SECRET_OF_TEST",
-                "judge=[chat]",
-                "judges.chat.chat.model=judge",
-                f"judges.chat.chat.base_url={server.base_url}",
-                "judges.chat.chat.api_key_env=SECRET_OF_TEST",
-                "arms=[none]",
-                "max_unjudged=0.1",
-            ],
+        monkeypatch.setenv("SECRET_OF_TEST", CANARY)
+        ran = forked.run(
+            "eval_mmsafety",
+            "benchmark=questions",
+            f"benchmarks.questions.path={home / 'questions.jsonl'}",
+            "mllm=served",
+            "mllm.model=mllm",
+            f"mllm.base_url={server.base_url}",
+            "mllm.api_key_env=SECRET_OF_TEST",
+            "judge=[chat]",
+            "judges.chat.chat.model=judge",
+            f"judges.chat.chat.base_url={server.base_url}",
+            "judges.chat.chat.api_key_env=SECRET_OF_TEST",
+            "arms=[none]",
+            "max_unjudged=0.1",
             cwd=tmp_path,
-            env=os.environ | {"SECRET_OF_TEST": CANARY},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
         )
-        assert ran.returncode == 0, ran.stderr
+        assert ran.code == 0, ran.err
         assert server.requests[0].headers["authorization"] == f"Bearer {CANARY}"
-    assert CANARY not in ran.stdout + ran.stderr
+    assert CANARY not in ran.out + ran.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 8
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]

@@ -10,6 +10,7 @@ from speed import run as benchmark
 from speed.arms import Bench
 from speed.meter import Meter, Reading
 from speed.run import run_benchmark
+from tests.data.builders import OPTIONS, write_rows
 
 MODEL = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 48, "vocab": 600}
 
@@ -58,15 +59,7 @@ def test_each_arm_has_its_speed_and_ours_are_compared_with_the_others(
 
 def test_settings_that_no_benchmark_can_have_are_refused_in_one_line(tmp_path: Path) -> None:
     rows = [{"query": f"q{n}", "answer": "a", "harmful": n % 2 == 0} for n in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    single = Labelled(
-        path=str(tmp_path / "rows.jsonl"),
-        validation_fraction=0.2,
-        seed=0,
-        limit=None,
-        duplicates="exact",
-        quarantine=None,
-    )
+    single = Labelled(path=write_rows(tmp_path / "rows.jsonl", rows), **OPTIONS)
 
     def model(**changes: Any) -> dict[str, Any]:
         return {"model": MODEL | {"dtype": "float32"} | changes}

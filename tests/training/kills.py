@@ -29,91 +29,24 @@ import torch
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
-from mllm_protector.data.splits import Splits
-from mllm_protector.guard.calibration import Aim
-from mllm_protector.models.backbone import Backbone
-from mllm_protector.models.tuning import LoraTuning
-from mllm_protector.records import AnswerPair
 from mllm_protector.training import loop
-from mllm_protector.training.detector import train_detector
-from mllm_protector.training.detoxifier import train_detoxifier
-from mllm_protector.training.logging import NoTracker
 from mllm_protector.training.settings import CheckpointConfig
 from tests.killing import Group
-from tests.models.builders import TEXTS, save_tiny_classifier_base
+from tests.training import parts
+from tests.training.parts import DATA, LORA, Given, save_base
 from tests.training.tagger import CONFIG
 
-PAIRS, BATCH, EPOCHS, EVERY = 15, 8, 4, 3
-FIT = replace(
-    CONFIG,
-    epochs=EPOCHS,
-    batch_size=BATCH,
-    micro_batch_tokens=200,
-    packing=True,
-    validate_every=5,
-    best_metric="auroc",
-)
-TUNING = LoraTuning(rank=2, alpha=4, dropout=0.1, targets="all-linear")
+SETTINGS: dict[str, Any] = {
+    "data": Given(DATA.train[:15], DATA.validation),
+    "tuning": LORA,
+    "checkpoint": CheckpointConfig(every_steps=3, every_minutes=None, keep_last=2),
+}
+FIT = replace(CONFIG, epochs=4, micro_batch_tokens=200, packing=True, validate_every=5)
 UNFINISHED = re.compile(r"\..*\.\d+\.tmp")
 """Of a file that a killed process was writing, beside its place."""
 
-
-class Made:
-    """Pairs of which no two texts are the same."""
-
-    def __init__(self, fingerprint: str = "0") -> None:
-        self.fingerprint = 64 * fingerprint
-
-    def load(self) -> Splits[Any]:
-        made = [
-            AnswerPair(
-                query=f"How do I make thing {number}?",
-                accepted=f"I will not help with thing {number}.",
-                rejected=f"[harmful placeholder] Sure, thing {number} goes like this.",
-            )
-            for number in range(PAIRS + 4)
-        ]
-        return Splits(
-            train=made[:PAIRS], validation=made[PAIRS:], account="made up", fingerprint=self.fingerprint
-        )
-
-
-def save_base(folder: Path) -> Path:
-    texts = [text for pair in Made().load().train for text in (pair.query, pair.accepted, pair.rejected)]
-    return save_tiny_classifier_base("llama", folder, [*TEXTS, *texts])
-
-
-def train_a_detector(folder: Path, base: Path, **changes: Any) -> None:
-    """From the newest checkpoint to the end."""
-    train_detector(
-        **_arguments(folder, base)
-        | {"calibration": Aim("f1", None), "prefixes": 0.0, "balance": "none"}
-        | changes
-    )
-
-
-def train_a_detoxifier(folder: Path, base: Path, **changes: Any) -> None:
-    """From the newest checkpoint to the end."""
-    more = {"fit": replace(FIT, best_metric="loss"), "both_harmful": "drop", "chat": False}
-    train_detoxifier(**_arguments(folder, base) | more | changes)
-
-
-def _arguments(folder: Path, base: Path) -> dict[str, Any]:
-    return {
-        "data": Made(),
-        "benchmarks": {},
-        "contaminated": "keep",
-        "backbone": lambda: Backbone(name=str(base)),
-        "tuning": TUNING,
-        "fit": FIT,
-        "checkpoint": CheckpointConfig(every_steps=EVERY, every_minutes=None, keep_last=2),
-        "resume": "auto",
-        "tracker": NoTracker(),
-        "max_length": 320,
-        "prompt": None,
-        "output_dir": str(folder),
-        "seed": 0,
-    }
+train_a_detector = partial(parts.train_a_detector, **SETTINGS, fit=replace(FIT, best_metric="auroc"))
+train_a_detoxifier = partial(parts.train_a_detoxifier, **SETTINGS, fit=FIT)
 
 
 def left_behind(folder: Path) -> dict[str, Any]:

@@ -1,14 +1,14 @@
 """A training small enough to be checked by hand: a model that tags each token of a row.
 
 Rows have different lengths and some tokens no label, so neither rows nor batches weigh the same. The
-model has a buffer, as rotary embeddings do. Run as a module it trains in each process of ``torchrun``.
+model has a buffer, as rotary embeddings do.
 """
 
 import json
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.models.backbone import inference
-from mllm_protector.processes import Processes, leave_processes
+from mllm_protector.processes import Processes
 from mllm_protector.training.checkpoints import Fitted
 from mllm_protector.training.logging import NoTracker, Tracker
 from mllm_protector.training.loop import Run, Task, Weights, fit
@@ -102,6 +102,12 @@ def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, f
     return {"loss": sum(processes.gather(mine, len(rows)))}
 
 
+def save(model: torch.nn.Module, target: Path, metrics: dict[str, float], state: Weights) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(state, target / WEIGHTS)
+    (target / "saved.json").write_text(json.dumps(metrics))
+
+
 def run(
     folder: Path,
     *,
@@ -111,6 +117,7 @@ def run(
     model: torch.nn.Module | None = None,
     loss_fn: Callable[[torch.nn.Module, Batch], torch.Tensor] = summed_loss,
     evaluate: Callable[[torch.nn.Module, Processes[Any]], dict[str, float]] = evaluate,
+    save: Callable[[Any, Path, dict[str, float], Weights], None] = save,
     tracker: Tracker | None = None,
     checkpoint: CheckpointConfig = NO_CHECKPOINTS,
     resume: Resume = "auto",
@@ -119,19 +126,13 @@ def run(
 ) -> Fitted:
     """Train, and save the weights and their metrics when ``fit`` asks for it."""
     trained = model or make_model()
-
-    def save(target: Path, metrics: dict[str, float], state: Weights) -> None:
-        target.mkdir(parents=True, exist_ok=True)
-        save_file(state, target / WEIGHTS)
-        (target / "saved.json").write_text(json.dumps(metrics))
-
     task = Task(
         model=trained,
         examples=make_rows(count) if train is None else train,
         collate=collate,
         loss=loss_fn,
         evaluate=evaluate,
-        save=save,
+        save=partial(save, trained),
         identity={"task": "tags"},
     )
     return fit(
@@ -154,11 +155,3 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def logged(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
-if __name__ == "__main__":
-    for each_count in map(int, sys.argv[2:]):
-        for each in ("tokens", "examples"):
-            folder = Path(sys.argv[1]) / str(each_count) / each
-            run(folder, count=each_count, model=make_model(dropout=0.3), normalise=each).write(folder)
-    leave_processes()

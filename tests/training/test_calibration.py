@@ -4,14 +4,13 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mllm_protector.data.mixture import Mixture
-from mllm_protector.data.splits import Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import file_digest
 from mllm_protector.guard.calibration import Aim
@@ -22,27 +21,9 @@ from mllm_protector.models.guard_file import FILE_NAME, GuardFile, read_guard_fi
 from mllm_protector.outputs import MARKER
 from mllm_protector.records import LabelledAnswer
 from mllm_protector.training.recalibration import calibrate_detector
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.training.parts import Given, Unread
 
 F1 = Aim("f1", None)
-
-
-@dataclass(frozen=True)
-class Given:
-    """A source of the records that it is given."""
-
-    train: Sequence[LabelledAnswer]
-    validation: Sequence[LabelledAnswer]
-    fingerprint: str = "1" * 64
-
-    def load(self) -> Splits[LabelledAnswer]:
-        return Splits(
-            train=list(self.train),
-            validation=list(self.validation),
-            account="records of a test",
-            fingerprint=self.fingerprint,
-        )
 
 
 def answers(count: int, start: int = 0) -> list[LabelledAnswer]:
@@ -55,6 +36,7 @@ def answers(count: int, start: int = 0) -> list[LabelledAnswer]:
 
 
 DATA = Given(answers(60), answers(10, start=60))
+LEARNT = Given(answers(30), answers(10, start=60))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +44,9 @@ def saved(make_detector: Callable[..., HarmDetector], tmp_path_factory: pytest.T
     """A detector as a training leaves it, with the files beside its weights."""
     folder = tmp_path_factory.mktemp("saved") / "detector"
     detector = make_detector()
-    detector.guard = replace(detector.guard, data={"account": "none", "fingerprint": "0" * 64})
+    detector.guard = replace(
+        detector.guard, data={"account": "none", "fingerprint": LEARNT.load().fingerprint}
+    )
     detector.save(folder)
     (folder / "last").mkdir()
     (folder / "metrics.json").write_text("{}")
@@ -116,7 +100,7 @@ def test_only_the_guard_file_changes_and_the_detector_loads_with_what_was_found(
     assert (new.calibration["aim"], new.calibration["n"], new.calibration["negatives"]) == ("f1", 140, 70)
     assert new.calibration["data"] == {
         "account": "records of a test",
-        "fingerprint": "1" * 64,
+        "fingerprint": DATA.load().fingerprint,
         "part": "all",
     }
 
@@ -203,7 +187,7 @@ def test_a_calibrated_detector_is_still_that_of_its_training(folder: Path) -> No
 
 
 def test_answers_that_it_was_trained_on_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    found = redo(folder, data=replace(DATA, fingerprint="0" * 64))
+    found = redo(folder, data=LEARNT)
     assert (found["n"], found["data"]["part"]) == (20, "validation")
     assert "was trained on this data, so only its validation part is used" in caplog.text
 
@@ -239,10 +223,6 @@ def test_a_score_that_is_no_number_stops_it_and_nothing_is_written(
 def test_a_folder_that_cannot_take_the_result_is_refused_before_anything_is_read(
     folder: Path, tmp_path: Path
 ) -> None:
-    class Unread:
-        def load(self) -> Splits[Any]:
-            raise AssertionError("the data was read")
-
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     for detector, target, message in (
@@ -274,9 +254,7 @@ def test_a_promise_is_warned_of_only_if_it_cannot_be_kept(
 
 
 def test_several_sources_give_one_threshold_that_serves_each(folder: Path) -> None:
-    calm = Given(
-        [each for each in answers(40, start=100) if not each.harmful], answers(2, start=200), "2" * 64
-    )
+    calm = Given([each for each in answers(40, start=100) if not each.harmful], answers(2, start=200))
     mixture = Mixture(sources={"own": DATA, "calm": calm}, weights=None, duplicates="keep", seed=0)
     found = redo(folder, data=mixture, calibration=Aim("false_positive_rate", 0.4))
     guard = read_guard_file(folder, "detector")
@@ -293,8 +271,3 @@ def test_several_sources_give_one_threshold_that_serves_each(folder: Path) -> No
         facts = guard.calibration["sources"][name]
         assert facts["negatives"] == len(harmless)
         assert facts["false_positive_rate"] == pytest.approx(sum(flagged) / len(flagged))
-
-
-def test_of_a_source_of_the_training_only_the_validation_part_is_used(folder: Path) -> None:
-    own = replace(DATA, fingerprint="0" * 64)
-    assert redo(folder, data=own)["n"] == len(own.validation)

@@ -3,7 +3,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,20 @@ from safetensors.torch import load_file
 
 from mllm_protector.data.batching import pack_answers
 from mllm_protector.data.sources import Pairs, Toy
-from mllm_protector.data.splits import Splits, make_splits
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import write_jsonl
 from mllm_protector.guard.calibration import Aim, choose_threshold, fit_scale
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
-from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.guard_file import Scale, read_guard_file
 from mllm_protector.models.packing import use_packed_attention
-from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
-from mllm_protector.records import AnswerPair, LabelledAnswer, labelled_answers
-from mllm_protector.training.detector import train_detector
-from mllm_protector.training.logging import NoTracker
+from mllm_protector.models.tuning import FullTuning, Tuning
+from mllm_protector.records import LabelledAnswer, labelled_answers
 from mllm_protector.training.losses import detector_loss
-from tests.models.builders import TEXTS, Family, save_tiny_classifier_base
-from tests.training.tagger import CONFIG, NO_CHECKPOINTS
-
-LORA = LoraTuning(rank=2, alpha=4, dropout=0.1, targets=["q_proj", "v_proj"])
+from tests.data.builders import OPTIONS, write_rows
+from tests.models.builders import Family
+from tests.training.parts import DATA, LORA, Given, Unread, pairs
+from tests.training.parts import train_a_detector as train
+from tests.training.tagger import CONFIG
 
 DIVISIONS: list[dict[str, Any]] = [
     {"packing": True},
@@ -39,59 +35,6 @@ DIVISIONS: list[dict[str, Any]] = [
     {"micro_batch_size": 1, "gradient_checkpointing": True},
 ]
 """Settings that must change nothing but memory and speed."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """A source of the records that it is given."""
-
-    train: list[Any]
-    validation: list[Any]
-
-    def load(self) -> Splits[Any]:
-        return make_splits(self.train, self.validation, "records of a test")
-
-
-def pairs(count: int, start: int = 0) -> list[AnswerPair]:
-    return [
-        AnswerPair(
-            query=f"How do I make thing {number}?",
-            accepted=f"I will not help with thing {number}.",
-            rejected=f"[harmful placeholder] Sure, thing {number} goes like this.",
-        )
-        for number in range(start, start + count)
-    ]
-
-
-DATA = Given(train=pairs(16), validation=pairs(5, start=50))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    texts = [text for pair in DATA.train for text in (pair.query, pair.accepted, pair.rejected)]
-    return save_tiny_classifier_base("llama", tmp_path_factory.mktemp("base") / "llama", [*TEXTS, *texts])
-
-
-def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "data": DATA,
-        "benchmarks": {},
-        "contaminated": "keep",
-        "balance": "none",
-        "backbone": lambda: Backbone(name=str(base)),
-        "tuning": FullTuning(),
-        "fit": replace(CONFIG, best_metric="auroc", epochs=3),
-        "checkpoint": NO_CHECKPOINTS,
-        "resume": "auto",
-        "tracker": NoTracker(),
-        "max_length": 96,
-        "prompt": None,
-        "calibration": Aim("f1", None),
-        "prefixes": 0.0,
-        "output_dir": str(folder),
-        "seed": 0,
-    }
-    return train_detector(**arguments | changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "gpt2"])
@@ -144,15 +87,7 @@ def test_a_trained_detector_loads_and_scores_as_it_was_measured(
 
 def own_pairs(folder: Path) -> Pairs:
     """A user's own file."""
-    write_jsonl(folder / "mine.jsonl", map(asdict, pairs(40)))
-    return Pairs(
-        path=str(folder / "mine.jsonl"),
-        validation_fraction=0.25,
-        seed=0,
-        limit=None,
-        duplicates="keep",
-        quarantine=None,
-    )
+    return Pairs(path=write_rows(folder / "mine.jsonl", map(asdict, pairs(40))), **OPTIONS)
 
 
 def test_random_weights_trained_on_own_data_are_said_to_guard_nothing(
@@ -270,15 +205,10 @@ def test_labelled_answers_will_do_as_well_as_pairs(tmp_path: Path, base: Path) -
 
 def test_cut_answers_are_counted_aloud(tmp_path: Path, base: Path, caplog: pytest.LogCaptureFixture) -> None:
     short = replace(CONFIG, best_metric="auroc", max_steps=1)
-    long = Given([*pairs(4), replace(pairs(1)[0], rejected="long " * 200)], pairs(4, start=50))
+    long = Given([*pairs(4), replace(pairs(1)[0], rejected="long " * 500)], pairs(4, start=50))
     with caplog.at_level(logging.WARNING):
         train(tmp_path, base, data=long, fit=short)
-    assert "1 of 10 training texts are longer than max_length=96 tokens and were cut" in caplog.text
-
-
-class Unread:
-    def load(self) -> Splits[Any]:
-        raise AssertionError("the data was read")
+    assert "1 of 10 training texts are longer than max_length=320 tokens and were cut" in caplog.text
 
 
 HARMLESS = [LabelledAnswer(query="q", answer=str(number), harmful=False) for number in range(4)]

@@ -12,51 +12,13 @@ from hypothesis import strategies as st
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detoxifier import load_detoxifier
-from mllm_protector.models.tuning import FullTuning, LoraTuning, Tuning
+from mllm_protector.models.tuning import FullTuning, Tuning
 from mllm_protector.records import AnswerPair, Correction, labelled_answers
-from mllm_protector.training.detoxifier import METRICS, shuffle_rejected, train_detoxifier
-from mllm_protector.training.logging import NoTracker
-from tests.models.builders import TEXTS, save_tiny_classifier_base
-from tests.training.tagger import CONFIG, NO_CHECKPOINTS
-from tests.training.test_detector import (
-    DIVISIONS,
-    Given,
-    Unread,
-    largest_difference,
-    own_pairs,
-    pairs,
-)
-
-LORA = LoraTuning(rank=2, alpha=4, dropout=0.1, targets="all-linear")
-
-DATA = Given(train=pairs(16), validation=pairs(5, start=50))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    texts = [text for pair in DATA.train for text in (pair.query, pair.accepted, pair.rejected)]
-    return save_tiny_classifier_base("llama", tmp_path_factory.mktemp("base") / "llama", [*TEXTS, *texts])
-
-
-def train(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "data": DATA,
-        "benchmarks": {},
-        "contaminated": "keep",
-        "both_harmful": "drop",
-        "backbone": lambda: Backbone(name=str(base)),
-        "tuning": FullTuning(),
-        "fit": replace(CONFIG, epochs=3),
-        "checkpoint": NO_CHECKPOINTS,
-        "resume": "auto",
-        "tracker": NoTracker(),
-        "max_length": 320,
-        "prompt": None,
-        "chat": False,
-        "output_dir": str(folder),
-        "seed": 0,
-    }
-    return train_detoxifier(**arguments | changes)
+from mllm_protector.training.detoxifier import METRICS, shuffle_rejected
+from tests.training.parts import DATA, LORA, Given, Unread
+from tests.training.parts import train_a_detoxifier as train
+from tests.training.tagger import CONFIG
+from tests.training.test_detector import DIVISIONS, largest_difference, own_pairs
 
 
 @given(st.integers(2, 40), st.integers(0, 9))

@@ -69,13 +69,9 @@ def test_outside_the_main_thread_nothing_is_installed() -> None:
     assert within == [(before, None)]
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_says_how_to_resume_and_exits_as_shells_expect(
-    number: signal.Signals, exit_code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as raised, clear_errors():
-        raise Stopped(number, 120)
-    assert raised.value.code == exit_code
-    [line] = capsys.readouterr().err.splitlines()
-    assert f"stopped by {number.name} after step 120" in line
-    assert "repeat the command to resume" in line
+def test_a_stopped_run_exits_as_shells_expect(capsys: pytest.CaptureFixture[str]) -> None:
+    for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with pytest.raises(SystemExit) as raised, clear_errors():
+            raise Stopped(number, 120)
+        assert raised.value.code == exit_code
+        assert f"stopped by {number.name} after step 120" in capsys.readouterr().err

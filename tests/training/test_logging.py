@@ -1,45 +1,30 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mllm_protector.errors import RunError
 from mllm_protector.training.logging import WandbTracker
+from tests.forked import Started
+from tests.training import tagger
 
-REPOSITORY = Path(__file__).parents[2]
 CANARY = "canary-4f0c7d-secret"
 
 
-OFFLINE_RUN = """
-import sys
-from pathlib import Path
-from mllm_protector.training.logging import WandbTracker
-from tests.training import tagger
-
-tracker = WandbTracker(project="tests", mode="offline", name="a run")
-tagger.run(Path(sys.argv[1]), tracker=tracker, max_steps=3)
-"""
+def train_offline(folder: Path) -> None:
+    tagger.run(folder, tracker=WandbTracker(project="tests", mode="offline", name="a run"), max_steps=3)
 
 
 def test_an_offline_run_is_written_below_the_output_folder_and_holds_no_secret(tmp_path: Path) -> None:
     secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY", "MY_OWN_SECRET"), CANARY)
-    # In a separate process, because wandb writes the last of a run when its process ends.
-    ran = subprocess.run(
-        [sys.executable, "-c", OFFLINE_RUN, str(tmp_path)],
-        env=os.environ | secrets,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    # In a process of its own, because wandb writes the last of a run when its process ends.
+    ran = Started(train_offline, tmp_path, environment=secrets).end()
+    assert ran.code == 0, ran.err
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     [recorded] = [path for path in files if path.suffix == ".wandb"]
     assert b"validation/loss" in recorded.read_bytes()
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]
-    assert CANARY not in ran.stdout + ran.stderr
-    assert "wandb" not in ran.stdout + ran.stderr
+    assert CANARY not in ran.out + ran.err
+    assert "wandb" not in ran.out + ran.err
 
 
 def test_online_without_a_key_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,6 @@ import json
 import logging
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,9 @@ from mllm_protector.data.encoding import IGNORED, Batch
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.processes import Processes
 from mllm_protector.training.logging import Tracker
+from tests.forked import together
 from tests.training import tagger
 from tests.training.tagger import CONFIG, logged, make_model, run, weights
-
-REPOSITORY = Path(__file__).parents[2]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def largest_difference(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> float:
@@ -86,24 +82,27 @@ def test_how_a_step_is_divided_changes_no_weights(tmp_path: Path) -> None:
             assert difference < 1e-6, (count, division)
 
 
+# 33: in the last step of an epoch the second process has nothing to do
+COUNTS_AND_MEANS = list(itertools.product((43, 33, 1), ("tokens", "examples")))
+
+
+def run_each(folder: Path) -> None:
+    for count, normalise in COUNTS_AND_MEANS:
+        target = folder / f"{count} {normalise}"
+        run(target, count=count, model=make_model(dropout=0.3), normalise=normalise).write(target)
+
+
 def test_two_processes_give_the_weights_and_metrics_of_one(tmp_path: Path) -> None:
-    counts = (43, 33, 1)  # 33: in the last step of an epoch the second process has nothing to do
-    subprocess.run(
-        [*TORCHRUN, "-m", "tests.training.tagger", str(tmp_path / "two"), *map(str, counts)],
-        check=True,
-        cwd=REPOSITORY,
-        timeout=120,
-    )
-    for count, normalise in itertools.product(counts, ("tokens", "examples")):
-        one, two = tmp_path / "one", tmp_path / "two" / str(count) / normalise
-        model = make_model(dropout=0.3)
-        fitted = run(one, count=count, model=model, normalise=normalise).write(one)
+    run_each(tmp_path / "one")
+    together(run_each, tmp_path / "two")
+    for count, normalise in COUNTS_AND_MEANS:
+        one, two = (tmp_path / name / f"{count} {normalise}" for name in ("one", "two"))
         assert largest_difference(weights(one), weights(two)) < 1e-6
-        written = json.loads((two / "metrics.json").read_text())
+        fitted, written = (json.loads((folder / "metrics.json").read_text()) for folder in (one, two))
         assert written["steps"] == fitted["steps"]
         assert written["loss"] == pytest.approx(fitted["loss"], abs=1e-5)
-        alone, together = logged(one, "train"), logged(two, "train")
-        assert [row["loss"] for row in together] == pytest.approx([row["loss"] for row in alone], abs=1e-6)
+        alone, shared = ([row["loss"] for row in logged(folder, "train")] for folder in (one, two))
+        assert shared == pytest.approx(alone, abs=1e-6)
 
 
 def test_only_parameters_that_require_a_gradient_are_trained(tmp_path: Path) -> None:

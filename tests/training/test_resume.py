@@ -2,13 +2,10 @@
 
 import itertools
 import json
-import logging
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from mllm_protector.data.encoding import Batch
@@ -29,11 +27,13 @@ from mllm_protector.training import resume
 from mllm_protector.training.checkpoints import Checkpoints
 from mllm_protector.training.resume import Stopped
 from mllm_protector.training.settings import CheckpointConfig
+from tests import forked
+from tests.forked import together
 from tests.training import kills, tagger
 from tests.training.kills import left_behind
+from tests.training.parts import LORA, Given, pairs
 from tests.training.tagger import logged, make_model, weights
 
-REPOSITORY = Path(__file__).parents[2]
 THIRD = CheckpointConfig(every_steps=3, every_minutes=None, keep_last=2)
 AN_EPOCH, STEPS = 6, 12
 DROPOUT = 0.3
@@ -103,11 +103,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("undisturbed")
     run(folder)
     return left_behind(folder)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return kills.save_base(tmp_path_factory.mktemp("base") / "llama")
 
 
 @pytest.fixture
@@ -196,29 +191,28 @@ def test_a_kill_after_the_last_step_changes_nothing(
 def test_a_real_training_resumes_with_the_same_bits_and_refuses_other_data_or_tuning(
     tmp_path: Path, base: Path
 ) -> None:
-    for train in (kills.train_a_detector, kills.train_a_detoxifier):
-        whole, crashed = (tmp_path / train.__name__ / name for name in ("whole", "crashed"))
+    for part, train in (("detector", kills.train_a_detector), ("detoxifier", kills.train_a_detoxifier)):
+        whole, crashed = (tmp_path / part / name for name in ("whole", "crashed"))
         train(whole, base)
         with crash_before_checkpoint(6):
             train(crashed, base)
-        with pytest.raises(InputError, match=r"data\.fingerprint was 0{64}, now 1{64}"):
-            train(crashed, base, data=kills.Made("1"))
+        with pytest.raises(InputError, match=r"data\.fingerprint was [0-9a-f]{64}, now [0-9a-f]{64}"):
+            train(crashed, base, data=Given(pairs(15, start=1), pairs(5, start=50)))
         with pytest.raises(InputError, match=r"tuning was .*alpha=4.*, now .*alpha=8"):
-            train(crashed, base, tuning=replace(kills.TUNING, alpha=8))
-        if train is kills.train_a_detector:
+            train(crashed, base, tuning=replace(LORA, alpha=8))
+        if part == "detector":
             with pytest.raises(InputError, match=r"calibration\.kind was f1, now recall"):
                 train(crashed, base, calibration=Aim("recall", 0.9))
         train(crashed, base)
-        assert left_behind(crashed) == left_behind(whole), train.__name__
+        assert left_behind(crashed) == left_behind(whole), part
 
 
 def test_a_training_may_be_packed_from_now_on(tmp_path: Path, base: Path) -> None:
-    without_dropout = {"tuning": replace(kills.TUNING, dropout=0.0, targets=["q_proj", "v_proj"])}
+    without_dropout = {"tuning": replace(LORA, dropout=0.0, targets=["q_proj", "v_proj"])}
     kills.train_a_detector(tmp_path / "whole", base, **without_dropout)
+    padded = replace(kills.FIT, best_metric="auroc", packing=False)
     with crash_before_checkpoint(6):
-        kills.train_a_detector(
-            tmp_path / "packed", base, fit=replace(kills.FIT, packing=False), **without_dropout
-        )
+        kills.train_a_detector(tmp_path / "packed", base, fit=padded, **without_dropout)
     kills.train_a_detector(tmp_path / "packed", base, **without_dropout)
     trained = [
         load_file(tmp_path / name / "last" / "adapter_model.safetensors") for name in ("whole", "packed")
@@ -242,27 +236,6 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line_that_says_what_
             run(crashed, **change)
         assert "\n" not in str(error.value)
         assert contents(crashed) == before, change
-
-
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    crashed: Path, undisturbed: Mapping[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    name = "optimizer.safetensors"
-    flip(crashed / "checkpoints" / "step-00000006" / name)
-    seen: list[int] = []
-    with caplog.at_level(logging.INFO):
-        run(crashed, loss_fn=at(1, lambda: seen.extend(checkpoints(crashed))))
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1
-    assert f"step-00000006: damaged ({name}: not as written)" in warnings[0]
-    assert "resuming after step 3 from" in caplog.text
-    assert left_behind(crashed) == undisturbed
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_resume_never_starts_over(crashed: Path, undisturbed: Mapping[str, Any]) -> None:
@@ -301,14 +274,21 @@ def test_a_checkpoint_is_written_when_it_is_due(tmp_path: Path, monkeypatch: pyt
     assert written == [3, 6, 9, 12]
 
 
+def stop_and_resume(folder: Path) -> None:
+    """Two processes train together, and only the second one is asked to stop."""
+    run(folder / "whole")
+    index = PartialState().process_index
+    for name, dropout in (("stopped", DROPOUT), ("plain", 0.0)):
+        loss_fn = at(5, send(signal.SIGTERM)) if index == 1 else tagger.summed_loss
+        with pytest.raises(Stopped) as stopped:
+            run(folder / name, model=make_model(dropout), loss_fn=loss_fn)
+        words = f"{stopped.value.exit_code} {stopped.value}"
+        (folder / f"stopped-{index}.txt").write_text(words)
+    run(folder / "stopped")
+
+
 def test_of_two_processes_one_signal_stops_both_after_the_same_step(tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    subprocess.run(
-        [sys.executable, *launcher, "-m", "tests.training.continued", "stopped", tmp_path],
-        check=True,
-        cwd=REPOSITORY,
-        timeout=120,
-    )
+    together(stop_and_resume, tmp_path)
     words = {(tmp_path / f"stopped-{rank}.txt").read_text() for rank in range(2)}
     assert words == {"143 stopped by SIGTERM after step 5; everything is saved, repeat the command to resume"}
     assert left_behind(tmp_path / "stopped") == left_behind(tmp_path / "whole")
@@ -322,53 +302,48 @@ def test_of_two_processes_one_signal_stops_both_after_the_same_step(tmp_path: Pa
     ("kills", "processes"),
     [(3, 1), pytest.param(20, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)],
 )
-def test_a_training_killed_at_random_times_ends_with_the_same_bits(kills: int, processes: int) -> None:
+def test_a_training_killed_at_random_times_ends_with_the_same_bits(
+    tmp_path: Path, kills: int, processes: int
+) -> None:
     arguments = ("--kills", str(kills), "--processes", str(processes))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.kills", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} of {kills} bit-identical" in done.stdout
+    ran = forked.run("tests.training.kills", *arguments, cwd=tmp_path)
+    assert ran.code == 0, ran.out + ran.err
+    assert f"{kills} of {kills} bit-identical" in ran.out
 
 
 def test_a_script_asked_to_stop_says_so_in_one_line_and_resumes_when_repeated(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "train_detector.py"), "fit.log_every=1"]
-    command += [
-        "fit.max_steps=30",
+    command = (
+        "train_detector",
         "backbone.vocab_size=600",
         "backbone.hidden_size=16",
         "backbone.layers=1",
         "backbone.heads=2",
-    ]
+        "fit.max_steps=9",
+        "fit.log_every=1",
+    )
     folder = tmp_path / "outputs" / "detector"
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and lines_of(folder / "metrics.jsonl") == 0:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGSTOP)  # so that the steps made by now can be counted
-        before = lines_of(folder / "metrics.jsonl")
-        process.terminate()
-        process.send_signal(signal.SIGCONT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143
+    started = forked.Started(forked.main, *command, cwd=tmp_path)
+    [process] = started.processes
+    while process.is_alive() and lines_of(folder / "metrics.jsonl") == 0:
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)  # so that the steps made by now can be counted
+    before = lines_of(folder / "metrics.jsonl")
+    process.terminate()
+    os.kill(process.pid, signal.SIGCONT)
+    ran = started.end()
+    assert ran.code == 143
     stopped = re.fullmatch(
         r"error: stopped by SIGTERM after step (\d+); everything is saved, repeat the command to resume\n",
-        errors,
+        ran.err,
     )
-    assert stopped, errors
+    assert stopped, ran.err
     step = int(stopped[1])
     assert checkpoints(folder) == [step]
     assert step <= before + 1
-    again = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-    ).stdout
-    assert f"resuming after step {step} from outputs/detector/checkpoints" in again
+    again = forked.run(*command, cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert f"resuming after step {step} from outputs/detector/checkpoints" in again.out
     assert json.loads((folder / "metrics.json").read_text())["steps"] > step
     assert not checkpoints(folder)
 
