@@ -184,7 +184,7 @@ MISTAKES = {
         "fit.epochs=1.5": "fit.epochs=1.5: must be a whole number",
         "fit.epochs=null": "fit.epochs=null: must be a whole number",
         "fit.learning_rate=true": "fit.learning_rate=true: must be a number",
-        "fit.precision=fp8": "fit.precision=fp8: must be 'fp32' or 'bf16'",
+        "fit.precision=fp8": "fit.precision=fp8: must be 'fp32', 'bf16' or 'auto'",
         "fit.batch_size=0": "fit.batch_size=0: must be at least 1",
         "prompt=3": "prompt=3: must be text or null",
         "seed=-1": "seed=-1: must be at least 0",

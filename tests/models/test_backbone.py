@@ -106,7 +106,7 @@ def test_a_wrong_name_costs_one_look_up(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_dtype_that_is_none_of_ours_is_refused():
     for dtype in ["float23", "nn", "int8", "float16", ""]:
-        with case(dtype), pytest.raises(InputError, match="use float32 or bfloat16"):
+        with case(dtype), pytest.raises(InputError, match="use float32, bfloat16 or auto"):
             Backbone(name="anything", dtype=dtype)
 
 
