@@ -47,7 +47,8 @@ def launch(usage: str, target: str, then: str | None = None) -> None:
         then: the full name of the function that gets what ``target`` returns.
     """
     script = Path(sys.argv[0]).stem
-    given = as_hydra_reads(sys.argv[1:])
+    with clear_errors():
+        given = as_hydra_reads(sys.argv[1:])
     sys.argv[1:] = given
     overrides = [argument for argument in given if not argument.startswith("-")]
 
@@ -211,11 +212,12 @@ def as_hydra_reads(arguments: Iterable[str]) -> list[str]:
 def _unfolded(override: str) -> list[str]:
     """``data=[a,b]`` as a mixture of the sources a and b; any other override as it is."""
     key, _, value = override.partition("=")
-    names = value.removeprefix("[").removesuffix("]").split(",")
-    if key != "data" or value != f"[{','.join(names)}]":
+    if key != "data" or not (value.startswith("[") and value.endswith("]")):
         return [override]
-    sources = [name.strip() for name in names]
-    return ["data=mixture", *(f"+data@data.sources.{name}={name}" for name in sources)]
+    names = [name.strip(" '\"") for name in value[1:-1].split(",")]
+    if len({*names}) < len(names) or not all(re.fullmatch(r"[\w.]+", name) for name in names):
+        raise InputError(f"{override}: give different options of data, such as data=[pairs,labelled]")
+    return ["data=mixture", *(f"+data@data.sources.{name}={name}" for name in names)]
 
 
 def _quoted(override: str) -> str:

@@ -42,6 +42,7 @@ class LabelledColumns(Columns):
         harmful: the values of the label that mean harmful, compared without regard to case.
         harmless: those that mean harmless; a row with any other value is a bad row.
         unclear: those that mean neither; such rows are left out.
+        withheld: questions that stand for ones which the set does not show; such rows are left out.
         scenario: the column of the kind of harm, or of what is asked; ``None`` for none.
         dialogue: how one column (``query`` and ``answer`` name the same one) holds both: a regular expression
             with the groups ``query`` and ``answer``; ``None`` if each has a column.
@@ -53,6 +54,7 @@ class LabelledColumns(Columns):
     harmful: Sequence[Label]
     harmless: Sequence[Label]
     unclear: Sequence[Label] = ()
+    withheld: Sequence[str] = ()
     label_within: str | None = None
     scenario: str | None = None
     dialogue: str | None = None
@@ -92,6 +94,8 @@ class LabelledColumns(Columns):
         if harmful is None:
             raise Unwanted("unclear label")
         query, answer = texts(row, self.query, self.answer) if self.dialogue is None else self._turns(row)
+        if query in self.withheld:
+            raise Unwanted("withheld question")
         kind = row.get(self.scenario) if self.scenario else None
         return labelled(query, answer, harmful=harmful, scenario=str(kind) if kind else None)
 

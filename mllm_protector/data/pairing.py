@@ -25,6 +25,11 @@ class Paired:
 
     source: Source
 
+    @property
+    def test_set(self) -> bool:
+        """Whether the source is one."""
+        return bool(getattr(self.source, "test_set", False))
+
     def load(self) -> Splits[AnswerPair]:
         """The pairs, in the parts that the source puts their questions in.
 

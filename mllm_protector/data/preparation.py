@@ -88,7 +88,13 @@ def prepare(
     for name, finding in found.items():
         finding["removed"] = contaminated == "drop"
         _say(name, finding)
-    if not found:
+    if len(validation):
+        log.warning(
+            "contamination: %d validation records hold a question of a test set%s",
+            len(validation),
+            ", and are left out" if drop else "",
+        )
+    if not found and not len(validation):
         log.info(
             "contamination: none; benchmark=[mmsafety] also looks for that benchmark's questions in parts"
         )

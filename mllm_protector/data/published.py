@@ -234,6 +234,7 @@ class XSTest(Published[LabelledAnswer]):
     revision: None = field(default=None, init=False)
     split: str = field(default="", init=False)
 
+    test_set: ClassVar[bool] = True
     licence: ClassVar[str] = "prompts: CC BY 4.0 (its README); completions: the terms of the models"
     columns: ClassVar[tuple[str, ...]] = ("type", "prompt", "completion", "final_label")
 

@@ -107,6 +107,16 @@ class Splits(Generic[T]):
     sources: Sequence[SourceAccount] = ()
 
 
+def shares_a_source(facts: Mapping[str, Any], splits: Splits[Any]) -> bool:
+    """Whether any source of these splits is one that a part was trained on, however that was split.
+
+    ``facts`` are the ``data`` of its ``guard.json``.
+    """
+    keys = ("set", "revision", "files")
+    learnt = [{key: source.get(key) for key in keys} for source in facts.get("sources") or []]
+    return any({key: each.origin.as_json()[key] for key in keys} in learnt for each in splits.sources)
+
+
 def make_splits(
     train: Sequence[T], validation: Sequence[T], account: str, sources: Sequence[SourceAccount] = ()
 ) -> Splits[T]:

@@ -5,7 +5,7 @@ reads the question too is chosen by cross-validation, in which all answers to a 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +123,14 @@ class Taught:
         pipeline: scikit-learn's.
         answers: how many it was trained on.
         queries: theirs, as ``query_key`` gives them.
+        note: what its data has and the detector's had not; empty for nothing.
     """
 
     chosen: CrossValidated
     pipeline: Any
     answers: int
     queries: frozenset[str]
+    note: str = ""
 
     def scores(self, records: Sequence[LabelledAnswer]) -> list[float]:
         """P(harmful) of other answers."""
@@ -177,8 +179,14 @@ def taught_as(
     if any(each.get("removed") for each in found.values()):
         left_out = set(test_sets.find(record.query for record in records).rows.tolist())
         records = [record for place, record in enumerate(records) if place not in left_out]
+    kept = sorted(
+        name for name, each in found.items() if each.get("removed") and name not in test_sets.known()
+    )
+    note = (
+        f"The baseline's data still has the records that were left out for {', '.join(kept)}." if kept else ""
+    )
     try:
-        return teach(list(labelled_answers(records)))
+        return replace(teach(list(labelled_answers(records))), note=note)
     except InputError as error:
         return f"No baseline: {error}."
 
@@ -194,6 +202,7 @@ def compared(
         asked = {query_key(answer.query) for answer in answers}
         if seen := len(trained.queries & asked):
             notes.append(f"{seen:,} of the {len(asked):,} measured queries stand in the baseline's data.")
+        notes += [trained.note] if trained.note else []
         what = f"{trained.answers:,} answers of training data"
         found["baseline"] = trained.scores(answers), _facts(trained.chosen, what)
     try:

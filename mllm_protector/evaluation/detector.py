@@ -20,7 +20,7 @@ import numpy as np
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import query_key, read_groups
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import Splits
+from mllm_protector.data.splits import Splits, shares_a_source
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.baseline import BASELINE_THRESHOLD, Taught, compared, query_clusters, taught_as
 from mllm_protector.evaluation.detection import (
@@ -273,7 +273,12 @@ def _notes(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]
             "The detector was trained with this data under another split, so it has seen some of these "
             "answers. Give the data.* keys and the seed of its training."
         )
+    elif shares_a_source(trained, splits):
+        notes.append(
+            "The detector was trained with a part of this set: all but the answers that its training "
+            "validated with are not new to it."
+        )
     calibrated_on = (scorer.guard.calibration or {}).get("data") or {}
-    if calibrated_on.get("fingerprint") == splits.fingerprint:
+    if splits.fingerprint in (calibrated_on.get("fingerprint"), *calibrated_on.get("fingerprints", ())):
         notes.append("Threshold and scale were chosen on some or all of these answers.")
     return notes

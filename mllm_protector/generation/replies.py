@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mllm_protector.errors import RunError
+from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.store import FAILED, Store
 from mllm_protector.files import content_key
 from mllm_protector.judges.asking import CODE, THOUGHTS
@@ -87,8 +87,10 @@ class KeptChat:
     def _kept(self, key: str) -> str | None:
         row = self._replies.get(key) or {}
         text = row.get("text")
-        if FAILED in row or not isinstance(text, str):  # the latter after an edit by hand
+        if not row or FAILED in row:
             return None
+        if not isinstance(text, str):
+            raise InputError(f"a kept reply has no text; remove its line (key {key}), it will be made again")
         return CutText(text) if row.get("cut") else text
 
 

@@ -24,8 +24,8 @@ def choose_for_each(
     nothing about it and is left out.
 
     Returns:
-        The strictest of the sources' own thresholds (the lowest one for ``recall``), and by source the facts
-        of ``Choice`` at that threshold, its bound and ``promised`` included.
+        The strictest of the sources' own thresholds (the lowest one for ``recall``), and by source what
+        ``Choice.facts`` says of the limited rate at that threshold.
 
     Raises:
         InputError: as ``choose_threshold``; or an aim that limits no rate.
@@ -62,7 +62,9 @@ def choose_for_each(
             f1=at.facts["f1"],
             sizes=Sizes.of(harm, asked),
         )
-        facts[name] = found.facts
+        counted = "positives" if limited else "negatives"
+        own = ("aim", "target", "confidence", counted, f"independent_{counted}", "promised")
+        facts[name] = {key: found.facts[key] for key in (*own, aim.kind, f"{aim.kind}_bound")}
     return threshold, facts
 
 

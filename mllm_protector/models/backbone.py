@@ -169,7 +169,7 @@ def fast_dtype() -> str:
     Only some processors multiply bfloat16 fast (AVX512-BF16, AMX); on others it is slower than float32.
     """
     if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     seconds = {}
     for name in DTYPES:
         left, right = (torch.ones(shape, dtype=getattr(torch, name)) for shape in ((256, 1024), (1024, 1024)))

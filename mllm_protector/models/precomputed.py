@@ -7,6 +7,7 @@ losses and the saved adapters are the same as without.
 """
 
 import hashlib
+import logging
 import shutil
 from array import array
 from collections.abc import Iterable, Sequence
@@ -30,13 +31,12 @@ from mllm_protector.models.backbone import inference, pick_device, to_device
 from mllm_protector.models.packing import body, pretrained
 from mllm_protector.models.tuning import blocks_of
 
+log = logging.getLogger(__name__)
+
 FILE = "states.npy"
 
-FORMAT = 1
-"""Grows when the same rows give another file."""
-
 TOLERANCE = 1e-3
-"""The largest difference of a hidden state, relative to the largest one, that counts as rounding."""
+"""The largest difference of an output, relative to the largest one, that counts as rounding."""
 
 CHECKED = 4
 """Rows on which the shortened model is compared with the whole one."""
@@ -139,8 +139,9 @@ def precompute(
                     bar.update(length)
         states.flush()
 
-    made_of = [base, dtype, blocks, pad_id, whole.hexdigest(), transformers.__version__, FORMAT]
+    made_of = [base, dtype, pick_device().type, blocks, pad_id, whole.hexdigest(), transformers.__version__]
     folder = cached("hidden_states", content_key(made_of), make)
+    log.info("hidden states of the frozen blocks: %s", folder)
     return PlacesOfStates(np.load(folder / FILE, mmap_mode="r"), different, pad_id)
 
 
@@ -154,16 +155,24 @@ def run_upper_blocks_only(
             embedding through its blocks.
     """
     _, stack = blocks_of(model)
-    some = rows[:CHECKED]
+    lower, first = stack[: len(stack) - blocks], stack[len(stack) - blocks]
+    if any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in lower.modules()):
+        raise InputError("tuning.precompute=true: the frozen blocks have dropout, so they change; use false")
+    some = [*dict.fromkeys(tuple(row) for row in rows[:CHECKED])]
+    # Not those of the file: states of a row alone and of a padded batch may differ by rounding.
+    with inference(model):
+        alone = [_entering(model, first, _batch(model, row, places.pad_id))[0].float().cpu() for row in some]
+    checked = PlacesOfStates(torch.cat(alone).numpy(), some, places.pad_id)
     kinds: list[type] = []
     hook = stack[0].register_forward_hook(lambda _module, _inputs, output: kinds.append(type(output)))
     before = _outputs(model, some, places.pad_id)
     hook.remove()
-    for block in stack[: len(stack) - blocks]:
+    for block in lower:
         block.forward = _pass_on(as_tuple=issubclass(kinds[0], tuple))
     embedding: Any = pretrained(model).get_input_embeddings()
+    embedding.forward = partial(checked.look_up, dtype=embedding.weight.dtype)
+    after = _outputs(model, [checked.of(row) for row in some], places.pad_id)
     embedding.forward = partial(places.look_up, dtype=embedding.weight.dtype)
-    after = _outputs(model, [places.of(row) for row in some], places.pad_id)
     largest = max(float(one.abs().max()) for one in before)
     difference = max(float((one - other).abs().max()) for one, other in zip(before, after, strict=True))
     if not difference <= TOLERANCE * largest:
@@ -195,10 +204,14 @@ def _entering(model: torch.nn.Module, block: torch.nn.Module, batch: dict[str, t
     raise InputError("tuning.precompute=true: this model skips blocks; use false")
 
 
+def _batch(model: torch.nn.Module, row: Sequence[int], pad_id: int) -> dict[str, torch.Tensor]:
+    return to_device(padded([row], pad_id, side="right"), model)
+
+
 def _outputs(model: torch.nn.Module, rows: Sequence[Sequence[int]], pad_id: int) -> list[torch.Tensor]:
     """The last hidden states of each row."""
     with inference(model):
-        batches = [to_device(padded([row], pad_id, side="right"), model) for row in rows]
+        batches = [_batch(model, row, pad_id) for row in rows]
         return [body(model)(**batch, use_cache=False).last_hidden_state.float() for batch in batches]
 
 

@@ -159,15 +159,17 @@ def is_quantized(module: torch.nn.Module) -> bool:
 
 
 def blocks_of(model: torch.nn.Module) -> tuple[str, torch.nn.ModuleList]:
-    """The full name of a model's stack of transformer blocks, and the stack: its longest list of modules.
+    """The full name of a model's stack of transformer blocks, and the stack.
 
     Raises:
-        InputError: it has none.
+        InputError: it has none, or an encoder's and a decoder's.
     """
-    lists = [(name, each) for name, each in model.named_modules() if isinstance(each, torch.nn.ModuleList)]
-    if not lists:
-        raise InputError("tuning.blocks: this model is not a stack of transformer blocks; use null")
-    return max(lists, key=lambda found: len(found[1]))
+    config: Any = model.config
+    count = None if config.is_encoder_decoder else config.get_text_config().num_hidden_layers
+    for name, each in model.named_modules():
+        if isinstance(each, torch.nn.ModuleList) and len(each) == count:
+            return name, each
+    raise InputError("tuning.blocks: this model is not one stack of transformer blocks; use null")
 
 
 def weight_count(parameter: torch.nn.Parameter) -> int:

@@ -39,11 +39,14 @@ HOW = (
 
 @cache
 def published() -> tuple[dict[str, str], ...]:
-    """The published figures of other guards: set, model, metric, value (a share), comparison, source."""
+    """The published figures of other guards, as texts.
+
+    Fields: set, answers (on how many, if that is known), model, metric, value (a share), comparison, source.
+    """
     import pandas as pd
 
     path = Path(__file__).with_name("published_figures.csv")
-    return tuple(pd.read_csv(path, dtype=str).to_dict("records"))  # type: ignore[arg-type]
+    return tuple(pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"))  # type: ignore[arg-type]
 
 
 def report_sets(measured: Sequence[MeasuredDetector]) -> None:
@@ -56,6 +59,12 @@ def report_sets(measured: Sequence[MeasuredDetector]) -> None:
         f"Detector {first['detector']['folder']}; threshold {first['threshold']:.4g} "
         f"({first['threshold_how']}).",
         HOW,
+        *(
+            f"Note on {name}: published figures are on another number of answers, so none are shown."
+            for name in metrics
+            if any(each["set"] == name for each in published())
+            and not (_figures(metrics, "f1") | _figures(metrics, "accuracy")).get(name)
+        ),
         *dict.fromkeys(f"Note on {name}: {note}" for name, each in metrics.items() for note in each["notes"]),
     ]
     tables = [_sets(metrics), *_published(metrics)]
@@ -134,9 +143,19 @@ def _values(metrics: Mapping[str, Row], metric: str) -> dict[str, Row]:
 
 
 def _figures(metrics: Mapping[str, Row], metric: str) -> dict[str, dict[str, float]]:
-    """The published values of a metric: set -> guard -> value."""
+    """The published values of a metric on the sets that were measured whole: set -> guard -> value."""
+    whole = [
+        name
+        for name, facts in metrics.items()
+        if all(_is_whole(facts, each["answers"]) for each in published() if each["set"] == name)
+    ]
     found: dict[str, dict[str, float]] = {}
     for each in published():
-        if each["set"] in metrics and each["metric"] == metric:
+        if each["set"] in whole and each["metric"] == metric:
             found.setdefault(each["set"], {})[each["model"]] = float(each["value"])
     return found
+
+
+def _is_whole(facts: Row, answers: str) -> bool:
+    """Whether as many answers were measured as in the published figures; without their number, all."""
+    return bool(facts["answers"] == int(answers) if answers else facts["split"] == "all")

@@ -13,12 +13,12 @@ from typing import Any
 import pandas
 from tqdm.auto import tqdm
 
+from mllm_protector.config import recorded_data
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import Splits
+from mllm_protector.data.splits import Splits, shares_a_source
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.files import content_key
 from mllm_protector.guard.calibration import Aim, Sizes, choose_threshold, fit_scale
 from mllm_protector.guard.each_source import choose_for_each, in_words
 from mllm_protector.locks import locked
@@ -72,7 +72,7 @@ def calibrate_detector(
     # Weights that a training replaced meanwhile would not fit the file that is written here.
     with locked(folder, "detector") if target is None and folder.is_dir() else nullcontext():
         found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
-        answers = _answers(found.guard, data)
+        answers = _answers(folder, found.guard, data)
         records = [record for each in answers for record in each.records]
         labels, logits = [record.harmful for record in records], _logits(found, records)
         queries = [opening_key(record.query) for record in records]
@@ -92,19 +92,18 @@ def calibrate_detector(
             Sizes.of(labels, queries),
             data={
                 "account": "; ".join(each.splits.account for each in answers),
-                "fingerprint": _fingerprint([each.splits.fingerprint for each in answers]),
+                "fingerprint": answers[0].splits.fingerprint,
                 "part": "+".join(dict.fromkeys(each.part for each in answers)),
             },
             note=NOTE,
         )
         if by_source:
             promised = all(facts["promised"] for facts in by_source.values())
-            kept = {"aim": calibration.kind, "target": calibration.target, "promised": promised}
-            guard = replace(
-                guard,
-                threshold_how=in_words(calibration, by_source),
-                calibration={**(guard.calibration or {}), **kept, "sources": by_source},
-            )
+            facts = guard.calibration or {}
+            fingerprints = [each.splits.fingerprint for each in answers]
+            facts |= {"aim": calibration.kind, "target": calibration.target, "promised": promised}
+            facts |= {"sources": by_source, "data": {**facts["data"], "fingerprints": fingerprints}}
+            guard = replace(guard, threshold_how=in_words(calibration, by_source), calibration=facts)
         _write(guard, folder, target)
     result = summary(guard)
     scores = found.guard.scale.scores(logits)
@@ -120,7 +119,7 @@ def calibrate_detector(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Answers:
-    """The answers of one source; ``part`` says which of them: ``validation`` or ``all``."""
+    """The answers of one source; ``part`` says which of them: ``validation``, ``new`` ones, or ``all``."""
 
     name: str
     splits: Splits[Any]
@@ -128,31 +127,43 @@ class _Answers:
     records: Sequence[LabelledAnswer]
 
 
-def _answers(guard: GuardFile, data: Source) -> list[_Answers]:
-    """The answers of each source that the detector has not learnt."""
-    learnt = [
-        {name: source.get(name) for name in ("set", "revision", "files")}
-        for source in guard.data.get("sources") or []
-    ]
+def _answers(folder: Path, guard: GuardFile, data: Source) -> list[_Answers]:
+    """The answers of each source that the detector in ``folder`` has not learnt.
+
+    Raises:
+        InputError: some were learnt, and which ones cannot be told.
+    """
     found = []
     for name, source in (data.sources if isinstance(data, Mixture) else {"": data}).items():
         splits = source.load()
         log.info("data: %s", splits.account)
-        origins = [each.origin.as_json() for each in splits.sources]
-        own = splits.fingerprint == guard.data.get("fingerprint") or any(
-            {key: origin[key] for key in ("set", "revision", "files")} in learnt for origin in origins
-        )
-        if own:
-            log.warning("the detector was trained on this data, so only its validation part is used")
-        used = splits.validation if own else [*splits.train, *splits.validation]
-        part = "validation" if own else "all"
-        found.append(_Answers(name=name, splits=splits, part=part, records=list(labelled_answers(used))))
+        part, used = "all", [*splits.train, *splits.validation]
+        if splits.fingerprint == guard.data.get("fingerprint"):
+            log.warning("%s: was trained on this data, so only its validation part is used", folder)
+            part, used = "validation", [*splits.validation]
+        elif shares_a_source(guard.data, splits):
+            learnt = _learnt(folder, guard)
+            part, used = "new", [record for record in used if opening_key(record.query) not in learnt]
+            log.warning("%s: was trained on some of this data; %d records are new to it", folder, len(used))
+            if not used:
+                raise InputError(f"{splits.account}; the detector was trained on all of it; give other data")
+        records = list(labelled_answers(used))
+        found.append(_Answers(name=name, splits=splits, part=part, records=records))
     return found
 
 
-def _fingerprint(fingerprints: Sequence[str]) -> str:
-    """That of one source as it is; of several a hash of theirs."""
-    return fingerprints[0] if len(fingerprints) == 1 else content_key(*fingerprints)
+def _learnt(folder: Path, guard: GuardFile) -> set[str]:
+    """The keys of the queries that a detector was trained with."""
+    try:
+        recorded = recorded_data(folder)
+        if recorded.fingerprint != guard.data.get("fingerprint"):
+            raise InputError("it has changed since, or is split by another rule")
+    except InputError as error:
+        raise InputError(
+            f"{folder}: was trained on some of this data, and which part cannot be told ({error}); "
+            "give other data"
+        ) from None
+    return {opening_key(record.query) for record in recorded.train}
 
 
 def _logits(detector: HarmDetector, records: Sequence[LabelledAnswer]) -> list[float]:

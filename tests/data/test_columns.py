@@ -8,6 +8,7 @@ import pytest
 
 from mllm_protector.data import test_sets
 from mllm_protector.data.duplicates import question_digest
+from mllm_protector.data.pairing import Paired
 from mllm_protector.data.preparation import prepare
 from mllm_protector.data.table import VARIABLE
 from mllm_protector.errors import InputError, RecordError
@@ -93,8 +94,9 @@ def test_a_test_set_is_trained_on_only_if_asked(tmp_path: Path) -> None:
         dialogue(question, "Well.", label) for question in QUESTIONS for label in ("harmful", "unharmful")
     ]
     source = configured("guardreasoner", path=write_rows(tmp_path / "set.jsonl", rows))
-    with pytest.raises(InputError, match="data: is a test set; contaminated=keep"):
-        prepare(source, {}, contaminated="drop", folder=tmp_path)
+    for each in (source, Paired(source=source)):
+        with pytest.raises(InputError, match="data: is a test set; contaminated=keep"):
+            prepare(each, {}, contaminated="drop", folder=tmp_path)
     assert len(everything(prepare(source, {}, contaminated="keep", folder=tmp_path).splits)) == len(rows)
 
 

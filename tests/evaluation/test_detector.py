@@ -1,6 +1,5 @@
 import html
 import json
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -482,12 +481,7 @@ def test_several_sets_are_one_table_beside_published_figures(measure: Measure, t
     among = [row for row in found["measurements"] if row["benchmark"] == "safe_rlhf_mini"]
     assert own_rows == [row["value"] for row in among if row["arm"] == "detector"]
 
-    table = (out / "sets.md").read_text()
-    assert "| WildGuard 7B | 84.4 |" in re.sub(" +", " ", table)
-    assert "Accuracy of published guards" in table
-    assert "Qwen3Guard technical report" in table
-    for name in ("sets.tex", "sets.html", "sets.svg", "measurements.csv"):
-        assert (out / name).stat().st_size > 500, name
+    assert "published figures are on another number of answers" in (out / "sets.md").read_text()
 
 
 def test_a_test_set_is_measured_whole_unless_told_otherwise(measure: Measure) -> None:

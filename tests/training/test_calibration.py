@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mllm_protector.data.mixture import Mixture
+from mllm_protector.data.splits import Origin, SourceAccount, Splits
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import file_digest
 from mllm_protector.guard.calibration import Aim
@@ -271,3 +272,24 @@ def test_several_sources_give_one_threshold_that_serves_each(folder: Path) -> No
         facts = guard.calibration["sources"][name]
         assert facts["negatives"] == len(harmless)
         assert facts["false_positive_rate"] == pytest.approx(sum(flagged) / len(flagged))
+
+
+def test_what_was_learnt_under_another_split_is_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = Origin(name="a set", licence="none", files={"a.csv": "1"})
+    account = SourceAccount(name="a set", origin=origin, read=140, kept=140, train=120, validation=20)
+    guard = read_guard_file(folder, "detector")
+    replace(guard, data=guard.data | {"sources": [account.as_json()]}).write(folder)
+
+    class Again(Given):
+        def load(self) -> Splits[Any]:
+            return replace(super().load(), sources=[account])
+
+    again = Again(DATA.train, DATA.validation)  # LEARNT has half of it in its training part
+    place = "mllm_protector.training.recalibration.recorded_data"
+    monkeypatch.setattr(place, lambda _folder: LEARNT.load())
+    assert redo(folder, data=again)["n"] == 2 * (70 - 30)
+    monkeypatch.setattr(place, lambda _folder: DATA.load())
+    with pytest.raises(InputError, match="which part cannot be told"):
+        redo(folder, data=again)

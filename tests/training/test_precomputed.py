@@ -78,13 +78,32 @@ def test_the_frozen_blocks_are_run_once(tmp_path: Path) -> None:
     assert torch.allclose(whole, upper, atol=1e-5)
 
 
+def test_a_bfloat16_backbone_is_no_obstacle(tmp_path: Path) -> None:
+    given = Backbone(name=str(base("llama", tmp_path)), dtype="bfloat16")
+    model, fresh = given.load_classifier(pad_id=0)
+    adapted = TUNING.prepare(model, "SEQ_CLS", fresh)
+    rows = [[5, 6, 7, 9, 11], [8, 9], [5, 6], [12, 13, 14], [4, 4, 9, 17]]
+    places = precompute(adapted, 1, rows, base="a", pad_id=0, limit=CONFIG.validation_batch)
+    run_upper_blocks_only(adapted, 1, places, rows)
+    embedding = model.get_input_embeddings()
+    assert embedding(torch.tensor([places.of(rows[0])])).dtype == torch.bfloat16
+
+
 def test_what_cannot_be_precomputed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tuning.precompute=true: needs frozen blocks"):
         LoraTuning(rank=2, alpha=4, dropout=0.0, targets="all-linear", precompute=True)
-    with pytest.raises(
-        InputError, match="cannot be done with gpt2; use false"
-    ):  # adds positions to what it looks up
-        train(tmp_path / "out", base("gpt2", tmp_path), tuning=replace(TUNING, precompute=True))
+    name = base("gpt2", tmp_path)
+    with pytest.raises(InputError, match="the frozen blocks have dropout"):
+        train(tmp_path / "out", name, tuning=replace(TUNING, precompute=True))
+    model, fresh = Backbone(name=str(name)).load_classifier(pad_id=0)
+    adapted = TUNING.prepare(model, "SEQ_CLS", fresh)
+    for module in adapted.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    rows = [[5, 6, 7], [8, 9]]
+    places = precompute(adapted, 1, rows, base="a", pad_id=0, limit=CONFIG.validation_batch)
+    with pytest.raises(InputError, match="cannot be done with gpt2"):  # adds positions to what it looks up
+        run_upper_blocks_only(adapted, 1, places, rows)
     asked = {"tuning": replace(TUNING, precompute=True), "fit": replace(CONFIG, best_metric="loss")}
     with pytest.raises(InputError, match="is for detectors"):
         train_detoxifier(**dict.fromkeys(train_detoxifier.__annotations__.keys() - {"return"}) | asked)
