@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import query_key, read_groups
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits, shares_a_source
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.errors import InputError
 from mllm_protector.evaluation.baseline import BASELINE_THRESHOLD, Taught, compared, query_clusters, taught_as
 from mllm_protector.evaluation.detection import (
     DETECTOR,
@@ -34,7 +32,7 @@ from mllm_protector.evaluation.detection import (
 )
 from mllm_protector.evaluation.measurements import Measurement, as_rows, placed
 from mllm_protector.files import expand, write_json, write_jsonl
-from mllm_protector.models.detector import HarmDetector, load_detector
+from mllm_protector.models.detector import HarmDetector, load_detector, logits_of
 from mllm_protector.models.guard_file import FILE_NAME, Scale
 from mllm_protector.ranges import Seed
 from mllm_protector.records import LabelledAnswer, labelled_answers
@@ -187,11 +185,7 @@ def _measure(
     for note in notes:
         log.warning("%s", note)
     log.info("scoring %s answers%s", f"{len(answers):,}", f" of {measured.name}" if measured.name else "")
-    logits = scorer.logits(
-        queries=[answer.query for answer in answers], answers=[answer.answer for answer in answers]
-    )
-    if not np.isfinite(logits).all():
-        raise RunError(f"{detector}: a score is not a number; look at its training, or train it again")
+    logits = logits_of(scorer, answers)
     scale = scorer.guard.scale
 
     labels = [answer.harmful for answer in answers]

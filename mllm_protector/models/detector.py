@@ -15,20 +15,25 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from mllm_protector import normalisation
 from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import OVERLAP, SENTENCE
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.parts import adapter_weights, add_adapter, part_backbone, save_part
 from mllm_protector.protocols import Card
+from mllm_protector.records import LabelledAnswer
 
 BATCH_TOKENS = 4096
 """Positions that are scored at once."""
+
+AT_ONCE = 1024
+"""Answers between two steps of a progress bar."""
 
 
 class HarmDetector:
@@ -95,6 +100,25 @@ class HarmDetector:
     def save(self, folder: Path) -> None:
         """Write weights, tokenizer and ``guard.json`` (last) to a folder."""
         save_part(self.model, self.encoder.tokenizer, self.guard, folder)
+
+
+def logits_of(detector: HarmDetector, records: Sequence[LabelledAnswer]) -> list[float]:
+    """The logit of each answer, with a progress bar.
+
+    Raises:
+        RunError: one is not a number.
+    """
+    logits: list[float] = []
+    with tqdm(total=len(records), desc="scoring", unit="answer", disable=None) as bar:
+        for start in range(0, len(records), AT_ONCE):
+            part = records[start : start + AT_ONCE]
+            logits += detector.logits(
+                queries=[record.query for record in part], answers=[record.answer for record in part]
+            )
+            bar.update(len(part))
+    if not all(map(math.isfinite, logits)):
+        raise RunError("a score is not a number, so the detector's weights are broken; train it again")
+    return logits
 
 
 def card_of(guard: GuardFile, window: int | None) -> Card:

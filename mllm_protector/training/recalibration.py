@@ -1,7 +1,6 @@
 """Calibrating a trained detector again, on other data with the same weights."""
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,19 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas
-from tqdm.auto import tqdm
 
 from mllm_protector.config import recorded_data
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits, shares_a_source
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.errors import InputError
 from mllm_protector.guard.calibration import Aim, Sizes, choose_threshold, fit_scale
 from mllm_protector.guard.each_source import choose_for_each, in_words
 from mllm_protector.locks import locked
 from mllm_protector.metrics import detection_metrics
-from mllm_protector.models.detector import BATCH_TOKENS, HarmDetector, load_detector
+from mllm_protector.models.detector import BATCH_TOKENS, load_detector, logits_of
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, Scale
 from mllm_protector.outputs import keep_mark, probe
 from mllm_protector.ranges import Count, Seed
@@ -33,9 +31,6 @@ from mllm_protector.training.calibration import calibrated, calibration_metrics,
 log = logging.getLogger(__name__)
 
 NOTE = "measured on the answers on which threshold and scale were chosen"
-
-AT_ONCE = 1024
-"""Answers between two steps of the progress bar."""
 
 NOT_COPIED = ("last", "checkpoints")
 """Beside the weights of a training, and not needed to use them."""
@@ -74,7 +69,7 @@ def calibrate_detector(
         found = load_detector(folder, base=base, device=device, batch_tokens=batch_tokens)
         answers = _answers(folder, found.guard, data)
         records = [record for each in answers for record in each.records]
-        labels, logits = [record.harmful for record in records], _logits(found, records)
+        labels, logits = [record.harmful for record in records], logits_of(found, records)
         queries = [opening_key(record.query) for record in records]
         sources = [each.name for each in answers for _ in each.records]
         aim = calibration
@@ -164,21 +159,6 @@ def _learnt(folder: Path, guard: GuardFile) -> set[str]:
             "give other data"
         ) from None
     return {opening_key(record.query) for record in recorded.train}
-
-
-def _logits(detector: HarmDetector, records: Sequence[LabelledAnswer]) -> list[float]:
-    """The logit of each answer, with a progress bar."""
-    logits: list[float] = []
-    with tqdm(total=len(records), desc="scoring", unit="answer", disable=None) as bar:
-        for start in range(0, len(records), AT_ONCE):
-            part = records[start : start + AT_ONCE]
-            logits += detector.logits(
-                queries=[record.query for record in part], answers=[record.answer for record in part]
-            )
-            bar.update(len(part))
-    if not all(map(math.isfinite, logits)):
-        raise RunError("a score is not a number, so the detector's weights are broken; train it again")
-    return logits
 
 
 def _require_writable(folder: Path, target: Path | None) -> None:
