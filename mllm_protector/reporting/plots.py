@@ -88,11 +88,13 @@ def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, f
         known = [
             (place, value) for place, name in enumerate(own) for value in published.get(name, {}).values()
         ]
-        look: dict[str, Any] = {"color": COLOURS[0], "markersize": 12, "label": "published guards"}
-        axes.plot([100 * value for _, value in known], [place for place, _ in known], "|", **look)
-        places = list(range(len(own)))
-        _errorbars(axes, _in_percent([*own.values()]), places, 0, color=COLOURS[2], label="this detector")
-        axes.set_yticks(places, [_label(name) for name in own])
+        if known:
+            look: dict[str, Any] = {"color": COLOURS[0], "markersize": 12, "label": "published guards"}
+            axes.plot([100 * value for _, value in known], [place for place, _ in known], "|", **look)
+        _errorbars(
+            axes, _in_percent([*own.values()]), [*range(len(own))], 0, color=COLOURS[2], label="this detector"
+        )
+        axes.set_yticks(range(len(own)), [_label(name) for name in own])
         axes.invert_yaxis()
         _frame(axes, "F1 in %, with 95% intervals")
         _legend(figure, axes, "F1 at the detector's own threshold")
