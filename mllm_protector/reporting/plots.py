@@ -85,15 +85,12 @@ def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, f
     with _style():
         figure = _figure(WIDTH, 1.6 + 0.42 * len(own))
         axes = figure.add_subplot()
-        known = [
-            (place, value) for place, name in enumerate(own) for value in published.get(name, {}).values()
-        ]
+        known = [(n, value) for n, name in enumerate(own) for value in published.get(name, {}).values()]
         if known:
             look: dict[str, Any] = {"color": COLOURS[0], "markersize": 12, "label": "published guards"}
             axes.plot([100 * value for _, value in known], [place for place, _ in known], "|", **look)
-        _errorbars(
-            axes, _in_percent([*own.values()]), [*range(len(own))], 0, color=COLOURS[2], label="this detector"
-        )
+        shares = _in_percent([*own.values()])
+        _errorbars(axes, shares, [*range(len(own))], 0, color=COLOURS[2], label="this detector")
         axes.set_yticks(range(len(own)), [_label(name) for name in own])
         axes.invert_yaxis()
         _frame(axes, "F1 in %, with 95% intervals")
