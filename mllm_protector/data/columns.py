@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mllm_protector.data.hub import Parser, Published, Values, columns_of, labelled, pair, texts
+from mllm_protector.data.hub import Parser, Published, Values, labelled, pair, require_columns, texts
 from mllm_protector.errors import InputError
 from mllm_protector.reading import Unwanted, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer
@@ -69,7 +69,7 @@ class LabelledColumns(Columns):
 
     def parser(self, head: Sequence[Values], source: str) -> Parser[LabelledAnswer]:
         """``parse``, if the first rows have the columns."""
-        _require_columns(head, source, (self.query, self.answer, self.label))
+        require_columns(head, source, (self.query, self.answer, self.label))
         return self.parse
 
     def parse(self, row: Values) -> LabelledAnswer:
@@ -130,7 +130,7 @@ class PairColumns(Columns):
 
     def parser(self, head: Sequence[Values], source: str) -> Parser[AnswerPair]:
         """``parse``, if the first rows have the columns."""
-        _require_columns(head, source, (self.query, self.accepted, self.rejected))
+        require_columns(head, source, (self.query, self.accepted, self.rejected))
         return self.parse
 
     def unfolded(self, row: Row) -> Iterator[Row]:
@@ -154,12 +154,6 @@ class PairColumns(Columns):
             accepted_harmful=self.accepted_harmful,
             rejected_harmful=self.rejected_harmful,
         )
-
-
-def _require_columns(head: Sequence[Values], source: str, names: Sequence[str]) -> None:
-    found = columns_of(head)
-    if missing := [name for name in names if name not in found]:
-        raise InputError(f"{source}: missing {missing} of the columns {[*names]}; found {found}")
 
 
 def _require_groups(key: str, expression: str | None, names: list[str]) -> None:

@@ -57,9 +57,7 @@ class Published(FileSource[T]):
 
     def parser(self, head: Sequence[Values], source: str) -> Parser[T]:
         """The function that turns a row into a record, chosen by the first rows."""
-        found = columns_of(head)
-        if missing := [name for name in self.columns if name not in found]:
-            raise InputError(f"{source}: missing {missing} of the columns {[*self.columns]}; found {found}")
+        require_columns(head, source, self.columns)
         return self.parse
 
     def unfolded(self, row: Row) -> Iterator[Row]:
@@ -128,6 +126,13 @@ class Published(FileSource[T]):
 def columns_of(head: Sequence[Values]) -> list[str]:
     """All columns of some rows."""
     return list(dict.fromkeys(str(name) for row in head for name in row))
+
+
+def require_columns(head: Sequence[Values], source: str, names: Sequence[str]) -> None:
+    """Check that some of these rows have each column; ``InputError`` names what is missing."""
+    found = columns_of(head)
+    if missing := [name for name in names if name not in found]:
+        raise InputError(f"{source}: missing {missing} of the columns {[*names]}; found {found}")
 
 
 def texts(row: Values, *names: str) -> list[str]:

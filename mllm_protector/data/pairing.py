@@ -34,21 +34,22 @@ class Paired:
         """The pairs, in the parts that the source puts their questions in.
 
         Raises:
-            InputError: no question of either part has answers of both labels; or as the source.
+            InputError: no question of either part has answers of both labels; the source is a mixture; or as
+                the source.
         """
         splits = self.source.load()
+        if len(splits.sources) > 1:
+            raise InputError("data.source: is a mixture; pair each source, and mix the pairs")
         parts = {name: list(_pairs(getattr(splits, name))) for name in ("train", "validation")}
         line = f"{splits.account}; {len(parts['train']):,} and {len(parts['validation']):,} pairs"
         if empty := [name for name, pairs in parts.items() if not pairs]:
             raise InputError(f"{line}; no question of the {empty[0]} part has answers of both labels")
-        counted = []
-        for account in splits.sources:
-            pairs = sum(map(len, parts.values()))
-            reason = "not the harmful answer of a pair"
-            dropped = {**account.dropped, reason: account.kept - pairs}
-            sizes = {"train": len(parts["train"]), "validation": len(parts["validation"])}
-            counted.append(replace(account, kept=pairs, dropped=dropped, **sizes))  # type: ignore[arg-type]
-        return make_splits(parts["train"], parts["validation"], line, counted)
+        sizes = {name: len(pairs) for name, pairs in parts.items()}
+        kept = sum(sizes.values())
+        [account] = splits.sources
+        dropped = {**account.dropped, "not the harmful answer of a pair": account.kept - kept}
+        counted = replace(account, kept=kept, dropped=dropped, **sizes)  # type: ignore[arg-type]
+        return make_splits(parts["train"], parts["validation"], line, [counted])
 
 
 def _pairs(records: Sequence[LabelledAnswer | Any]) -> Iterator[AnswerPair]:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.pairing import Paired
 from mllm_protector.data.preparation import prepare
 from mllm_protector.data.table import VARIABLE
@@ -48,5 +49,9 @@ def test_a_source_without_both_labels_for_a_question_is_refused(tmp_path: Path) 
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError, match="no question of the train part has answers of both labels"):
         Paired(source=configured("jailbreakeval", path=path)).load()
+    both = {name: configured("jailbreakeval", path=path) for name in "ab"}
+    mixture = Mixture(sources=both, weights=None, duplicates="keep", seed=0)
+    with pytest.raises(InputError, match="is a mixture; pair each source"):
+        Paired(source=mixture).load()
     with pytest.raises(InputError, match="has pairs already"):
         Paired(source=configured("toy")).load()
