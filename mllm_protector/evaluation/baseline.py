@@ -175,13 +175,12 @@ def taught_as(
             f"No baseline taught on the detector's training data: {error}. data@baseline_data=... names data."
         )
     found = guard.data.get("contamination") or {}
+    removed = {name for name, each in found.items() if each.get("removed")}
     records: Sequence[Any] = splits.train
-    if any(each.get("removed") for each in found.values()):
+    if removed:
         left_out = set(test_sets.find(record.query for record in records).rows.tolist())
         records = [record for place, record in enumerate(records) if place not in left_out]
-    kept = sorted(
-        name for name, each in found.items() if each.get("removed") and name not in test_sets.known()
-    )
+    kept = sorted(removed - test_sets.known().keys())
     note = (
         f"The baseline's data still has the records that were left out for {', '.join(kept)}." if kept else ""
     )
