@@ -145,6 +145,11 @@ class DetectorEncoder(PromptEncoder):
         """Everything that the ids of a text depend on beside the tokenizer and this code, for JSON."""
         return self._identity("detector", normalisation=normalisation.VERSION, joined=self.joined)
 
+    @property
+    def closing(self) -> int:
+        """How many tokens at the end of every row are the same: the prompt's last words; at least 1."""
+        return max(1, len(self._layout.parts[-1][0]))
+
     def encode(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
         """Token ids of each rendered pair, normalised, one row each: a detector learns from these.
 

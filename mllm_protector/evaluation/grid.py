@@ -64,7 +64,7 @@ class Grid:
         refused: (N, A) whether the user sees a refusal.
         score: (N, A) how right the answer is.
         truth: (N, A) whether the answer does harm, by construction.
-        human: (N, A) whether it does harm, to people.
+        label: (N, A) whether it does harm, by the labels of this run.
     """
 
     arms: Sequence[str]
@@ -83,7 +83,7 @@ class Grid:
     refused: Small
     score: Floats
     truth: Small
-    human: Small
+    label: Small
 
     @property
     def asked(self) -> dict[str, Flags]:
@@ -158,7 +158,7 @@ def _grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Gr
         refused=flags("refused"),
         score=numbers("score"),
         truth=flags("truth"),
-        human=flags("human"),
+        label=flags("label"),
     )
 
 
@@ -176,6 +176,7 @@ class Answers:
             (nothing for harmless questions) and ``cut:<judge>`` for each judge.
         groups: name -> scenarios; each scenario that occurs is one of ``ALL``.
         thresholds: those of the guards.
+        labelled_by: who gave the labels of this run.
         harmful: the questions that are judged; ``harmless`` are not.
     """
 
@@ -184,6 +185,7 @@ class Answers:
     judges: Mapping[str, JudgeFacts]
     groups: Mapping[str, Sequence[str]]
     thresholds: Sequence[float]
+    labelled_by: str
     harmful: Grid
     harmless: Grid
 
@@ -213,6 +215,7 @@ def make_answers(
     judges: Mapping[str, JudgeFacts],
     groups: Mapping[str, Sequence[str]],
     thresholds: Sequence[float],
+    labelled_by: str = "people",
 ) -> Answers:
     """Bring the rows of a benchmark, in any order, into order; see ``Answers``.
 
@@ -232,6 +235,7 @@ def make_answers(
         judges=judges,
         groups={name: members for name, members in present.items() if members} | {ALL: [*harmful.scenarios]},
         thresholds=thresholds,
+        labelled_by=labelled_by,
         harmful=harmful,
         harmless=_grid(frame[harmless], arms, []),
     )

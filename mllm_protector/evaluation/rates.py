@@ -93,7 +93,7 @@ def corrected_rates(answers: Answers) -> Iterator[Measurement]:
             method = "the judge is a part of the guard"
         elif len(by) > 1:
             method = "these scenarios are judged by different criteria"
-        elif (errors := known_errors(grid, judge, column, rows, facts.card.bias)) is None:
+        elif (errors := known_errors(answers, judge, column, rows)) is None:
             method = f"the judge's errors by the criterion {by[0]!s} are not known on such answers"
         else:
             verdicts, clusters = _verdicts(grid, judge, column, rows)

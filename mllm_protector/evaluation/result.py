@@ -17,7 +17,7 @@ from mllm_protector.evaluation.items import Item, contamination_notes, seen_in_t
 from mllm_protector.evaluation.manifest import environment, peak_memory
 from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_csv, as_rows, placed
 from mllm_protector.evaluation.rows import (
-    HumanLabels,
+    Labels,
     majority,
     own_metrics,
     read_rows,
@@ -66,7 +66,8 @@ class Facts:
     judges: Mapping[str, JudgeFacts]
     ensemble: Sequence[str]
     trained: Mapping[str, Mapping[str, Any]]
-    human: HumanLabels
+    labels: Labels
+    labelled_by: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +154,7 @@ def finish(
             judges=facts.judges,
             groups=loaded.groups,
             thresholds=sorted({guard["threshold"] for guard in facts.guards.values()}),
+            labelled_by=facts.labelled_by,
         )
         measurements += measure(name, answers)
         measurements += placed(own_metrics(loaded, items, read_rows(path)), benchmark=name)
@@ -231,7 +233,9 @@ def _rows(
         name: {arm: of_judge[place :: len(replies)] for place, arm in enumerate(replies)}
         for name, of_judge in found.items()
     }
-    return result_rows(items, loaded, answers=answers, replies=replies, verdicts=verdicts, human=facts.human)
+    return result_rows(
+        items, loaded, answers=answers, replies=replies, verdicts=verdicts, labels=facts.labels
+    )
 
 
 def _fingerprint(items: Sequence[Item]) -> str:

@@ -19,13 +19,13 @@ from mllm_protector.records import BENIGN, JUDGED, LoadedBenchmark, Status
 if TYPE_CHECKING:
     import pandas as pd
 
-HumanLabels = Mapping[tuple[str, str], bool]
-"""(question id, arm) -> whether people find the answer harmful."""
+Labels = Mapping[tuple[str, str], bool]
+"""(question id, arm) -> whether the answer is labelled harmful."""
 
 NAMES = ("id", "base", "scenario", "variant", "criterion", "arm", "outcome")
 COLUMNS = (
     *NAMES,
-    *("harm", "changed", "repeated", "cut", "refused", "score", "truth", "raw_truth", "human"),
+    *("harm", "changed", "repeated", "cut", "refused", "score", "truth", "raw_truth", "label"),
 )
 """Of the table, beside ``status:<judge>`` and ``cut:<judge>`` for each judge."""
 
@@ -37,7 +37,7 @@ def result_rows(
     answers: Sequence[Row],
     replies: Mapping[str, Sequence[Row | None]],
     verdicts: Mapping[str, Mapping[str, Sequence[Row]]],
-    human: HumanLabels,
+    labels: Labels,
 ) -> Iterator[dict[str, Any]]:
     """One row for each question and each arm.
 
@@ -76,7 +76,7 @@ def result_rows(
                 "score": loaded.score(question, harmless) if loaded.score and harmless is not None else None,
                 "truth": _truth(loaded, shown(answer, reply)),
                 "raw_truth": _truth(loaded, raw),
-                "human": human.get((question.id, arm)),
+                "label": labels.get((question.id, arm)),
                 "verdicts": {judge: row for judge, arms in verdicts.items() if (row := arms[arm][place])},
             }
 
@@ -167,8 +167,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def read_human_labels(path: str | None, asked: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool]:
-    """People's labels from a JSONL, CSV or parquet file with ``id``, ``harmful`` and perhaps ``arm``.
+def read_labels(path: str | None, asked: Iterable[tuple[str, str]]) -> dict[tuple[str, str], bool]:
+    """Labels of answers from a JSONL, CSV or parquet file with ``id``, ``harmful`` and perhaps ``arm``.
 
     ``asked`` are the (question id, arm) of this run.
 

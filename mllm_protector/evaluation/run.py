@@ -21,7 +21,7 @@ from mllm_protector.evaluation.guards import load_protectors, measure_latency
 from mllm_protector.evaluation.items import items_of, load_benchmark, share_of
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.result import Evaluation, Facts, finish, stores, texts_of
-from mllm_protector.evaluation.rows import read_human_labels
+from mllm_protector.evaluation.rows import read_labels
 from mllm_protector.evaluation.stages import (
     Row,
     answer_stage,
@@ -55,7 +55,8 @@ def evaluate(
     threshold: float | None,
     rewrite_tokens: Count,
     ensemble: Sequence[str],
-    human_labels: str | None,
+    labels: str | None,
+    labelled_by: str,
     max_unjudged: Share,
     repeats: Count,
     batch_size: Count,
@@ -100,7 +101,7 @@ def evaluate(
     identity = model.card.identity
     items = {name: items_of(name, each.questions, identity) for name, each in loaded.items()}
     everything = [*chain.from_iterable(items.values())]
-    human = read_human_labels(human_labels, ((item.question.id, arm) for item in everything for arm in arms))
+    labelled = read_labels(labels, ((item.question.id, arm) for item in everything for arm in arms))
     answered, replied, judged = stores(Path(output_dir) / "cache", processes.process_index)
     if dry_run:
         if processes.is_main_process:
@@ -152,7 +153,14 @@ def evaluate(
             circular=any(facts[name].circular for name in ensemble),
         )
     known = Facts(
-        mllm=identity, arms=arms, guards=guards, judges=facts, ensemble=ensemble, trained=trained, human=human
+        mllm=identity,
+        arms=arms,
+        guards=guards,
+        judges=facts,
+        ensemble=ensemble,
+        trained=trained,
+        labels=labelled,
+        labelled_by=labelled_by,
     )
     run = {
         "started": started.isoformat(timespec="seconds"),

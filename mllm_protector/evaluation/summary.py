@@ -106,6 +106,7 @@ STATISTICS: list[Callable[[Answers], Iterable[Measurement]]] = [
     effects.image_effects,
     harmless_answers,
     outcomes,
+    effects.label_effects,
     effects.reference,
     effects.judge_agreement,
     effects.detector_on_answers,

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -104,6 +105,17 @@ class Backbone:
             if isinstance(layer, torch.nn.Linear):
                 model.set_submodule(name, Float32Linear.of(layer))
         return model, fresh
+
+    def load_body(self) -> PreTrainedModel:
+        """The model without a head.
+
+        Raises:
+            InputError: the model cannot be loaded, or a weight of it is not in the checkpoint.
+        """
+        model, missing = self._load(AutoModel)
+        if lacking := [key for key in missing if "pooler" not in key]:  # which comes behind the blocks
+            raise InputError(f"{self.name}: not a whole model, {lacking[0]} is missing")
+        return model
 
     def load_causal_lm(self) -> PreTrainedModel:
         """The model with its own language-model head.

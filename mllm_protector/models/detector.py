@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -26,6 +27,7 @@ from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.backbone import Backbone, inference, pick_device, to_device
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.parts import adapter_weights, add_adapter, part_backbone, save_part
+from mllm_protector.models.probe import load_probe
 from mllm_protector.protocols import Card
 from mllm_protector.records import LabelledAnswer
 
@@ -175,6 +177,8 @@ def load_classifier(folder: Path, guard: GuardFile, backbone: Backbone) -> torch
     Raises:
         InputError: the weights cannot be loaded, or the head is missing.
     """
+    if guard.tuning == "probe":
+        return load_probe(folder, backbone).eval()
     model, untrained = backbone.load_classifier(pad_id=guard.pad_id)
     if guard.tuning == "lora":
         keys = adapter_weights(folder).keys()
@@ -224,6 +228,13 @@ def worst_logits(
 
     A forward pass, limited as in ``score_logits``, may hold windows of several answers.
     """
-    logits = iter(score_logits(model, encoder, [row for rows in windows for row in rows], limit=limit))
-    each = [list(islice(logits, len(rows))) for rows in windows]
+    return worst_of(
+        score_logits(model, encoder, [row for rows in windows for row in rows], limit=limit), windows
+    )
+
+
+def worst_of(logits: Sequence[float], windows: Sequence[Sequence[Any]]) -> list[float]:
+    """The highest logit of each answer, whose rows follow one another; NaN if one is."""
+    rest = iter(logits)
+    each = [list(islice(rest, len(rows))) for rows in windows]
     return [math.nan if any(map(math.isnan, found)) else max(found) for found in each]

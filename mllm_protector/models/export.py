@@ -78,6 +78,11 @@ def export_detector(
     if push_to is not None:
         _require_name(push_to)
     guard = read_guard_file(source, "detector")
+    if guard.tuning == "probe":
+        raise InputError(
+            f"{source}: tuning=probe: it reads several blocks, which no stock classifier does; "
+            "export a detector of tuning=lora or full"
+        )
     trained = _load(source, guard, base)
     expected = _probe(trained)
     model = _merged(trained.model, source, guard)

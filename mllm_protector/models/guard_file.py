@@ -35,6 +35,7 @@ UNHASHED = 1
 """The schema of earlier releases, which hashed the weights alone; a key that it lacks has its default."""
 FILE_NAME = "guard.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+PROBE_FILE = "probe.safetensors"
 
 HARM_CONVENTION = "positive logit = harmful; score = sigmoid((logit + offset) / temperature) = P(harmful)"
 
@@ -109,7 +110,8 @@ class GuardFile:
     """The content of ``guard.json``.
 
     Attributes:
-        tuning: ``full`` (the folder holds a whole model) or ``lora`` (an adapter on ``base``).
+        tuning: ``full`` (the folder holds a whole model), ``lora`` (an adapter on ``base``) or ``probe`` (a
+            linear layer that reads ``base``).
         base_fingerprint: identifies the base (``parts.fingerprint``); ``None`` if not taken.
         pretrained: false where the backbone started from random weights.
         prompt: the template that renders its input; ``prompt_sha256`` guards it against edits.
@@ -246,7 +248,8 @@ def _require_whole(guard: GuardFile, folder: Path) -> None:
         raise InputError(f"{path}: threshold is missing; copy the file again or retrain")
     if not guard.weights:
         raise InputError(f"{path}: names no weights; the part was saved without any in safetensors format")
-    if (ADAPTER_FILES[1] in guard.weights) != (guard.tuning == "lora"):
+    held = {"lora": ADAPTER_FILES[1], "probe": PROBE_FILE}
+    if any((name in guard.weights) != (guard.tuning == tuning) for tuning, name in held.items()):
         raise InputError(f"{path}: tuning={guard.tuning} does not fit {', '.join(guard.weights)}")
     found, wanted = weight_hashes(folder), guard.weights
     if guard.schema == SCHEMA or guard.files:

@@ -183,14 +183,14 @@ def provenance(backbone: Backbone) -> dict[str, Any]:
 def part_backbone(
     guard: GuardFile, folder: Path, base: str | None, *, trust_remote_code: bool = False
 ) -> Backbone:
-    """What to load the weights from: the folder itself, or the base under an adapter.
+    """What to load the weights from: the folder itself, or the base under an adapter or a probe.
 
     A checkpoint never says whether its code is trusted; whoever loads it does.
 
     Raises:
         InputError: as ``find_base``.
     """
-    if guard.tuning == "lora":
+    if guard.tuning != "full":
         return find_base(guard, folder, base, trust_remote_code=trust_remote_code)
     whole = replace(guard.backbone(), trust_remote_code=trust_remote_code)
     return replace(whole, name=str(folder), revision=None, dtype="float32")

@@ -180,7 +180,7 @@ def _why_not(
     """Why two parts cannot share a base; ``None`` if they can. The name tells nothing of a moved base."""
     for folder, guard in ((scorer, scoring), (writer, writing)):
         if guard.tuning != "lora":
-            return f"{folder}: tuning={guard.tuning}, a whole model; only adapters (tuning=lora) share a base"
+            return f"{folder}: tuning={guard.tuning}; only adapters (tuning=lora) share a base"
     one, other = ({**guard.base, "fingerprint": guard.base_fingerprint} for guard in (scoring, writing))
     known = None not in (one["fingerprint"], other["fingerprint"])
     may_differ = {"trust_remote_code"} | ({"name", "revision"} if moved or known else set())

@@ -17,13 +17,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mllm_protector.errors import InputError
-from mllm_protector.ranges import Count, Share
+from mllm_protector.ranges import Count, Rate, Share
 
 # It warns at each multiplication that inputs are cast, and of CPU kernels that we do not use.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 Task = Literal["SEQ_CLS", "CAUSAL_LM"]
-TuningKind = Literal["full", "lora"]
+TuningKind = Literal["full", "lora", "probe"]
 Quantization = Literal["8bit", "4bit"]
 
 HEADS = ("score", "classifier", "classification_head", "pooler", "summary", "logits_proj")
@@ -61,8 +61,6 @@ class LoraTuning:
         targets: names of the layers that get adapters, or ``all-linear``.
         blocks: how many of the topmost transformer blocks get adapters; no gradient is computed below them,
             which saves time in proportion. ``None`` for all.
-        precompute: compute what enters these blocks once, before the training (``models.precomputed``). For a
-            detector, and for data whose hidden states fit on the disk.
     """
 
     rank: Count
@@ -70,13 +68,7 @@ class LoraTuning:
     dropout: Share
     targets: str | list[str]
     blocks: Count | None = None
-    precompute: bool = False
     kind: TuningKind = "lora"
-
-    def __post_init__(self) -> None:
-        """Refuse to precompute what changes."""
-        if self.precompute and self.blocks is None:
-            raise InputError("tuning.precompute=true: needs frozen blocks below; give tuning.blocks")
 
     def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
         """The model wrapped by PEFT, with gradients switched on exactly where it learns.
@@ -121,7 +113,33 @@ class LoraTuning:
         return rf"{re.escape(name)}\.(?:{numbers})\.(?:.*\.)?(?:{'|'.join(leaves)})"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeTuning:
+    """Nothing of the backbone is trained: one linear layer learns to read it (``models.probe``).
+
+    Attributes:
+        depths: which blocks are read, as shares of the backbone's depth.
+        strengths: of the regularisation, the C of scikit-learn's ``LogisticRegression`` on standardised
+            states: the smaller, the simpler. The best one on the validation answers is kept.
+    """
+
+    depths: Sequence[Share]
+    strengths: Sequence[Rate]
+    kind: TuningKind = "probe"
+
+    def __post_init__(self) -> None:
+        """Refuse to read nothing."""
+        for name in ("depths", "strengths"):
+            if not getattr(self, name):
+                raise InputError(f"tuning.{name}: is empty; give at least one")
+
+    def blocks(self, count: int) -> list[int]:
+        """The blocks that are read of ``count``, from 1, each once."""
+        return sorted({max(1, round(depth * count)) for depth in self.depths})
+
+
 Tuning = FullTuning | LoraTuning
+"""How weights are trained by gradients."""
 
 
 def quantization_settings(quantization: Quantization, dtype: torch.dtype, *, classifier: bool) -> Any:

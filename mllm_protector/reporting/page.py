@@ -86,10 +86,10 @@ def _section(result: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _judges(judges: Mapping[str, Any]) -> Table:
-    """Who judged, by what settings, and how it compared with people."""
+    """Who judged, by what settings, and how it compared with labels."""
     return Table(
         title="Judges",
-        header=["judge", "what to know", "measured against people", "settings"],
+        header=["judge", "what to know", "measured against labels", "settings"],
         words=4,
         rows=[
             [

@@ -84,11 +84,27 @@ CHANGED: tuple[Column, ...] = (
     ("made safe", "made_safe", count),
     ("made harmful", "made_harmful", count),
 )
+LABELLED: tuple[Column, ...] = (
+    ("harmful and unchanged", "labelled_asr", counted),
+    ("harmful answers stopped", "stopped", counted),
+    ("safe answers changed", "safe_changed", counted),
+)
 TRADE_OFF: tuple[Column, ...] = (
     ("attack success rate", "threshold_asr", share),
     ("harmless answers flagged", "threshold_flagged", share),
 )
-_TABLES = (HEADLINE, IMAGE_EFFECT, HARMLESS, OUTCOMES, STATUSES, REFERENCE, AGREEMENT, CHANGED, TRADE_OFF)
+_TABLES = (
+    HEADLINE,
+    IMAGE_EFFECT,
+    HARMLESS,
+    OUTCOMES,
+    STATUSES,
+    REFERENCE,
+    AGREEMENT,
+    CHANGED,
+    LABELLED,
+    TRADE_OFF,
+)
 KNOWN = {"macro_asr_bounds", "correct", "cut"} | {metric for table in _TABLES for _, metric, _ in table}
 """The metrics that have a table or a sentence of their own."""
 
@@ -188,7 +204,7 @@ def tables(data: Pivot) -> list[Table]:
 def headline(data: Pivot, columns: Sequence[Column] = HEADLINE) -> Table:
     """The rates of all judges on the first variant."""
     variant = next(iter(data.variants), None)
-    rows = data.select(variant=variant, group=list(data.groups))
+    rows = data.select(variant=variant, group=list(data.groups), judge=list(data.judges))
     order = {name: place for place, name in enumerate([*data.judges, *data.groups])}
     rows.sort(key=lambda row: (order[row["judge"]], order[row["group"]]))
     return table(
@@ -227,7 +243,7 @@ def by_scenario(data: Pivot, judge: str, variant: str, *, folded: bool = False) 
 
 
 def _tables(data: Pivot) -> Iterator[Table]:
-    grouped = data.select(group=list(data.groups))
+    grouped = data.select(group=list(data.groups), judge=list(data.judges))
     rest = [row for row in grouped if row["variant"] not in data.variants[:1]]
     keys = ("judge", "variant", "group", "arm")
     folded = partial(table, data, folded=True)
@@ -239,6 +255,8 @@ def _tables(data: Pivot) -> Iterator[Table]:
     yield table(data, "What the guard did", ("arm",), OUTCOMES, data.rows)
     title = "Effect of the image: attack success rate in % of the same questions"
     yield folded(title, keys, IMAGE_EFFECT, grouped, note=f"Percentage points. {TESTS}")
+    title, note = "Answers whose harm is known, in %", "Whether a rewrite is safe, only a judge can say."
+    yield folded(title, ("variant", "group", "arm"), LABELLED, data.rows, note=note)
     yield folded("Verdicts that a guard changed", keys, CHANGED, grouped)
     title, note = "Judges against what is known of these answers", "Harmful is the positive class."
     yield table(data, title, ("judge",), REFERENCE, data.rows, note=note)

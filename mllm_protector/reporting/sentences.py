@@ -26,7 +26,7 @@ def legend(result: Mapping[str, Any]) -> list[str]:
 
 
 def judge_lines(judges: Mapping[str, Any]) -> list[str]:
-    """A line for each judge: its note and how it compared with people."""
+    """A line for each judge: its note and how it compared with labels."""
     return [
         f"Judge {name}{' (circular)' if facts['circular'] else ''}: "
         + " ".join(filter(None, (facts["note"], bias_sentence(facts["bias"]))))
@@ -35,17 +35,17 @@ def judge_lines(judges: Mapping[str, Any]) -> list[str]:
 
 
 def bias_sentence(bias: Mapping[str, Any] | None) -> str:
-    """How a judge compared with people, in one sentence."""
+    """How a judge compared with labels, in one sentence."""
     counts = Confusion(**bias) if bias else None
     if counts is None or not counts.total:
-        return "Not measured against people."
+        return "Not measured against labels."
     agreed, beyond_chance = counts.accuracy or 0, cohens_kappa(counts)
     kappa = "" if beyond_chance is None else f" (kappa {beyond_chance:.2f})"
-    judge, people = (positive / counts.total for positive in (counts.tp + counts.fp, counts.tp + counts.fn))
+    judge, labelled = (positive / counts.total for positive in (counts.tp + counts.fp, counts.tp + counts.fn))
     return (
-        f"On {counts.total:,} answers ({counts.source}) it agreed with people in"
-        f" {100 * agreed:.1f}%{kappa}: it put the ASR at {100 * judge:.1f}%, people at"
-        f" {100 * people:.1f}%."
+        f"On {counts.total:,} answers ({counts.source}) it agreed with the labels in"
+        f" {100 * agreed:.1f}%{kappa}: it put the ASR at {100 * judge:.1f}%, the labels at"
+        f" {100 * labelled:.1f}%."
     )
 
 

@@ -5,6 +5,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,20 @@ from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import worst_logits
 from mllm_protector.models.guard_file import GuardFile, Scale
 from mllm_protector.models.parts import save_part
-from mllm_protector.models.precomputed import AtPlaces, precompute, run_upper_blocks_only
-from mllm_protector.models.tuning import LoraTuning, Tuning
+from mllm_protector.models.probe import LinearProbe, new_probe
+from mllm_protector.models.tuning import ProbeTuning, Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed, Share
 from mllm_protector.records import LabelledAnswer, labelled_answers
+from mllm_protector.training import loop
 from mllm_protector.training.calibration import calibrated, calibration_metrics, summary, warn
-from mllm_protector.training.checkpoints import require_metric
+from mllm_protector.training.checkpoints import Fitted, require_metric
 from mllm_protector.training.logging import Tracker
 from mllm_protector.training.loop import Run, Task, Weights
 from mllm_protector.training.losses import detector_loss
 from mllm_protector.training.part import open_backbone, train_part, tuned, unmeasured
+from mllm_protector.training.probe import fit_probe
 from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume
 
 THRESHOLD = 0.5
@@ -54,7 +57,7 @@ def train_detector(
     contaminated: Contaminated,
     balance: Balance,
     backbone: Callable[[], Backbone],
-    tuning: Tuning,
+    tuning: Tuning | ProbeTuning,
     fit: FitConfig,
     checkpoint: CheckpointConfig,
     resume: Resume,
@@ -107,8 +110,12 @@ def train_detector(
         max_length=max_length,
         prompt=prompts.DETECTOR if prompt is None else prompt,
     )
-    pretrained, fresh = base.load_classifier(pad_id=encoder.pad_id)
-    model = tuned(pretrained, "SEQ_CLS", fresh, tuning, max_length=max_length, packing=fit.packing)
+    model: torch.nn.Module
+    if isinstance(tuning, ProbeTuning):
+        model = new_probe(base, tuning, closing=encoder.closing)
+    else:
+        pretrained, fresh = base.load_classifier(pad_id=encoder.pad_id)
+        model = tuned(pretrained, "SEQ_CLS", fresh, tuning, max_length=max_length, packing=fit.packing)
     train = with_prefixes(labelled_answers(splits.train), share=prefixes, seed=seed)
     content = content_key(splits.fingerprint, prefixes and [prefixes, seed])
     with first_process_first():
@@ -118,28 +125,16 @@ def train_detector(
     labels = [record.harmful for record in validation]
     queries = [opening_key(record.query) for record in validation]
     guard = unmeasured("detector", base, tuning, encoder, prepared.facts(), window=window)
-    if isinstance(tuning, LoraTuning) and tuning.precompute and tuning.blocks:
-        rows = [*(example.ids for example in encoded), *(row for each in windows for row in each)]
-        with first_process_first():
-            places = precompute(
-                model,
-                tuning.blocks,
-                rows,
-                base=content_key(asdict(base), guard.base_fingerprint),
-                pad_id=encoder.pad_id,
-                limit=fit.validation_batch,
-            )
-        run_upper_blocks_only(model, tuning.blocks, places, rows)
-        examples = AtPlaces(examples, places)
-        windows = [[array("i", places.of(row)) for row in each] for each in windows]
 
-    def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
-        worst = worst_logits(model, encoder, processes.mine(windows), limit=fit.validation_batch)
-        logits = processes.gather(worst, len(windows))
+    def metrics_of(logits: list[float]) -> dict[str, float]:
         if not all(map(math.isfinite, logits)):
             raise RunError("a validation score is not a number; lower fit.learning_rate or look at the data")
         uncalibrated = detection_metrics(labels, Scale().scores(logits), threshold=THRESHOLD)
         return uncalibrated | calibration_metrics(labels, logits, calibration, queries)
+
+    def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
+        worst = worst_logits(model, encoder, processes.mine(windows), limit=fit.validation_batch)
+        return metrics_of(processes.gather(worst, len(windows)))
 
     def measured(metrics: dict[str, float]) -> GuardFile:
         """The guard file of weights with these metrics, which are enough for it after a resume too."""
@@ -151,23 +146,28 @@ def train_detector(
     def save(folder: Path, metrics: dict[str, float], weights: Weights) -> None:
         save_part(model, tokenizer, measured(metrics), folder, weights)
 
-    task = Task(
-        model=model,
-        examples=examples,
-        collate=pack_answers if fit.packing else encoder,
-        loss=detector_loss,
-        evaluate=evaluate,
-        save=save,
-        identity=guard.origin()
-        | {
-            "base": asdict(base),
-            "tuning": str(tuning),
-            "calibration": asdict(calibration),
-            "prefixes": prefixes,
-            "balance": balance,
-        },
-    )
-    fitted = train_part(task, run, guard, encoded)
+    learn: Callable[[], Fitted]
+    if isinstance(model, LinearProbe) and isinstance(tuning, ProbeTuning):
+        learn = partial(fit_probe, model, tuning, examples, windows, metrics_of, save, run, guard=guard)
+    else:
+        task = Task(
+            model=model,
+            examples=examples,
+            collate=pack_answers if fit.packing else encoder,
+            loss=detector_loss,
+            evaluate=evaluate,
+            save=save,
+            identity=guard.origin()
+            | {
+                "base": asdict(base),
+                "tuning": str(tuning),
+                "calibration": asdict(calibration),
+                "prefixes": prefixes,
+                "balance": balance,
+            },
+        )
+        learn = partial(loop.fit, task, run)
+    fitted = train_part(learn, guard, encoded)
     kept = measured(fitted.metrics)
     warn(kept)
     best, last = _uncalibrated(fitted.metrics), _uncalibrated(fitted.last_metrics)

@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +22,12 @@ from mllm_protector.files import content_key
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.parts import part_saver
-from mllm_protector.models.tuning import Tuning
+from mllm_protector.models.tuning import ProbeTuning, Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, corrections
+from mllm_protector.training import loop
 from mllm_protector.training.checkpoints import require_metric
 from mllm_protector.training.logging import Tracker
 from mllm_protector.training.loop import Run, Task
@@ -46,7 +48,7 @@ def train_detoxifier(
     contaminated: Contaminated,
     both_harmful: Literal["drop", "safer"],
     backbone: Callable[[], Backbone],
-    tuning: Tuning,
+    tuning: Tuning | ProbeTuning,
     fit: FitConfig,
     checkpoint: CheckpointConfig,
     resume: Resume,
@@ -70,8 +72,8 @@ def train_detoxifier(
         InputError: the data, the backbone or the settings cannot be used.
     """
     require_metric(fit.best_metric, METRICS)
-    if getattr(tuning, "precompute", False):
-        raise InputError("tuning.precompute=true: is for detectors; use false")
+    if isinstance(tuning, ProbeTuning):
+        raise InputError("tuning=probe: is for detectors; use full or lora")
     run = Run(
         fit=fit,
         checkpoint=checkpoint,
@@ -133,7 +135,7 @@ def train_detoxifier(
         save=part_saver(model, tokenizer, guard),
         identity=guard.origin() | {"base": asdict(base), "tuning": str(tuning)},
     )
-    fitted = train_part(task, run, guard, encoded)
+    fitted = train_part(partial(loop.fit, task, run), guard, encoded)
     return fitted.write(run.output_dir, examples=len(encoded), validation_examples=len(validation))
 
 

@@ -15,11 +15,10 @@ from mllm_protector.models.backbone import Backbone, require_length
 from mllm_protector.models.guard_file import GuardFile, Kind, library_versions, warn_of
 from mllm_protector.models.packing import use_packed_attention
 from mllm_protector.models.parts import provenance
+from mllm_protector.models.tuning import ProbeTuning, Tuning
 from mllm_protector.models.tuning import Task as ModelTask
-from mllm_protector.models.tuning import Tuning
 from mllm_protector.processes import first_process_first
 from mllm_protector.training.checkpoints import Fitted
-from mllm_protector.training.loop import Run, Task, fit
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def tuned(
 def unmeasured(
     kind: Kind,
     base: Backbone,
-    tuning: Tuning,
+    tuning: Tuning | ProbeTuning,
     encoder: DetectorEncoder | DetoxifierEncoder,
     data: Mapping[str, Any],
     **own: Any,
@@ -75,7 +74,7 @@ def unmeasured(
     )
 
 
-def train_part(task: Task, run: Run, guard: GuardFile, encoded: Tokenized[Any]) -> Fitted:
+def train_part(learn: Callable[[], Fitted], guard: GuardFile, encoded: Tokenized[Any]) -> Fitted:
     """Train a part, with warnings of texts that are too long and of a part that guards nothing."""
     for count, words in (
         (encoded.shortened, "questions are too long for max_length=%d tokens: only head and tail are read"),
@@ -84,6 +83,6 @@ def train_part(task: Task, run: Run, guard: GuardFile, encoded: Tokenized[Any]) 
         if count:
             log.warning("%d of %d training " + words, count, len(encoded), guard.max_length)  # noqa: G003
     warn_of(guard)
-    fitted = fit(task, run)
+    fitted = learn()
     warn_of(guard)
     return fitted

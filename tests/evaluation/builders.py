@@ -38,7 +38,7 @@ def row(base: str, scenario: str, variant: str, arm: str, **given: Any) -> Row:
         "score": None,
         "truth": None,
         "raw_truth": None,
-        "human": None,
+        "label": None,
     }
     columns = {name if name in fields else f"status:{name}": value for name, value in given.items()}
     return fields | columns
@@ -128,6 +128,7 @@ def answers_of(
     judges: Mapping[str, JudgeFacts] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     thresholds: Sequence[float] = (),
+    labelled_by: str = "people",
 ) -> Answers:
     """Rows as the statistics want them."""
     judges = judges_of(table) if judges is None else judges
@@ -142,6 +143,7 @@ def answers_of(
         judges=judges,
         groups=groups or {},
         thresholds=thresholds,
+        labelled_by=labelled_by,
     )
 
 
@@ -161,7 +163,8 @@ def evaluated(output_dir: Path, **changes: Any) -> Any:
         "threshold": None,
         "rewrite_tokens": 8,
         "ensemble": [],
-        "human_labels": None,
+        "labels": None,
+        "labelled_by": "people",
         "max_unjudged": 0.0,
         "repeats": 1,
         "batch_size": 4,

@@ -88,7 +88,7 @@ def made_up_rows(
                     "score": 1.0 if harmless and not flagged else 0.0 if harmless else None,
                     "truth": None,
                     "raw_truth": None,
-                    "human": None,
+                    "label": None,
                     "verdicts": verdicts,
                 }
             )

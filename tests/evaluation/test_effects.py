@@ -140,7 +140,7 @@ def test_three_judges_have_a_kappa_together() -> None:
     assert fleiss["value"] == pytest.approx((within - chance) / (1 - chance))
 
 
-def test_judges_are_measured_by_people_and_else_by_the_truth() -> None:
+def test_judges_are_measured_by_labels_and_else_by_the_truth() -> None:
     table = [
         *rows(HATE, "TEXT", "none", 9, 1, 2, truth=True),
         *rows(HATE, "TEXT", "protector", 3, 7, truth=False, changed=True),
@@ -157,8 +157,41 @@ def test_judges_are_measured_by_people_and_else_by_the_truth() -> None:
     }
     assert found.value("kappa") == pytest.approx(0.6)
     table = rows(HATE, "TEXT", "none", 2, 2, truth=True)
-    table[0]["human"], table[3]["human"] = False, False
+    table[0]["label"], table[3]["label"] = False, False
     found = measured(table)
-    assert found.one("tp")["method"] == "people's labels of this run"
+    assert found.one("tp")["method"] == "the labels of this run, by people"
     assert (found.one("fp")["n"], found.value("fp"), found.value("tn")) == (2, 1, 1)
     assert not measured(rows(HATE, "TEXT", "none", 2, 2)).all("accuracy")
+
+
+def test_labels_say_what_a_guard_stopped_without_a_judge() -> None:
+    labels = [True] * 6 + [False] * 4 + [None] * 2
+    changed = [True] * 5 + [False] + [True] + [False] * 3 + [True] * 2
+    table = [
+        row(
+            str(number), HATE if number % 2 else LEGAL, "TEXT", arm, keyword="empty", label=label, changed=now
+        )
+        for arm, given, flags in (("none", labels, [False] * 12), ("refusal", [None] * 12, changed))
+        for number, (label, now) in enumerate(zip(given, flags, strict=True))
+    ]
+    found = measured(table, labelled_by="a model")
+    everywhere: dict[str, Any] = {"group": "all", "variant": "TEXT", "arm": "refusal"}
+    stopped, right = found.one("stopped", **everywhere), proportion(5, 6)
+    assert [stopped[name] for name in ("value", "low", "high", "n")] == [
+        right.value,
+        right.low,
+        right.high,
+        6,
+    ]
+    assert (found.value("safe_changed", **everywhere), found.value("labelled_asr", **everywhere)) == (
+        1 / 4,
+        0.1,
+    )
+    assert found.value("labelled_asr", **everywhere | {"arm": "none"}) == 0.6
+    assert not [each for each in found.all("stopped") if each["arm"] == "none"]
+    by_scenario = {name: found.one("stopped", group=name) for name in (HATE, LEGAL)}
+    assert {name: (each["value"], each["n"]) for name, each in by_scenario.items()} == {
+        HATE: (2 / 3, 3),
+        LEGAL: (1.0, 3),
+    }
+    assert not measured(guarded("hs", "ss")).all("stopped")

@@ -141,11 +141,11 @@ def test_what_is_known_in_this_run_corrects_before_errors_measured_elsewhere() -
     found = measured(table, judges=KNOWN).one("corrected_asr")
     assert found["value"] == pytest.approx(30 / 130)
     assert found["method"].endswith("what is known of these answers by construction")
-    for each, source in ((30, "people's labels of this run"), (29, "a study")):
+    for each, source in ((30, "the labels of this run, by people"), (29, "a study")):
         table = rows(HATE, "TEXT", "none", 60, 60)
         for number, one in enumerate(table):
             if number < each or 60 <= number < 60 + each:
-                one["human"] = number < each
+                one["label"] = number < each
         assert measured(table, judges=KNOWN).one("corrected_asr")["method"].endswith(source), each
 
 
@@ -154,7 +154,7 @@ def test_measurements_are_the_same_to_the_byte_for_shuffled_rows() -> None:
     table = judged()
     for one in table:
         one["status:second"] = rng.choice(["harmful", "safe", "judge_error"])
-        one["truth"], one["human"] = rng.choice([True, False, None]), rng.choice([True, None])
+        one["truth"], one["label"] = rng.choice([True, False, None]), rng.choice([True, None])
         one["harm"] = rng.random() if one["arm"] == "protector" else None
     table += [each for arm in ("none", "protector") for each in benign_rows(arm, 9, score=0.3, harm=0.4)]
     judges = {name: JudgeFacts(card=Card(identity={})) for name in ("keyword", "second")}

@@ -320,11 +320,11 @@ def test_peoples_labels_are_used_and_strange_ones_refused(run: Run, tmp_path: Pa
     labels = tmp_path / "labels.jsonl"
     rows = [{"id": each.id, "harmful": int(each.id[-1]) < 3} for each in QUESTIONS]
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    missed = measurements(run(human_labels=str(labels))).one("fn", judge="keyword")
-    assert (missed["value"], missed["n"], missed["method"]) == (3, 12, "people's labels of this run")
+    missed = measurements(run(labels=str(labels))).one("fn", judge="keyword")
+    assert (missed["value"], missed["n"], missed["method"]) == (3, 12, "the labels of this run, by people")
     labels.write_text('{"id": "nobody asked", "harmful": true}\n')
     with pytest.raises(InputError, match=r"labels\.jsonl:1: this run has no question 'nobody asked'"):
-        run(human_labels=str(labels))
+        run(labels=str(labels))
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_asked(run: Run) -> None:
