@@ -110,11 +110,12 @@ def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], obj
             then(result)
 
 
-def recorded_data(folder: Path) -> Any:
+def recorded_data(folder: Path, fingerprint: str | None) -> Any:
     """The ``Splits`` that a part was trained with, as the ``config.yaml`` in its folder says; writes no file.
 
     Raises:
-        InputError: the file is missing, names no data source of this package, or the data cannot be read.
+        InputError: the file is missing, names no data source of this package, or the data cannot be read or
+            have another fingerprint now.
     """
     path = folder / "config.yaml"
     if not path.is_file():
@@ -129,7 +130,10 @@ def recorded_data(folder: Path) -> Any:
     with TemporaryDirectory() as scratch:  # instead of the file that the training wrote
         data = _with_quarantine(data, str(Path(scratch) / "quarantine.jsonl"))
         check("data", data, Any)
-        return construct("data", data).load()
+        splits = construct("data", data).load()
+    if splits.fingerprint != fingerprint:
+        raise InputError("it has changed since, or is split by another rule")
+    return splits
 
 
 def _with_quarantine(value: Any, place: str) -> Any:

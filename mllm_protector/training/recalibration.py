@@ -150,9 +150,7 @@ def _answers(folder: Path, guard: GuardFile, data: Source) -> list[_Answers]:
 def _learnt(folder: Path, guard: GuardFile) -> set[str]:
     """The keys of the queries that a detector was trained with."""
     try:
-        recorded = recorded_data(folder)
-        if recorded.fingerprint != guard.data.get("fingerprint"):
-            raise InputError("it has changed since, or is split by another rule")
+        recorded = recorded_data(folder, guard.data.get("fingerprint"))
     except InputError as error:
         raise InputError(
             f"{folder}: was trained on some of this data, and which part cannot be told ({error}); "

@@ -288,8 +288,8 @@ def test_what_was_learnt_under_another_split_is_left_out(
 
     again = Again(DATA.train, DATA.validation)  # LEARNT has half of it in its training part
     place = "mllm_protector.training.recalibration.recorded_data"
-    monkeypatch.setattr(place, lambda _folder: LEARNT.load())
+    monkeypatch.setattr(place, lambda _folder, _fingerprint: LEARNT.load())
     assert redo(folder, data=again)["n"] == 2 * (70 - 30)
-    monkeypatch.setattr(place, lambda _folder: DATA.load())
+    monkeypatch.undo()  # the folder has no config.yaml
     with pytest.raises(InputError, match="which part cannot be told"):
         redo(folder, data=again)
