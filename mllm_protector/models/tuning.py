@@ -61,6 +61,8 @@ class LoraTuning:
         targets: names of the layers that get adapters, or ``all-linear``.
         blocks: how many of the topmost transformer blocks get adapters; no gradient is computed below them,
             which saves time in proportion. ``None`` for all.
+        precompute: compute what enters these blocks once, before the training (``models.precomputed``). For a
+            detector, and for data whose hidden states fit on the disk.
     """
 
     rank: Count
@@ -68,7 +70,13 @@ class LoraTuning:
     dropout: Share
     targets: str | list[str]
     blocks: Count | None = None
+    precompute: bool = False
     kind: TuningKind = "lora"
+
+    def __post_init__(self) -> None:
+        """Refuse to precompute what changes."""
+        if self.precompute and self.blocks is None:
+            raise InputError("tuning.precompute=true: needs frozen blocks below; give tuning.blocks")
 
     def prepare(self, model: PreTrainedModel, task: Task, fresh: Sequence[str]) -> torch.nn.Module:
         """The model wrapped by PEFT, with gradients switched on exactly where it learns.

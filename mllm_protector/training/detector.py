@@ -27,8 +27,9 @@ from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import worst_logits
 from mllm_protector.models.guard_file import GuardFile, Scale
 from mllm_protector.models.parts import save_part
+from mllm_protector.models.precomputed import AtPlaces, precompute, run_upper_blocks_only
 from mllm_protector.models.probe import LinearProbe, new_probe
-from mllm_protector.models.tuning import ProbeTuning, Tuning
+from mllm_protector.models.tuning import LoraTuning, ProbeTuning, Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed, Share
@@ -125,6 +126,20 @@ def train_detector(
     labels = [record.harmful for record in validation]
     queries = [opening_key(record.query) for record in validation]
     guard = unmeasured("detector", base, tuning, encoder, prepared.facts(), window=window)
+    if isinstance(tuning, LoraTuning) and tuning.precompute and tuning.blocks:
+        rows = [*(example.ids for example in encoded), *(row for each in windows for row in each)]
+        with first_process_first():
+            places = precompute(
+                model,
+                tuning.blocks,
+                rows,
+                base=content_key(asdict(base), guard.base_fingerprint),
+                pad_id=encoder.pad_id,
+                limit=fit.validation_batch,
+            )
+        run_upper_blocks_only(model, tuning.blocks, places, rows)
+        examples = AtPlaces(examples, places)
+        windows = [[array("i", places.of(row)) for row in each] for each in windows]
 
     def metrics_of(logits: list[float]) -> dict[str, float]:
         if not all(map(math.isfinite, logits)):

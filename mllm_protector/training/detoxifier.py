@@ -74,6 +74,8 @@ def train_detoxifier(
     require_metric(fit.best_metric, METRICS)
     if isinstance(tuning, ProbeTuning):
         raise InputError("tuning=probe: is for detectors; use full or lora")
+    if getattr(tuning, "precompute", False):
+        raise InputError("tuning.precompute=true: is for detectors; use false")
     run = Run(
         fit=fit,
         checkpoint=checkpoint,
