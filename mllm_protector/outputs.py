@@ -34,8 +34,12 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "export_detector": (*_MODEL, "README.md", CONFIG),
     "import_official_detector": (*_MODEL, CONFIG),
     "evaluate": ("asr.*", "measurements.csv", "report.html", "run.json", "cache", "*/results.jsonl"),
-    "eval_detector": ("metrics.json", "scores.jsonl", "report.*"),
+    "eval_detector": (
+        *("metrics.json", "scores.jsonl", "report.*", "sets.*", "measurements.csv"),
+        *("*/metrics.json", "*/scores.jsonl", "*/report.*"),
+    ),
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
+    "measure_latency": ("latency.json", "latency.md"),
     "list_questions": ("questions.jsonl",),
     "compare": ("compare.*",),
     "prepare_data": ("data_report.*", "train.jsonl", "validation.jsonl"),

@@ -177,7 +177,7 @@ MISTAKES = {
         "fit.epoch=3": "fit.epoch: unknown config key (did you mean epochs?)",
         "+fit.epoch=3": "fit.epoch: unknown config key (did you mean epochs?)",
         "fit=nope": "fit=nope: unknown option; choose one of adapter, encoder, paper, tiny",
-        "experiment=nope": "experiment=nope: unknown option; choose one of paper, qwen",
+        "experiment=nope": "experiment=nope: unknown option; choose one of paper, probe, qwen, small",
         "data=pairs": "data.path has no value; give data.path=...",
         "~fit.epochs": "fit.epochs has no value; give fit.epochs=...",
         "fit.epochs=abc": "fit.epochs=abc: must be a whole number",

@@ -130,7 +130,7 @@ def test_parts_on_different_bases_and_whole_models_are_refused(
             load_shared(one, two)
     make_detector(tuning=FULL).save(tmp_path / "whole")
     assert not can_share(tmp_path / "whole", two)
-    with pytest.raises(InputError, match="tuning=full, a whole model"):
+    with pytest.raises(InputError, match="tuning=full; only adapters"):
         load_shared(tmp_path / "whole", two)
 
 
