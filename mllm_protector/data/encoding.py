@@ -147,7 +147,7 @@ class DetectorEncoder(PromptEncoder):
 
     @property
     def closing(self) -> int:
-        """How many tokens at the end of every row are the same: the prompt's last words; at least 1."""
+        """How many tokens of the prompt end every row; 1 where it ends with the answer."""
         return max(1, len(self._layout.parts[-1][0]))
 
     def encode(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[list[int]]:

@@ -43,7 +43,7 @@ def measure_latency(
     """Guard answers of given lengths one by one with a clock, and write ``latency.json``.
 
     ``configs/measure_latency.yaml`` explains the parameters. The answers of the data are joined and cut to
-    exactly so many tokens of the detector. One answer of each length warms up and is not counted.
+    so many tokens of the detector. One answer of each length warms up and is not counted.
 
     Returns:
         The content of ``latency.json``, and its folder. The ``measurements`` are milliseconds, ``group`` is
@@ -68,8 +68,10 @@ def measure_latency(
         for part in (splits.train, splits.validation)
         for each in labelled_answers(part)
     ]
-    if not records:
-        raise InputError("data: has no answers")
+    if not any(answer.strip() for _, answer in records):
+        raise InputError("data: has no answers with words")
+    if not lengths:
+        raise InputError("lengths=[]: give at least one")
     random.Random(seed).shuffle(records)
 
     def score(query: str, answer: str) -> None:
@@ -80,13 +82,18 @@ def measure_latency(
             score(query, *writer.correct(queries=[query], answers=[answer], attempt=0))
 
     rows: list[Measurement] = []
-    for length in lengths:
+    for length in dict.fromkeys(lengths):
         some = list(_of_length(scorer, records, length, answers + 1))
         rows += _timed("detector", length, score, some)
         if writer is not None:
             rows += _timed("rewriting", length, rewrite, some)
     result = {
         "schema": SCHEMA,
+        "detector": scorer.card.identity,
+        "detoxifier": writer and writer.card.identity,
+        "rewrite_tokens": rewrite_tokens,
+        "data": splits.account,
+        "seed": seed,
         "threads": torch.get_num_threads(),
         "device": str(next(scorer.model.parameters()).device),
         "peak_memory_mib": peak_memory(),

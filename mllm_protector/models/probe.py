@@ -2,7 +2,8 @@
 
 The middle blocks of a language model tell harm more plainly than the last one, which is about the next word.
 The layer reads, of each chosen block, the mean state of a text and that of the prompt's closing words, which
-come after the answer. Blocks above the highest chosen one are not run.
+come after the answer. Blocks above the highest chosen one are not run; its own states pass the backbone's
+final norm, as those of the last block do in the whole model.
 
 A linear probe, arXiv 1610.01644, on pooled states. The score is still that of one linear layer with one
 output in place of the backbone's last layer (paper, section 3).
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mllm_protector.errors import InputError
-from mllm_protector.models.backbone import Backbone, Float32Linear
+from mllm_protector.models.backbone import Backbone, Float32Linear, require_length
 from mllm_protector.models.guard_file import PROBE_FILE
 from mllm_protector.models.tuning import ProbeTuning, blocks_of
 
@@ -28,7 +29,7 @@ class LinearProbe(torch.nn.Module):
     Attributes:
         body: the backbone without its head.
         blocks: that are read, counted from 1.
-        closing: tokens at the end of every text that are the same in all.
+        closing: tokens at the end of every text that are read apart.
         score: from ``width`` states to one logit, in float32.
     """
 
@@ -78,13 +79,15 @@ class LinearProbe(torch.nn.Module):
         )
 
 
-def new_probe(backbone: Backbone, tuning: ProbeTuning, *, closing: int) -> LinearProbe:
+def new_probe(backbone: Backbone, tuning: ProbeTuning, *, closing: int, max_length: int) -> LinearProbe:
     """A probe that is not fitted yet.
 
     Raises:
-        InputError: the backbone cannot be loaded, or is not one stack of transformer blocks.
+        InputError: the backbone cannot be loaded, has too few positions, or is not one stack
+            of transformer blocks.
     """
     body = backbone.load_body()
+    require_length(body, max_length)
     _, stack = blocks_of(body)
     return LinearProbe(body, tuning.blocks(len(stack)), closing)
 
@@ -97,10 +100,16 @@ def load_probe(folder: Path, backbone: Backbone) -> LinearProbe:
     """
     tensors: dict[str, Any] = load_file(folder / PROBE_FILE)
     try:
-        blocks, closing = tensors.pop("blocks").tolist(), int(tensors.pop("closing"))
-        probe = LinearProbe(backbone.load_body(), blocks, closing)
+        blocks, closing = [*map(int, tensors.pop("blocks"))], int(tensors.pop("closing"))
+        body = backbone.load_body()
+        depth = len(blocks_of(body)[1])
+        if not blocks or blocks != sorted({*blocks}) or blocks[0] < 1 or blocks[-1] > depth or closing < 1:
+            raise ValueError(f"it reads blocks {blocks} of {depth}, and {closing} closing tokens")
+        if not all(bool(each.isfinite().all()) for each in tensors.values()):
+            raise ValueError("a weight is not a number")
+        probe = LinearProbe(body, blocks, closing)
         probe.score.load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{folder / PROBE_FILE}: does not fit its base model ({reason})") from error
     return probe

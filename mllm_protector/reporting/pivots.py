@@ -255,7 +255,9 @@ def _tables(data: Pivot) -> Iterator[Table]:
     yield table(data, "What the guard did", ("arm",), OUTCOMES, data.rows)
     title = "Effect of the image: attack success rate in % of the same questions"
     yield folded(title, keys, IMAGE_EFFECT, grouped, note=f"Percentage points. {TESTS}")
-    title, note = "Answers whose harm is known, in %", "Whether a rewrite is safe, only a judge can say."
+    sources = {(row["method"] or "").partition("harm by ")[2] for row in data.select(metric="labelled_asr")}
+    note = f"By {', '.join(sorted(sources))}. Whether a rewrite is safe, only a judge can say."
+    title = "What the guard did to harmful and to safe answers, in %"
     yield folded(title, ("variant", "group", "arm"), LABELLED, data.rows, note=note)
     yield folded("Verdicts that a guard changed", keys, CHANGED, grouped)
     title, note = "Judges against what is known of these answers", "Harmful is the positive class."

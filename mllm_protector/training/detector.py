@@ -113,7 +113,7 @@ def train_detector(
     )
     model: torch.nn.Module
     if isinstance(tuning, ProbeTuning):
-        model = new_probe(base, tuning, closing=encoder.closing)
+        model = new_probe(base, tuning, closing=encoder.closing, max_length=max_length)
     else:
         pretrained, fresh = base.load_classifier(pad_id=encoder.pad_id)
         model = tuned(pretrained, "SEQ_CLS", fresh, tuning, max_length=max_length, packing=fit.packing)

@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import EncodedAnswer, padded
-from mllm_protector.data.table import VARIABLE, cache_folder
-from mllm_protector.errors import InputError
+from mllm_protector.data.table import VARIABLE, cache_folder, code_digest
+from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import content_key, write_bytes, writing
 from mllm_protector.metrics import HIGHER_IS_BETTER
+from mllm_protector.models import probe
 from mllm_protector.models.backbone import inference, pick_device, to_device
 from mllm_protector.models.detector import worst_of
 from mllm_protector.models.guard_file import GuardFile
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 
 States = NDArray[np.float32]
 Rows = Sequence[Sequence[int]]
+
+MADE_BY = [torch.__version__, transformers.__version__, code_digest(probe)]
+"""The code that makes states."""
 
 AT_ONCE = 512
 """Texts between two files of the cache: what a killed training loses at most."""
@@ -126,22 +130,16 @@ def cached_states(
 
     Raises:
         InputError: a file of the cache is damaged.
-        RunError: the cache cannot be written.
+        RunError: the cache cannot be written, or a state is not a number.
     """
     model.to(pick_device())
     first = next(model.body.parameters())
-    made_of = [
-        base,
-        model.blocks,
-        model.closing,
-        str(first.dtype),
-        first.device.type,
-        transformers.__version__,
-    ]
+    made_of = [base, model.blocks, model.closing, str(first.dtype), first.device.type, *MADE_BY]
     folder = cache_folder() / "pooled_states" / content_key(made_of)
     texts = {_key(row): row for row in rows}
     known = _kept(folder, texts)
-    new = sorted((row for key, row in texts.items() if key not in known), key=len)
+    # The longest first: what does not fit into memory shows at once.
+    new = sorted((row for key, row in texts.items() if key not in known), key=len, reverse=True)
     total = sum(map(len, new))
     with tqdm(total=total, desc="reading", unit="token", disable=None) as bar, inference(model):
         for start in range(0, len(new), AT_ONCE):
@@ -151,6 +149,10 @@ def cached_states(
                 batch = to_device(padded([part[index] for index in chosen], pad_id, side="right"), model)
                 found[chosen] = model.states(**batch).cpu().numpy()
                 bar.update(sum(len(part[index]) for index in chosen))
+            if not np.isfinite(found).all():
+                raise RunError(
+                    "a state of the backbone is not a number; use another backbone or backbone.dtype"
+                )
             keys = [_key(row) for row in part]
             _keep(folder, keys, found)
             known.update(zip(keys, found, strict=True))
@@ -163,10 +165,10 @@ def _kept(folder: Path, wanted: Container[bytes]) -> dict[bytes, States]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             tensors = load_file(path)
-        except SafetensorError as error:
+            each = zip(map(bytes, tensors["keys"]), tensors["states"], strict=True)
+            kept.update((key, states.copy()) for key, states in each if key in wanted)
+        except (SafetensorError, KeyError, ValueError) as error:
             raise InputError(f"{path}: damaged ({error}); remove it, and repeat the command") from None
-        each = zip(map(bytes, tensors["keys"]), tensors["states"], strict=True)
-        kept.update((key, states.copy()) for key, states in each if key in wanted)
     return kept
 
 

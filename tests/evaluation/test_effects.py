@@ -188,6 +188,7 @@ def test_labels_say_what_a_guard_stopped_without_a_judge() -> None:
         0.1,
     )
     assert found.value("labelled_asr", **everywhere | {"arm": "none"}) == 0.6
+    assert stopped["method"] == "Wilson; harm by the labels of this run, by a model"
     assert not [each for each in found.all("stopped") if each["arm"] == "none"]
     by_scenario = {name: found.one("stopped", group=name) for name in (HATE, LEGAL)}
     assert {name: (each["value"], each["n"]) for name, each in by_scenario.items()} == {

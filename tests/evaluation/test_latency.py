@@ -12,6 +12,7 @@ from mllm_protector.evaluation import latency
 from mllm_protector.evaluation.latency import measure_latency
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.detoxifier import Detoxifier
+from mllm_protector.records import LabelledAnswer
 from mllm_protector.reporting.latency import report_latency
 from tests.training.parts import DATA, Given
 
@@ -70,5 +71,9 @@ def test_answers_have_exactly_the_length_and_differ(guard: dict[str, Any]) -> No
 
 
 def test_data_without_answers_are_refused(guard: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="data: has no answers"):
-        measure_latency(**guard | {"data": Given(train=[], validation=[])})
+    empty = LabelledAnswer(query="Why?", answer=" \n", harmful=False)
+    for records in ([], [empty]):
+        with pytest.raises(InputError, match="data: has no answers with words"):
+            measure_latency(**guard | {"data": Given(train=records, validation=[])})
+    with pytest.raises(InputError, match=r"lengths=\[\]: give at least one"):
+        measure_latency(**guard | {"lengths": []})

@@ -26,7 +26,7 @@ def encoder_of(backbone: Backbone) -> DetectorEncoder:
 
 
 def probe_of(backbone: Backbone, encoder: DetectorEncoder, tuning: ProbeTuning = TUNING) -> LinearProbe:
-    probe = new_probe(backbone, tuning, closing=encoder.closing)
+    probe = new_probe(backbone, tuning, closing=encoder.closing, max_length=128)
     torch.manual_seed(0)
     torch.nn.init.normal_(probe.score.weight)
     return probe.eval()
@@ -99,6 +99,11 @@ def test_only_the_layer_is_written_and_another_backbone_is_refused(
     save_file({**tensors, "weight": torch.ones(1, 3)}, tmp_path / PROBE_FILE)
     with pytest.raises(InputError, match=r"probe.safetensors: does not fit its base model \(size mismatch"):
         load_probe(tmp_path, backbone)
+    broken = ({"blocks": torch.tensor([1, 99])}, {"blocks": torch.tensor([])}, {"blocks": torch.tensor(1)})
+    for each in (*broken, {"closing": torch.tensor(0)}, {"bias": torch.tensor([float("nan")])}):
+        save_file({**tensors, **each}, tmp_path / PROBE_FILE)
+        with pytest.raises(InputError, match="does not fit its base model"):
+            load_probe(tmp_path, backbone)
     save_file({"weight": torch.ones(1, 3)}, tmp_path / PROBE_FILE)
     with pytest.raises(InputError, match="does not fit its base model"):
         load_probe(tmp_path, backbone)

@@ -1,5 +1,6 @@
 """Fitting a linear probe on states that are computed once."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mllm_protector.data.table import VARIABLE
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
 from mllm_protector.metrics import detection_metrics
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.models.detector import load_detector
@@ -125,6 +127,8 @@ def test_a_stopped_training_goes_on_where_it_was(
 def test_what_cannot_be_done_is_refused(tmp_path: Path, base: Path, cache: Path) -> None:
     folder = tmp_path / "probe"
     train(folder, base, tuning=TUNING)
+    with pytest.raises(InputError, match="max_length=900: llama has only 512 positions"):
+        train(tmp_path / "long", base, tuning=TUNING, max_length=900)
     with pytest.raises(InputError, match="tuning=probe: it reads several blocks"):
         export_detector(
             detector=str(folder), output_dir=str(tmp_path / "out"), base=None, push_to=None, private=True
@@ -145,3 +149,17 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path, base: Path, cache: Path)
     (folder / PROBE_FILE).unlink()
     with pytest.raises(InputError, match=f"{PROBE_FILE}: missing"):
         load_detector(folder)
+
+
+def test_a_backbone_with_broken_weights_is_refused_and_nothing_is_kept(
+    tmp_path: Path, base: Path, cache: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(each for each in tensors if each.endswith("mlp.down_proj.weight"))
+    tensors[name] = torch.full_like(tensors[name], float("nan"))
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="a state of the backbone is not a number"):
+        train(tmp_path / "probe", broken, tuning=TUNING)
+    assert not [*cache.glob("pooled_states/*/*")]
