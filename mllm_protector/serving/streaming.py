@@ -23,6 +23,9 @@ from mllm_protector.serving.sse import DONE, Event, Frames, frame
 from mllm_protector.serving.state import State
 from mllm_protector.serving.upstream import passed_back
 
+AFTER_DONE_S = 0.05
+"""How long the end of an answer is waited for behind its last event."""
+
 UNGUARDED = "unguarded"
 """The outcome in the header of a stream without a verdict."""
 
@@ -150,13 +153,17 @@ async def _assembled(state: State, response: httpx.Response) -> Held:
             raise state.upstream.fault("malformed", message) from None
         return False
 
-    async for piece in state.upstream.pieces(response):
+    pieces = state.upstream.pieces(response)
+    async for piece in pieces:
         for event in frames.feed(piece):
-            done = take(event)
-            if done:
-                break
+            done = done or take(event)
         if done:
             break
+    if done:  # a connection that is read to its end can be used again
+        with suppress(TimeoutError, ApiError, httpx.HTTPError):
+            async with asyncio.timeout(AFTER_DONE_S):
+                async for _ in pieces:
+                    pass
     if not done and (last := frames.end()) is not None:
         done = take(last)
     if not (assembly.is_finished or (done and assembly.has_choices)):
