@@ -20,8 +20,6 @@ from mllm_protector.errors import InputError
 from mllm_protector.guard import rewrites
 from mllm_protector.guard.rewrites import Fault
 from mllm_protector.guard.rows import Row, rewrites_of, scores_of
-from mllm_protector.models.detector import load_detector
-from mllm_protector.models.shared import load_parts
 from mllm_protector.normalisation import normalised
 from mllm_protector.protocols import Card, Corrector, Detector
 from mllm_protector.records import Outcome, Reply
@@ -135,6 +133,10 @@ class Protector:
             InputError: a folder does not hold what it should, fewer than one token, or ``base`` is the base
                 of neither.
         """
+        # Here, because torch takes seconds, and not every detector needs it.
+        from mllm_protector.models.detector import load_detector
+        from mllm_protector.models.shared import load_parts
+
         corrector: Corrector = Refusal()
         if detoxifier is None:
             scorer = load_detector(detector, base=base, device=device)

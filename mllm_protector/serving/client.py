@@ -139,7 +139,7 @@ class GuardClient:
                 while line := await reader.readline():
                     self._settle(line)
                     wait = FIRST_WAIT
-            except (OSError, ValueError) as error:
+            except Exception as error:
                 log.error("the model worker's replies cannot be read (%s)", type(error).__name__)
             finally:
                 pinging.cancel()

@@ -1,8 +1,8 @@
 """The guard of one model worker: answers of concurrent requests are scored, and rewritten, in batches.
 
-Scores and rewrites have a queue and a thread each, so that no rewrite holds up a score (unless both parts are
-adapters on one base, which only one of them can use at a time). All scores, those of rewrites too, are made in
-one thread. Whatever fails gives ``guard_error``.
+Scores and rewrites have a queue and a thread each, so that no rewrite holds up a score (unless both parts
+are adapters on one base, which only one of them can use at a time). All scores, those of rewrites too, are
+made in one thread. Whatever fails gives ``guard_error``.
 """
 
 import asyncio
@@ -117,9 +117,8 @@ class _QueuedDetector:
         self._loop = loop
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
-        return asyncio.run_coroutine_threadsafe(
-            self._score([*map(Row, queries, answers)]), self._loop
-        ).result()
+        scores = self._score([*map(Row, queries, answers)])
+        return asyncio.run_coroutine_threadsafe(scores, self._loop).result()
 
     async def _score(self, rows: Sequence[Row]) -> list[float]:
         queue = self._queues.scoring

@@ -1,10 +1,10 @@
 """The process that holds the models: it answers lines of JSON on a unix socket.
 
-    {"id": 7, "op": "guard", "query": "...", "answer": "...", "threshold": null, "rewrite": true, "within": 9.5}
+    {"id": 7, "op": "guard", "query": "...", "answer": "...", "threshold": null, "rewrite": true, "within": 9}
     {"id": 7, "outcome": "allowed", "text": "...", "score": 0.02, "threshold": 0.5, "seconds": 0.013}
 
-``op`` is ``guard``, ``score`` (query, answer, within; the reply has ``score``) or ``ping``. ``within`` are the
-seconds after which nobody waits for the reply any more. A request that has no result gets ``error``:
+``op`` is ``guard``, ``score`` (query, answer, within; the reply has ``score``) or ``ping``. ``within`` are
+the seconds after which nobody waits for the reply any more. A request that has no result gets ``error``:
 ``malformed``, ``overloaded`` (with ``retry_after``), ``expired``, ``failed`` or ``stopping``. A line over the
 limit ends its connection. Replies come in any order.
 """
@@ -35,6 +35,10 @@ HUNG = 70
 """The exit code of a worker whose batch never ended."""
 
 
+LAST_WORDS = 2.0
+"""Seconds that a client may take to read its last replies."""
+
+
 class Request(NamedTuple):
     """A line that was read."""
 
@@ -53,6 +57,7 @@ class Worker:
         self.queues = GuardQueues(protector, settings)
         self._settings = settings
         self._under_way: set[asyncio.Task[None]] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
         self._stopping = False
 
     async def serve(self, path: str, stop: asyncio.Event, started: Callable[[], None] = lambda: None) -> None:
@@ -73,6 +78,7 @@ class Worker:
             self._stopping = True
             if self._under_way:
                 await asyncio.wait(self._under_way)
+            await self._hang_up()
         finally:
             server.close()
             for task in (computing, stopped):
@@ -81,6 +87,7 @@ class Worker:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tasks: set[asyncio.Task[None]] = set()
+        self._writers.add(writer)
         try:
             while line := await reader.readline():
                 await writer.drain()  # who does not read replies is not read either
@@ -89,15 +96,23 @@ class Worker:
                     group.add(task)
                     task.add_done_callback(group.discard)
         except ValueError:
-            log.warning(
-                "a request is longer than request_mb=%s; its connection ends", self._settings.request_mb
-            )
+            log.warning("a line is longer than request_mb=%s; its connection ends", self._settings.request_mb)
         except OSError:
             pass
         finally:
             for task in tasks:
                 task.cancel()
+            self._writers.discard(writer)
             writer.close()
+
+    async def _hang_up(self) -> None:
+        """Close all connections once their replies are sent."""
+        writers = [*self._writers]
+        for writer in writers:
+            writer.close()
+        closing = [asyncio.ensure_future(writer.wait_closed()) for writer in writers]
+        if closing:
+            await asyncio.wait(closing, timeout=LAST_WORDS)
 
     async def _reply(self, line: bytes, writer: asyncio.StreamWriter) -> None:
         reply = await self._answer(line)
