@@ -150,8 +150,8 @@ def _part(choice: Mapping[str, Any], delta: Any, reason: Any, logprobs: Any) -> 
 
 def _text(name: str, value: Any) -> str:
     listed = value if isinstance(value, list) else [{"text": "" if value is None else value}]
-    parts = [part.get("text") if isinstance(part, dict) else None for part in listed]
-    if not all(isinstance(part, str) for part in parts):
+    parts = [part["text"] for part in listed if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    if len(parts) < len(listed):
         raise Unreadable(f"a delta whose {name} is no text")
     return "".join(parts)
 

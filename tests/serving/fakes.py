@@ -125,11 +125,11 @@ class Upstream:
 
             def _wait(self, seconds: Any) -> None:
                 """Sleep, unless the client leaves."""
-                if select.select([self.connection], [], [], seconds)[0]:
-                    if not self.connection.recv(1, socket.MSG_PEEK):
-                        raise ConnectionResetError
+                readable = select.select([self.connection], [], [], seconds)[0]
+                if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionResetError
 
-            def log_message(self, format: str, *args: Any) -> None:
+            def log_message(self, *args: Any) -> None:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
