@@ -55,6 +55,7 @@ class Upstream:
         self._client = httpx.AsyncClient(
             timeout=times,
             limits=httpx.Limits(max_connections=self.settings.connections),
+            verify=self.settings.url.startswith("https"),  # certificates take long to load
             trust_env=False,  # no proxy and no password from the environment
             follow_redirects=False,
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
 
+import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -21,6 +22,7 @@ from mllm_protector.serving.guarding import Guarded, GuardUnavailable, Overloade
 from mllm_protector.serving.proxy import Front
 from mllm_protector.serving.settings import FrontSettings
 
+HTTP = httpx.Client(timeout=30, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 HARMFUL = "FORBIDDEN"
 SAFE = "A safe text in its place."
 

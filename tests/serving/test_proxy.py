@@ -15,7 +15,7 @@ from mllm_protector.prompts import REFUSAL
 from mllm_protector.serving.proxy import Front
 from mllm_protector.serving.settings import ApiKey, FrontSettings
 from tests.serving.builders import front_settings, limit_settings, policy_settings, upstream_settings
-from tests.serving.fakes import SAFE, USAGE, Asked, Said, Served, WordGuard, completion, message, served
+from tests.serving.fakes import HTTP, SAFE, USAGE, Asked, Said, Served, WordGuard, completion, message, served
 
 CANARY = "CANARY-7f3a"
 DETAILS = {"x-mllm-protector-details": "1"}
@@ -36,7 +36,7 @@ def saying(said: Said) -> Callable[[Asked], Said]:
 
 
 def ask(on: Served, body: Any = QUESTION, **headers: str) -> httpx.Response:
-    return httpx.post(f"{on.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+    return HTTP.post(f"{on.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
 
 
 def test_each_choice_is_judged_on_its_own_and_put_back_by_its_outcome() -> None:
@@ -125,13 +125,13 @@ def test_every_route_that_is_not_guarded_is_denied_by_name() -> None:
             "../x",
             "%2e%2e",
         ):
-            answer = httpx.post(f"{on.url}/v1/{path}", json=QUESTION)
+            answer = HTTP.post(f"{on.url}/v1/{path}", json=QUESTION)
             assert answer.status_code == 404, path
             assert answer.json()["error"]["code"] == "route_not_guarded"
             assert "POST /v1/chat/completions" in answer.json()["error"]["message"]
-        assert "/v1/responses" in httpx.post(f"{on.url}/v1/responses").json()["error"]["message"]
-        assert httpx.get(f"{on.url}/v1/chat/completions").status_code == 405
-        assert httpx.post(f"{on.url}/v1/models").headers["allow"] == "GET"
+        assert "/v1/responses" in HTTP.post(f"{on.url}/v1/responses").json()["error"]["message"]
+        assert HTTP.get(f"{on.url}/v1/chat/completions").status_code == 405
+        assert HTTP.post(f"{on.url}/v1/models").headers["allow"] == "GET"
         assert not on.upstream.asked
 
 
@@ -139,7 +139,7 @@ def test_path_query_and_most_headers_stay_here() -> None:
     given = {"authorization": "Bearer client", "x-forwarded-for": "1.2.3.4", "cookie": "a=b", "te": "x"}
     with served(saying(completion(message("fine"))), to) as on:
         path = "/v1/chat/completions?url=http://example.invalid/&a=%2e%2e"
-        assert httpx.post(on.url + path, json=QUESTION, headers=given).status_code == 200
+        assert HTTP.post(on.url + path, json=QUESTION, headers=given).status_code == 200
         [asked] = on.upstream.asked
         assert asked.path == "/v1/chat/completions"
         assert asked.headers["authorization"] == "Bearer client"
@@ -149,15 +149,15 @@ def test_path_query_and_most_headers_stay_here() -> None:
 
 def test_models_pass_and_health_ready_and_metrics_answer() -> None:
     with served(saying(Said([b'{"data": []}'])), to) as on:
-        assert httpx.get(f"{on.url}/v1/models?x=1").json() == {"data": []}
+        assert HTTP.get(f"{on.url}/v1/models?x=1").json() == {"data": []}
         assert on.upstream.asked[-1].path == "/v1/models"
-        assert httpx.get(f"{on.url}/health").status_code == 200
-        assert httpx.get(f"{on.url}/ready").json() == {"guard": True, "upstream": True}
+        assert HTTP.get(f"{on.url}/health").status_code == 200
+        assert HTTP.get(f"{on.url}/ready").json() == {"guard": True, "upstream": True}
         on.guard.ready = False
-        assert httpx.get(f"{on.url}/ready").status_code == 503
-        assert "mllm_protector_guard_ready 0.0" in httpx.get(f"{on.url}/metrics").text
+        assert HTTP.get(f"{on.url}/ready").status_code == 503
+        assert "mllm_protector_guard_ready 0.0" in HTTP.get(f"{on.url}/metrics").text
     with served(saying(Said([])), lambda url: to("http://127.0.0.1:9/v1")) as on:
-        assert httpx.get(f"{on.url}/ready").json() == {"guard": True, "upstream": False}
+        assert HTTP.get(f"{on.url}/ready").json() == {"guard": True, "upstream": False}
 
 
 def test_with_keys_only_their_owners_are_let_in_and_the_upstream_gets_its_own(
@@ -174,7 +174,7 @@ def test_with_keys_only_their_owners_are_let_in_and_the_upstream_gets_its_own(
         for wrong in ({}, {"authorization": "Bearer Secret"}, {"authorization": "Basic secret"}):
             answer = ask(on, **wrong)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
-        assert httpx.get(f"{on.url}/v1/models").status_code == 401
+        assert HTTP.get(f"{on.url}/v1/models").status_code == 401
         assert not on.upstream.asked
         assert ask(on, authorization="Bearer secret").status_code == 200
         assert on.upstream.asked[0].headers["authorization"] == "Bearer own"
@@ -190,10 +190,10 @@ def test_a_request_is_limited_before_the_upstream_is_asked() -> None:
         path = f"{on.url}/v1/chat/completions"
         big = json.dumps({**QUESTION, "x": "a" * 20_000}).encode()
         kind = {"content-type": "application/json"}
-        assert httpx.post(path, content=big, headers=kind).status_code == 413
-        assert httpx.post(path, content=iter([big]), headers=kind).status_code == 413
-        assert httpx.post(path, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
-        zipped = httpx.post(path, content=b"{}", headers=kind | {"content-encoding": "gzip"})
+        assert HTTP.post(path, content=big, headers=kind).status_code == 413
+        assert HTTP.post(path, content=iter([big]), headers=kind).status_code == 413
+        assert HTTP.post(path, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
+        zipped = HTTP.post(path, content=b"{}", headers=kind | {"content-encoding": "gzip"})
         assert zipped.status_code == 415
 
         def slowly() -> Any:
@@ -202,7 +202,7 @@ def test_a_request_is_limited_before_the_upstream_is_asked() -> None:
             yield b"}"
 
         late = threading.Event()
-        assert httpx.post(path, content=slowly(), headers=kind).status_code == 408
+        assert HTTP.post(path, content=slowly(), headers=kind).status_code == 408
         late.set()
         assert not on.upstream.asked
 
@@ -224,8 +224,8 @@ def test_no_text_gets_into_logs_or_metrics(caplog: pytest.LogCaptureFixture) -> 
             question = {"model": CANARY, "messages": [{"role": "user", "content": CANARY}], "user": CANARY}
             ask(on, question)
             ask(on, {**question, "n": CANARY})
-            httpx.post(f"{on.url}/v1/{CANARY}?q={CANARY}")
-            assert CANARY not in httpx.get(f"{on.url}/metrics").text, word
+            HTTP.post(f"{on.url}/v1/{CANARY}?q={CANARY}")
+            assert CANARY not in HTTP.get(f"{on.url}/metrics").text, word
     assert caplog.text
     assert CANARY not in caplog.text
 

@@ -7,13 +7,26 @@ from typing import Any
 import httpx
 
 from mllm_protector.prompts import REFUSAL
-from tests.serving.fakes import DONE, SAFE, USAGE, USAGE_CHUNK, Served, WordGuard, chunk, served, stream
+from tests.serving.fakes import (
+    DONE,
+    HTTP,
+    SAFE,
+    USAGE,
+    USAGE_CHUNK,
+    Served,
+    WordGuard,
+    chunk,
+    completion,
+    message,
+    served,
+    stream,
+)
 from tests.serving.test_proxy import DETAILS, QUESTION, saying, to
 
 
 def ask(on: Served, **headers: str) -> httpx.Response:
     body = {**QUESTION, "stream": True}
-    return httpx.post(f"{on.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
+    return HTTP.post(f"{on.url}/v1/chat/completions", json=body, headers=headers, timeout=30)
 
 
 def told(answer: httpx.Response) -> list[Any]:
@@ -125,7 +138,7 @@ def test_comments_come_while_nothing_else_does() -> None:
     with served(saying(raw), lambda url: to(url, policy={"ping_s": 0.1})) as on:
         started, times = time.monotonic(), []
         body = {**QUESTION, "stream": True}
-        with httpx.stream("POST", f"{on.url}/v1/chat/completions", json=body) as answer:
+        with HTTP.stream("POST", f"{on.url}/v1/chat/completions", json=body) as answer:
             for piece in answer.iter_bytes():
                 times.append((time.monotonic() - started, piece))
         assert times[0][1].startswith(b": ping")
@@ -133,8 +146,6 @@ def test_comments_come_while_nothing_else_does() -> None:
 
 
 def test_an_answer_that_is_no_stream_is_released_as_one() -> None:
-    from tests.serving.fakes import completion, message
-
     with served(saying(completion(message("FORBIDDEN"))), to) as on:
         events = told(ask(on))
         assert (words(events), events[-1]["usage"]) == (SAFE, USAGE)
