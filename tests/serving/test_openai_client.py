@@ -23,9 +23,9 @@ from tests.serving.fakes import (
     chunk,
     completion,
     message,
+    stream,
 )
 from tests.serving.fakes import served as serve
-from tests.serving.fakes import stream
 from tests.serving.test_proxy import to
 
 WEATHER = {"name": "weather", "arguments": '{"city": "Paris"}'}
