@@ -103,7 +103,7 @@ async def _events(whole: dict[str, Any]) -> AsyncIterator[bytes]:
 
 def _question(body: dict[str, Any]) -> Question:
     content = [turn for turn in body["messages"] if turn.get("role") == "user"][-1]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts: list[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else content
     text = "\n".join(part["text"] for part in parts if part.get("type") == "text")
     image = None
     for part in parts:
