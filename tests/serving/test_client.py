@@ -178,8 +178,8 @@ def test_a_lost_connection_fails_its_requests_which_are_not_sent_again() -> None
                 request = json.loads(line)
                 if request["op"] == "ping":
                     writer.write(json.dumps({"id": request["id"], **PONG}).encode() + b"\n")
-                else:
-                    asked.append(request["answer"])
+                    continue
+                asked.append(request["answer"])
                 if len(asked) == 10:
                     break
             writer.close()

@@ -166,7 +166,7 @@ def forgets(recorder: Recorder) -> None:
 
 
 @pytest.mark.parametrize("break_it", [fails, forgets])
-def test_a_fault_reaches_every_caller_of_its_batch_and_no_later_one(
+def test_a_fault_reaches_every_caller_of_its_batch_only(
     break_it: Callable[[Recorder], None],
 ) -> None:
     async def scenario() -> None:
