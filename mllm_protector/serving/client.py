@@ -182,7 +182,7 @@ def _guarded(reply: dict[str, Any], answer: str, threshold: float | None, second
     """A reply that was checked: above all, only what was scored below the threshold is allowed."""
     text, score, used = reply.get("text"), reply.get("score"), reply.get("threshold")
     try:
-        outcome = Outcome(reply.get("outcome"))
+        outcome = Outcome(str(reply.get("outcome")))
     except ValueError:
         raise GuardUnavailable(ODD) from None
     if not isinstance(text, str) or not _is_share(used) or (threshold is not None and used != threshold):

@@ -134,6 +134,7 @@ class Worker:
         if self._stopping:
             return {"id": number, "error": "stopping"}
         expires = started + min(request.within, self._settings.deadline_s)
+        found: dict[str, Any]
         try:
             if request.op == "score":
                 score = await self.queues.score(request.row, expires)
