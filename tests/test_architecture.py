@@ -21,6 +21,7 @@ FLOORS = (
     ("evaluation",),
     ("reporting",),
     ("generation",),
+    ("serving",),
 )
 """From the lowest up; below them are the modules of the package itself, above them its ``__init__``."""
 APART = ("training", "evaluation")

@@ -20,8 +20,6 @@ from mllm_protector.errors import InputError
 from mllm_protector.guard import rewrites
 from mllm_protector.guard.rewrites import Fault
 from mllm_protector.guard.rows import Row, rewrites_of, scores_of
-from mllm_protector.models.detector import load_detector
-from mllm_protector.models.shared import load_parts
 from mllm_protector.normalisation import normalised
 from mllm_protector.protocols import Card, Corrector, Detector
 from mllm_protector.records import Outcome, Reply
@@ -135,6 +133,10 @@ class Protector:
             InputError: a folder does not hold what it should, fewer than one token, or ``base`` is the base
                 of neither.
         """
+        # Here, because torch takes seconds, and not every detector needs it.
+        from mllm_protector.models.detector import load_detector
+        from mllm_protector.models.shared import load_parts
+
         corrector: Corrector = Refusal()
         if detoxifier is None:
             scorer = load_detector(detector, base=base, device=device)
@@ -176,7 +178,7 @@ class Protector:
         require_texts(queries=queries, answers=answers, ids=ids)
         rows = [*map(Row, queries, answers)]
         names = [*map(str, range(len(rows)))] if ids is None else ids
-        read = [index for index, row in enumerate(rows) if not self._is_too_long(row.answer)]
+        read = [index for index, row in enumerate(rows) if not self.is_too_long(row.answer)]
         harms = dict(zip(read, scores_of(self.detector, [rows[index] for index in read]), strict=True))
         flagged = [index for index, harm in harms.items() if harm is not None and harm >= self.threshold]
         made = dict.fromkeys(range(len(rows)), TOO_LONG)
@@ -206,11 +208,12 @@ class Protector:
         """
         require_texts(queries=queries, answers=answers)
         rows = [*map(Row, queries, answers)]
-        too_long = [self._is_too_long(row.answer) for row in rows]
+        too_long = [self.is_too_long(row.answer) for row in rows]
         made = iter(self._rewrite([row for row, long in zip(rows, too_long, strict=True) if not long]))
         return [TOO_LONG if long else next(made) for long in too_long]
 
-    def _is_too_long(self, answer: str) -> bool:
+    def is_too_long(self, answer: str) -> bool:
+        """Whether an answer is refused unread."""
         most = BYTES_PER_TOKEN * self.max_answer_tokens
         return any(len(text.encode(errors="surrogatepass")) > most for text in (answer, normalised(answer)))
 

@@ -1,0 +1,58 @@
+"""What a front counts, for Prometheus. No label comes from a client, so no text can get into it."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+SCORES = tuple(tenth / 20 for tenth in range(1, 21))
+
+
+class Metrics:
+    """The counters of one front worker, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        prefix, registry = "mllm_protector", self.registry
+        self.requests = Counter(
+            f"{prefix}_requests",
+            "Requests, by route and HTTP status.",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.outcomes = Counter(
+            f"{prefix}_outcomes",
+            "Choices, by what the guard did, or would have done (mode=shadow).",
+            ["outcome", "mode"],
+            registry=registry,
+        )
+        self.scores = Histogram(
+            f"{prefix}_score", "P(harmful) of raw answers.", buckets=SCORES, registry=registry
+        )
+        self.seconds = Histogram(
+            f"{prefix}_seconds",
+            "Seconds of a request: the upstream's answer, the guard, and all.",
+            ["part"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.upstream_errors = Counter(
+            f"{prefix}_upstream_errors", "Failures of the upstream, by kind.", ["kind"], registry=registry
+        )
+        self.released_bytes = Counter(
+            f"{prefix}_released_bytes", "Bytes of answers that were sent to clients.", registry=registry
+        )
+        self.unscanned_bytes = Counter(
+            f"{prefix}_unscanned_bytes",
+            "Bytes of answers that were sent to clients without a verdict; 0 unless streaming is off "
+            "or shadow is on.",
+            registry=registry,
+        )
+        self.clients_gone = Counter(
+            f"{prefix}_clients_gone", "Requests whose client left before the answer.", registry=registry
+        )
+        self.under_way = Gauge(f"{prefix}_requests_under_way", "Requests being answered.", registry=registry)
+        self.guard_ready = Gauge(f"{prefix}_guard_ready", "1 if the guard answers.", registry=registry)
+
+    def exposition(self) -> bytes:
+        """All counters as Prometheus reads them."""
+        return generate_latest(self.registry)

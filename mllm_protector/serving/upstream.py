@@ -1,0 +1,195 @@
+"""The server that is guarded, over httpx. Its address is the one of the config, whatever a client sends."""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from mllm_protector.errors import InputError
+from mllm_protector.serving.api_errors import ApiError
+from mllm_protector.serving.metrics import Metrics
+from mllm_protector.serving.settings import MEGABYTE, FrontSettings
+
+PASSED_ON = (
+    "openai-organization",
+    "openai-project",
+    "user-agent",
+    "x-request-id",
+    "traceparent",
+    "tracestate",
+)
+"""Of a client's headers; all others stay here."""
+
+PASSED_BACK = ("x-request-id", "openai-processing-ms", "openai-version", "retry-after", "retry-after-ms")
+"""Of the upstream's headers, beside those of its rate limits."""
+
+REACHED_S = 2.0
+"""The longest that ``reachable`` waits."""
+
+
+class Upstream:
+    """Asks the upstream; every failure is an ``ApiError`` for the client."""
+
+    def __init__(self, settings: FrontSettings, metrics: Metrics) -> None:
+        """Bind to the address; nothing is sent.
+
+        Raises:
+            InputError: the environment variable of its key is not set.
+        """
+        self.settings = settings.upstream
+        self.most = int(settings.limits.answer_mb * MEGABYTE)
+        self.metrics = metrics
+        self._keeps_keys = bool(settings.keys)
+        self._key: str | None = None
+        if name := self.settings.api_key_env:
+            self._key = os.environ.get(name)
+            if not self._key:
+                raise InputError(f"upstream.api_key_env={name}: this environment variable is not set")
+        times = httpx.Timeout(
+            self.settings.read_s, connect=self.settings.connect_s, pool=self.settings.connect_s
+        )
+        self._client = httpx.AsyncClient(
+            timeout=times,
+            limits=httpx.Limits(max_connections=self.settings.connections),
+            verify=self.settings.url.startswith("https"),  # certificates take long to load
+            trust_env=False,  # no proxy and no password from the environment
+            follow_redirects=False,
+        )
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
+
+    @asynccontextmanager
+    async def ask(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """The upstream's answer, of status 200, to be read within the block; leaving the block cancels it.
+
+        Args:
+            method: of HTTP.
+            path: our own words, behind the address.
+            headers: of the client.
+            body: JSON.
+
+        Raises:
+            ApiError: there is no such answer, or it takes too long.
+        """
+        try:
+            async with (
+                asyncio.timeout(self.settings.total_s),
+                self._client.stream(
+                    method, self.settings.url + path, content=body, headers=self._headers(headers)
+                ) as response,
+            ):
+                if response.status_code != 200:
+                    raise await self._refused(response)
+                yield response
+        except (TimeoutError, httpx.TimeoutException, httpx.HTTPError, httpx.StreamError) as error:
+            raise self._failed(error) from None
+
+    async def pieces(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """The body as it comes.
+
+        Raises:
+            ApiError: it is longer than an answer may be.
+        """
+        size = 0
+        async for piece in response.aiter_bytes():
+            size += len(piece)
+            if size > self.most:
+                raise self.fault("too_long", "the upstream's answer is too long")
+            yield piece
+
+    async def whole(self, response: httpx.Response) -> bytes:
+        """The whole body.
+
+        Raises:
+            ApiError: it is longer than an answer may be.
+        """
+        return b"".join([piece async for piece in self.pieces(response)])
+
+    def completion(self, body: bytes) -> dict[str, Any]:
+        """A body as the JSON object that it is.
+
+        Raises:
+            ApiError: it is none, or holds nothing but an error.
+        """
+        try:
+            content = json.loads(body)
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise self.fault("malformed", "the upstream's answer is no JSON object")
+        if content.get("error") and not content.get("choices"):
+            fault = self.fault("error", "the upstream failed")
+            fault.body = body
+            raise fault
+        return content
+
+    async def reachable(self, headers: Mapping[str, str]) -> bool:
+        """Whether the upstream answers at all."""
+        try:
+            async with asyncio.timeout(REACHED_S):
+                answer = await self._client.get(self.settings.url + "/models", headers=self._headers(headers))
+        except (TimeoutError, httpx.HTTPError):
+            return False
+        return answer.status_code < 500
+
+    def fault(self, kind: str, message: str, status: int = 502) -> ApiError:
+        """A failure of the upstream, counted by its kind."""
+        self.metrics.upstream_errors.labels(kind).inc()
+        return ApiError(status, message, code=f"upstream_{kind}")
+
+    def _headers(self, given: Mapping[str, str]) -> dict[str, str]:
+        headers = {name: given[name] for name in PASSED_ON if name in given}
+        headers |= {"content-type": "application/json", "accept-encoding": "identity"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        elif "authorization" in given and not self._keeps_keys:
+            headers["authorization"] = given["authorization"]
+        return headers
+
+    async def _refused(self, response: httpx.Response) -> ApiError:
+        """An answer of another status than 200, passed on if it is an error."""
+        status = response.status_code
+        self.metrics.upstream_errors.labels(f"status_{status // 100}xx").inc()
+        if status < 400:
+            return ApiError(502, f"the upstream answered with status {status}", code="upstream_status")
+        body = await self.whole(response)
+        headers = passed_back(response.headers)
+        if _is_answer(body):
+            message = f"the upstream answered with status {status} and an answer"
+            return ApiError(status, message, code="upstream_status", headers=headers)
+        headers["content-type"] = response.headers.get("content-type", "application/json")
+        message = f"the upstream answered with status {status}"
+        return ApiError(status, message, code="upstream_status", body=body, headers=headers)
+
+    def _failed(self, error: Exception) -> ApiError:
+        if isinstance(error, httpx.PoolTimeout):
+            overloaded = self.fault("busy", "too many requests to the upstream are under way", 503)
+            overloaded.headers["retry-after"] = "1"
+            return overloaded
+        if isinstance(error, TimeoutError | httpx.TimeoutException):
+            return self.fault("timeout", "the upstream took too long", 504)
+        if isinstance(error, httpx.ConnectError):
+            return self.fault("unreachable", "the upstream cannot be reached")
+        return self.fault("cut", "the upstream's answer broke off")
+
+
+def passed_back(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of an upstream's answer that a client gets."""
+    kept = {name: value for name, value in headers.items() if name.lower() in PASSED_BACK}
+    return kept | {name: value for name, value in headers.items() if name.startswith("x-ratelimit-")}
+
+
+def _is_answer(body: bytes) -> bool:
+    try:
+        content: Any = json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and "choices" in content

@@ -1,0 +1,68 @@
+"""Settings with the values of a test, each of which can be changed."""
+
+from typing import Any
+
+from mllm_protector.serving.settings import (
+    FrontSettings,
+    GuardSettings,
+    LimitSettings,
+    PolicySettings,
+    QueueSettings,
+    RestartSettings,
+    UpstreamSettings,
+)
+
+
+def guard_settings(**changes: Any) -> GuardSettings:
+    values = {"detector": "d", "detoxifier": None, "base": None, "device": "cpu", "max_answer_tokens": 32_768}
+    return GuardSettings(**values | changes)
+
+
+def queue_settings(**changes: Any) -> QueueSettings:
+    values: dict[str, Any] = {"batch_tokens": 4096, "patience_ms": 5, "waiting": 1000, "waiting_mb": 64}
+    return QueueSettings(**values | {"request_mb": 4, "deadline_s": 20} | changes)
+
+
+def restart_settings(**changes: Any) -> RestartSettings:
+    values = {"start_s": 60, "hang_s": 60, "stop_s": 10, "after_s": 0.1, "at_most_s": 5}
+    return RestartSettings(**values | changes)
+
+
+def upstream_settings(**changes: Any) -> UpstreamSettings:
+    values: dict[str, Any] = {"url": "http://127.0.0.1:1/v1", "api_key_env": None, "connections": 256}
+    return UpstreamSettings(**values | {"connect_s": 2, "read_s": 10, "total_s": 30} | changes)
+
+
+def limit_settings(**changes: Any) -> LimitSettings:
+    values = {"body_mb": 20, "body_s": 10, "answer_mb": 4, "choices": 8, "requests": 512}
+    return LimitSettings(**values | changes)
+
+
+def policy_settings(**changes: Any) -> PolicySettings:
+    values: dict[str, Any] = {
+        "streaming": "buffer",
+        "window_tokens": 16,
+        "window_hits": 2,
+        "ping_s": 5,
+        "on_flag": "rewrite",
+        "on_error": "refuse",
+        "refused_finish_reason": "content_filter",
+        "shadow": False,
+        "threshold": None,
+        "model_thresholds": {},
+        "key_thresholds": {},
+    }
+    return PolicySettings(**values | changes)
+
+
+def front_settings(**changes: Any) -> FrontSettings:
+    values: dict[str, Any] = {
+        "upstream": upstream_settings(),
+        "limits": limit_settings(),
+        "policy": policy_settings(),
+        "keys": [],
+        "reconnect_s": 1,
+        "grace_s": 5,
+        "score_decimals": 4,
+    }
+    return FrontSettings(**values | changes)

@@ -1,0 +1,201 @@
+import asyncio
+import json
+import os
+import signal
+import stat
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_protector.errors import InputError, RunError
+from mllm_protector.records import Outcome
+from mllm_protector.serving.client import GuardClient
+from mllm_protector.serving.guarding import Guarded, GuardUnavailable
+from mllm_protector.serving.supervisor import Supervisor
+from mllm_protector.serving.worker import HUNG
+from tests.serving.builders import guard_settings, queue_settings, restart_settings
+from tests.serving.stub_worker import COMMAND
+from tests.serving.stubs import connected, socket_folder, until
+
+HARMFUL = "placeholder of a harmful answer"
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the sockets' folders are made."""
+    with socket_folder() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        yield folder
+
+
+@asynccontextmanager
+async def supervised(**changes: Any) -> AsyncIterator[tuple[Supervisor, GuardClient]]:
+    settings = restart_settings(**changes)
+    async with (
+        Supervisor(guard_settings(), queue_settings(deadline_s=60), settings, command=COMMAND) as supervisor,
+        connected(supervisor.path, deadline_s=60) as client,
+    ):
+        yield supervisor, client
+
+
+def supervisor_of(*code: str, **changes: Any) -> Supervisor:
+    """Of a worker that is a line of Python."""
+    command = (sys.executable, "-c", "; ".join(code))
+    return Supervisor(guard_settings(), queue_settings(), restart_settings(**changes), command=command)
+
+
+def test_a_worker_that_is_killed_under_load_lets_nothing_pass_and_is_soon_back() -> None:
+    async def test() -> None:
+        async with supervised() as (supervisor, client):
+            assert (await client.guard("q", "an answer")).outcome == Outcome.ALLOWED
+            pid = supervisor.pid
+            assert pid is not None
+            load = [asyncio.create_task(client.guard("q", f"slow {HARMFUL} {n}")) for n in range(64)]
+            await asyncio.sleep(0.5)
+            os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
+            found = await asyncio.gather(*load, return_exceptions=True)
+            assert time.monotonic() - killed < 1
+            assert [type(each) for each in found] == 64 * [GuardUnavailable]
+            assert not client.ready
+            with pytest.raises(GuardUnavailable):
+                await client.guard("q", "while it is down")
+            await until(lambda: client.ready)
+            results = await asyncio.gather(*(client.guard("q", f"an answer {n}") for n in range(20)))
+            assert [each.text for each in results] == [f"an answer {n}" for n in range(20)]
+            assert (await client.guard("q", HARMFUL)).outcome == Outcome.REWRITTEN
+            assert supervisor.restarts == 1
+            assert supervisor.pid not in (None, pid)
+
+    asyncio.run(test())
+
+
+def test_a_text_that_kills_the_worker_kills_it_once() -> None:
+    async def test() -> None:
+        async with supervised() as (supervisor, client):
+            texts = ["an answer", "kill the worker", "another answer"]
+            found = await asyncio.gather(*(client.guard("q", text) for text in texts), return_exceptions=True)
+            assert [type(each) for each in found] == 3 * [GuardUnavailable]
+            await until(lambda: client.ready)
+            assert (await client.guard("q", "an answer")).outcome == Outcome.ALLOWED
+            assert supervisor.restarts == 1
+
+    asyncio.run(test())
+
+
+def test_a_worker_that_hangs_is_ended_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with supervised(hang_s=1.5) as (supervisor, client):
+            with pytest.raises(GuardUnavailable, match="lost"):
+                await client.guard("q", "hang")
+            await until(lambda: client.ready)
+            assert (await client.guard("q", "an answer")).outcome == Outcome.ALLOWED
+            assert supervisor.restarts == 1
+
+    asyncio.run(test())
+    assert f"the model worker ended ({HUNG})" in caplog.text
+
+
+def test_sigterm_lets_the_worker_finish_and_end_with_0() -> None:
+    async def test() -> None:
+        async with supervised(after_s=60, at_most_s=60) as (supervisor, client):
+            process = supervisor._process
+            assert process is not None
+            under_way = asyncio.create_task(client.guard("q", "a slow answer"))
+            await until(lambda: client.state.get("busy_seconds", 0) > 0)
+            process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.1)
+            with pytest.raises(GuardUnavailable):
+                await client.guard("q", "a new request")
+            found = await under_way
+            assert (found.outcome, found.text) == (Outcome.ALLOWED, "a slow answer")
+            assert await process.wait() == 0
+
+    asyncio.run(test())
+
+
+def test_the_worker_ends_with_its_supervisor_and_leaves_nothing_behind(own_folder: Path) -> None:
+    async def test() -> Guarded:
+        async with supervised() as (supervisor, client):
+            assert stat.S_IMODE(supervisor.path.parent.stat().st_mode) == 0o700
+            process = supervisor._process
+            assert process is not None
+            under_way = asyncio.create_task(client.guard("q", "a slow answer"))
+            await asyncio.sleep(0.3)
+            await supervisor.__aexit__()
+            assert process.returncode == 0
+            assert supervisor.pid is None
+            return await under_way
+
+    assert asyncio.run(test()).outcome == Outcome.ALLOWED
+    assert not [*own_folder.iterdir()]
+
+
+def test_a_worker_whose_supervisor_was_killed_ends_by_itself(own_folder: Path) -> None:
+    async def test() -> None:
+        content = {"guard": asdict(guard_settings()), "queue": asdict(queue_settings()), "hang_s": 60}
+        path = str(own_folder / "guard.sock")
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND, path, json.dumps(content), stdin=PIPE, stdout=PIPE
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)  # of a terminal: the supervisor decides
+        await asyncio.sleep(0.3)
+        assert process.returncode is None
+        process.stdin.close()
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+
+    asyncio.run(test())
+
+
+def test_a_worker_that_cannot_start_is_an_error_and_no_loop(own_folder: Path) -> None:
+    async def start(supervisor: Supervisor) -> None:
+        async with supervisor:
+            pytest.fail("it started")
+
+    settings = queue_settings(), restart_settings()
+    missing = Supervisor(guard_settings(detector="missing"), *settings, command=COMMAND)
+    silent = supervisor_of("import time", "time.sleep(100)", start_s=0.5)
+    for supervisor, words in (
+        (missing, "exit code 2 before it was ready"),
+        (supervisor_of("print('hello')"), "exit code 0 before it was ready"),
+        (silent, "not ready within start_s=0.5"),
+    ):
+        with pytest.raises(RunError, match=words):
+            asyncio.run(start(supervisor))
+        assert supervisor.pid is None
+    assert not [*own_folder.iterdir()]
+
+
+def test_a_path_too_long_for_a_socket_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    deep = tmp_path / (100 * "x")
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+
+    async def start() -> None:
+        async with supervisor_of("pass"):
+            pytest.fail("it started")
+
+    with pytest.raises(InputError, match="set TMPDIR to a shorter path"):
+        asyncio.run(start())
+
+
+def test_waits_between_restarts_grow(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        code = ("print('ready', flush=True)", "import time", "time.sleep(0.05)", "exit(3)")
+        async with supervisor_of(*code, after_s=0.1, at_most_s=60) as supervisor:
+            await until(lambda: supervisor.restarts == 3)
+
+    asyncio.run(test())
+    for seconds in (0.1, 0.2, 0.4):
+        assert f"ended (3); it starts again in {seconds} s" in caplog.text
