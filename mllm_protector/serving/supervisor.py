@@ -118,8 +118,10 @@ class Supervisor:
             await asyncio.sleep(wait)
             wait = min(2 * wait, self._restart.at_most_s)
             self.restarts += 1
-            with suppress(RunError):
+            try:
                 await self._start()
+            except (RunError, OSError) as error:
+                log.error("%s", error)
 
     async def _end(self) -> None:
         process, self._process = self._process, None

@@ -24,7 +24,7 @@ def queue_settings(**changes: Any) -> QueueSettings:
 
 
 def restart_settings(**changes: Any) -> RestartSettings:
-    values = {"start_s": 60, "hang_s": 60, "stop_s": 10, "after_s": 0.1, "at_most_s": 5}
+    values = {"start_s": 300, "hang_s": 60, "stop_s": 10, "after_s": 0.1, "at_most_s": 5}
     return RestartSettings(**values | changes)
 
 

@@ -17,7 +17,7 @@ from mllm_protector.serving.client import GuardClient
 from mllm_protector.serving.worker import Worker
 from tests.serving.builders import queue_settings
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds after which a test that waits has failed; a busy machine needs a few."""
 
 

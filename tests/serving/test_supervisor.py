@@ -199,3 +199,23 @@ def test_waits_between_restarts_grow(caplog: pytest.LogCaptureFixture) -> None:
     asyncio.run(test())
     for seconds in (0.1, 0.2, 0.4):
         assert f"ended (3); it starts again in {seconds} s" in caplog.text
+
+
+def test_a_system_that_cannot_start_a_process_now_is_asked_again(own_folder: Path) -> None:
+    python = own_folder / "python"
+    python.symlink_to(sys.executable)
+    code = "print('ready', flush=True); import sys; sys.stdin.read(1)"
+    command = (str(python), "-c", code)
+    settings = guard_settings(), queue_settings(), restart_settings()
+
+    async def test() -> None:
+        async with Supervisor(*settings, command=command) as supervisor:
+            python.unlink()
+            assert supervisor.pid is not None
+            os.kill(supervisor.pid, signal.SIGKILL)
+            await until(lambda: supervisor.restarts == 2)
+            assert supervisor.pid is None
+            python.symlink_to(sys.executable)
+            await until(lambda: supervisor.pid is not None)
+
+    asyncio.run(test())
