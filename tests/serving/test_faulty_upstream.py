@@ -1,6 +1,6 @@
 """What a transparent proxy must get right, and what it does when the upstream or the client does not.
 
-The numbers are those of the list of traps in SERVING.md, section 2. 5 to 7 and 9 are also in test_proxy.py
+The numbers count the traps of a transparent proxy; 5 to 7 and 9 are also in test_proxy.py
 and test_streaming.py, where every side of them is tried.
 """
 
