@@ -213,9 +213,7 @@ async def test_an_answer_longer_than_the_guard_reads_is_refused_unread() -> None
 MALFORMED: list[bytes] = [
     b"nothing",
     b"",
-    b"\xff\xfe",
     b"[1]",
-    b"7",
     100_000 * b"[",
     b'{"op": "ping"}',
     b'{"id": true, "op": "ping"}',
