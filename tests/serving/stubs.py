@@ -94,6 +94,9 @@ async def running(
             async with connected(path, **changes) as client:
                 yield Running(worker, client, path, stop, serving)
         finally:
+            for part in (detector, corrector):  # a test that failed may have left it blocked
+                if isinstance(part, StubDetector | StubCorrector):
+                    part.gate.set()
             stop.set()
             await asyncio.wait_for(serving, PATIENCE)
 
