@@ -55,13 +55,8 @@ def measure_latency(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    folder = Path(output_dir)
-    if detoxifier is None:
-        scorer, writer = load_detector(expand(detector), base=base), None
-    else:
-        scorer, writer = load_parts(
-            expand(detector), expand(detoxifier), base=base, max_new_tokens=rewrite_tokens
-        )
+    if not lengths:
+        raise InputError("lengths=[]: give at least one")
     splits = data.load()
     records = [
         (each.query, each.answer)
@@ -70,9 +65,14 @@ def measure_latency(
     ]
     if not any(answer.strip() for _, answer in records):
         raise InputError("data: has no answers with words")
-    if not lengths:
-        raise InputError("lengths=[]: give at least one")
     random.Random(seed).shuffle(records)
+    folder = Path(output_dir)
+    if detoxifier is None:
+        scorer, writer = load_detector(expand(detector), base=base), None
+    else:
+        scorer, writer = load_parts(
+            expand(detector), expand(detoxifier), base=base, max_new_tokens=rewrite_tokens
+        )
 
     def score(query: str, answer: str) -> None:
         scorer.score(queries=[query], answers=[answer])
