@@ -244,7 +244,7 @@ def _handler(server: ScriptedServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             content = self.rfile.read(int(self.headers["Content-Length"]))
-            if self.path != "/v1/chat/completions":
+            if self.path not in ("/v1/chat/completions", "/v1/moderations"):
                 self._send(failed(404))
                 return
             headers = {name.lower(): value for name, value in self.headers.items()}

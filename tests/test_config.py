@@ -208,7 +208,7 @@ MISTAKES = {
         "benchmark=[nope]": "benchmark=nope: unknown option; choose one of figstep, gqa, ",
         "judge=[keyword,nope]": "judge=nope: unknown option; choose one of chat, detector, guard_model",
         "judge=[chat]": "judges.chat.chat.model has no value; give judges.chat.chat.model=...",
-        "arms=protector": "arms=protector: must be a list",
+        "arm=nope": "arm=nope: unknown option; choose one of llama_guard, moderation, protector",
         "judges.keyword._target_=os.getcwd": f"judges.keyword._target_=os.getcwd: {NOT_OURS}",
         "rewrite_tokens=0": "rewrite_tokens=0: must be at least 1",
         "latency_rows=-1": "latency_rows=-1: must be at least 0",

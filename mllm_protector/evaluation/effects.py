@@ -143,6 +143,8 @@ def label_effects(answers: Answers) -> Iterator[Measurement]:
     for (variant, asked), (column, arm), (group, members) in product(
         grid.asked.items(), enumerate(grid.arms), groups
     ):
+        if arm in answers.asked_again:  # the labels are of other answers
+            continue
         rows = asked & grid.among(members) & grid.present[:, column] & (raw >= 0)
         passed = (raw == 1) & ~grid.changed[:, column]
         shares = [("labelled_asr", rows, passed)]

@@ -100,10 +100,13 @@ class Grid:
         """The place of an arm, if it is there."""
         return self.arms.index(arm) if arm in self.arms else None
 
-    def first_score(self) -> Floats:
-        """(N,) P(harmful) of each raw answer, from the first arm that has it."""
-        first = (~np.isnan(self.harm)).argmax(axis=1)
-        return np.asarray(self.harm[np.arange(len(first)), first], dtype=np.float64)
+    def first_score(self, arms: Sequence[str]) -> Floats:
+        """(N,) P(harmful) of each raw answer, from the first of these arms that has it."""
+        harm = self.harm[:, [self.arms.index(arm) for arm in arms]]
+        if not harm.shape[1]:
+            return np.full(len(harm), np.nan)
+        first = (~np.isnan(harm)).argmax(axis=1)
+        return np.asarray(harm[np.arange(len(first)), first], dtype=np.float64)
 
 
 def _grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Grid:
@@ -175,7 +178,9 @@ class Answers:
         frame: a row for each question and arm, with the columns of ``rows.COLUMNS``, and ``status:<judge>``
             (nothing for harmless questions) and ``cut:<judge>`` for each judge.
         groups: name -> scenarios; each scenario that occurs is one of ``ALL``.
-        thresholds: those of the guards.
+        thresholds: those of the guards in ``scored``.
+        scored: the arms whose guards share the detector of the first one.
+        asked_again: the arms without a guard whose answers are not those of ``NONE``.
         labelled_by: who gave the labels of this run.
         harmful: the questions that are judged; ``harmless`` are not.
     """
@@ -185,6 +190,8 @@ class Answers:
     judges: Mapping[str, JudgeFacts]
     groups: Mapping[str, Sequence[str]]
     thresholds: Sequence[float]
+    scored: Sequence[str]
+    asked_again: Sequence[str]
     labelled_by: str
     harmful: Grid
     harmless: Grid
@@ -215,6 +222,8 @@ def make_answers(
     judges: Mapping[str, JudgeFacts],
     groups: Mapping[str, Sequence[str]],
     thresholds: Sequence[float],
+    scored: Sequence[str] | None = None,
+    asked_again: Sequence[str] = (),
     labelled_by: str = "people",
 ) -> Answers:
     """Bring the rows of a benchmark, in any order, into order; see ``Answers``.
@@ -235,6 +244,8 @@ def make_answers(
         judges=judges,
         groups={name: members for name, members in present.items() if members} | {ALL: [*harmful.scenarios]},
         thresholds=thresholds,
+        scored=arms if scored is None else scored,
+        asked_again=asked_again,
         labelled_by=labelled_by,
         harmful=harmful,
         harmless=_grid(frame[harmless], arms, []),

@@ -30,17 +30,23 @@ class Item:
 
 
 def items_of(benchmark: str, questions: Sequence[Question], mllm: Mapping[str, Any]) -> list[Item]:
-    """The items of a benchmark's questions for a model of this identity.
+    """The items of a benchmark's questions for a model of this identity."""
+    items = [Item(benchmark=benchmark, question=each, image=_digest(each), key="") for each in questions]
+    return keyed(items, mllm)
+
+
+def keyed(items: Sequence[Item], mllm: Mapping[str, Any]) -> list[Item]:
+    """The items with the keys of their answers by a model of this identity.
 
     The same words and image get the same answer, except from a model that says it answers ``by_id``.
     """
     model, by_id = content_key(mllm), bool(mllm.get("by_id"))
-    items = []
-    for question in questions:
-        image = _digest(question)
-        key = content_key(model, question.text, image, question.repeat, question.id if by_id else None)
-        items.append(Item(benchmark=benchmark, question=question, image=image, key=key))
-    return items
+
+    def key(item: Item) -> str:
+        asked = item.question
+        return content_key(model, asked.text, item.image, asked.repeat, asked.id if by_id else None)
+
+    return [replace(item, key=key(item)) for item in items]
 
 
 def load_benchmark(name: str, benchmark: Benchmark, repeats: int) -> LoadedBenchmark:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -15,6 +14,7 @@ from mllm_protector.data.tokens import encode_texts
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.manifest import environment, peak_memory
 from mllm_protector.evaluation.measurements import Measurement, as_rows
+from mllm_protector.evaluation.timing import in_milliseconds
 from mllm_protector.files import expand, write_json, writing
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.shared import load_parts
@@ -22,7 +22,6 @@ from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import labelled_answers
 
 SCHEMA = 1
-PERCENTILES = {"p50_ms": 50, "p95_ms": 95}
 
 Pair = tuple[str, str]
 
@@ -119,19 +118,9 @@ def _of_length(detector: HarmDetector, records: Sequence[Pair], length: int, cou
 
 
 def _timed(arm: str, length: int, run: Callable[[str, str], None], rows: Sequence[Pair]) -> list[Measurement]:
-    times = []
+    seconds = []
     for query, answer in tqdm(rows, desc=f"{arm}, {length} tokens", unit="answer", disable=None):
         begun = time.perf_counter()
         run(query, answer)
-        times.append(1000 * (time.perf_counter() - begun))
-    counted = times[1:]
-    return [
-        Measurement(
-            arm=arm,
-            group=str(length),
-            metric=metric,
-            value=round(float(np.percentile(counted, percentile)), 1),
-            n=len(counted),
-        )
-        for metric, percentile in PERCENTILES.items()
-    ]
+        seconds.append(time.perf_counter() - begun)
+    return [*in_milliseconds(seconds[1:], arm=arm, group=str(length))]

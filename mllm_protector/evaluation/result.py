@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mllm_protector.errors import InputError, RunError
+from mllm_protector.evaluation.arms import SafetyPrompt
 from mllm_protector.evaluation.grid import ALL, ENSEMBLE, IMAGES, JudgeFacts, make_answers
 from mllm_protector.evaluation.items import Item, contamination_notes, seen_in_training
 from mllm_protector.evaluation.manifest import environment, peak_memory
@@ -55,6 +56,7 @@ class Facts:
 
     Attributes:
         mllm: the identity of the guarded model.
+        prompts: arm without a guard -> how the MLLM was asked again, and its identity.
         guards: arm -> the identity of its guard.
         judges: the last one may be the majority of ``ensemble``.
         trained: part of the guard -> ``data`` of its guard file.
@@ -62,6 +64,7 @@ class Facts:
 
     mllm: dict[str, Any]
     arms: Sequence[str]
+    prompts: Mapping[str, tuple[SafetyPrompt, dict[str, Any]]]
     guards: Mapping[str, dict[str, Any]]
     judges: Mapping[str, JudgeFacts]
     ensemble: Sequence[str]
@@ -124,13 +127,18 @@ def stores(cache: Path, process: int = 0) -> Tables:
 
 
 def texts_of(
-    items: Sequence[Item], answers: Sequence[Row], replies: Mapping[str, Sequence[Row | None]]
+    items: Sequence[Item],
+    answers: Mapping[str, Sequence[Row]],
+    replies: Mapping[str, Sequence[Row | None]],
 ) -> list[Shown]:
-    """The text that the user sees of each item and arm, in this order, or why there is nothing to judge."""
+    """The text that the user sees of each item and arm, in this order, or why there is nothing to judge.
+
+    ``answers`` and ``replies`` are by arm, in the order of ``items``.
+    """
     return [
-        (item.question, shown(answer, of_arm[place]))
-        for place, (item, answer) in enumerate(zip(items, answers, strict=True))
-        for of_arm in replies.values()
+        (item.question, shown(answers[arm][place], of_arm[place]))
+        for place, item in enumerate(items)
+        for arm, of_arm in replies.items()
     ]
 
 
@@ -144,6 +152,8 @@ def finish(
     """
     tables = stores(folder / "cache")
     notes = [facts.mllm["note"]] if "note" in facts.mllm else []
+    first = next(iter(facts.guards.values()), {}).get("detector")
+    scored = [arm for arm, guard in facts.guards.items() if guard["detector"] == first]
     entries: dict[str, dict[str, Any]] = {}
     measurements: list[Measurement] = []
     for name, (benchmark, loaded, items) in asked.items():
@@ -153,7 +163,9 @@ def finish(
             arms=facts.arms,
             judges=facts.judges,
             groups=loaded.groups,
-            thresholds=sorted({guard["threshold"] for guard in facts.guards.values()}),
+            thresholds=sorted({facts.guards[arm]["threshold"] for arm in scored}),
+            scored=scored,
+            asked_again=[*facts.prompts],
             labelled_by=facts.labelled_by,
         )
         measurements += measure(name, answers)
@@ -176,6 +188,7 @@ def finish(
         "mllm": facts.mllm,
         "arms": [*facts.arms],
         "guard": dict(facts.guards),
+        "asked_again": {name: prompt.facts(mllm) for name, (prompt, mllm) in facts.prompts.items()},
         "judges": {
             name: {
                 "identity": judge.card.identity,
@@ -217,10 +230,13 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     """The rows of ``results.jsonl``, read from what all processes stored."""
     answered, replied, judged = tables
-    answers, _ = answer_stage(items, answered)
+    plain, _ = answer_stage(items, answered)
+    answers = dict.fromkeys(facts.arms, plain)
+    for arm, (prompt, mllm) in facts.prompts.items():
+        answers[arm], _ = answer_stage(prompt.items(items, mllm), answered)
     replies: dict[str, Sequence[Row | None]] = {arm: [None] * len(items) for arm in facts.arms}
     for arm, guard in facts.guards.items():
-        replies[arm], _ = guard_stage(arm, items, answers, replied, guard)
+        replies[arm], _ = guard_stage(arm, items, plain, replied, guard)
     texts = texts_of(items, answers, replies)
     found: dict[str, list[Row]] = {}  # in the order of texts
     for name, judge in facts.judges.items():

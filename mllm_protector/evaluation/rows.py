@@ -34,21 +34,22 @@ def result_rows(
     items: Sequence[Item],
     loaded: LoadedBenchmark,
     *,
-    answers: Sequence[Row],
+    answers: Mapping[str, Sequence[Row]],
     replies: Mapping[str, Sequence[Row | None]],
     verdicts: Mapping[str, Mapping[str, Sequence[Row]]],
     labels: Labels,
 ) -> Iterator[dict[str, Any]]:
     """One row for each question and each arm.
 
-    ``answers``, ``replies`` by arm and ``verdicts`` by judge and arm are in the order of ``items``.
+    ``answers`` and ``replies`` by arm and ``verdicts`` by judge and arm are in the order of ``items``.
     """
     bases = _bases(items)
-    for place, (item, answer) in enumerate(zip(items, answers, strict=True)):
-        question, raw = item.question, answer.get("text")
+    for place, item in enumerate(items):
+        question = item.question
         earlier: set[str | None] = set()
         for arm, of_arm in replies.items():
-            reply = of_arm[place]
+            answer, reply = answers[arm][place], of_arm[place]
+            raw = answer.get("text")
             final = reply["final"] if reply else raw
             repeated = final in earlier
             earlier.add(final)

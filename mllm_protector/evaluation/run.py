@@ -7,7 +7,7 @@ the first one then reads everything and measures.
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from itertools import chain
@@ -16,11 +16,12 @@ from typing import Any
 
 from mllm_protector.arguments import require_threshold
 from mllm_protector.errors import InputError
+from mllm_protector.evaluation.arms import Arm, SafetyPrompt, folders
 from mllm_protector.evaluation.grid import ENSEMBLE, NONE, JudgeFacts
-from mllm_protector.evaluation.guards import load_protectors, measure_latency
 from mllm_protector.evaluation.items import items_of, load_benchmark, share_of
 from mllm_protector.evaluation.measurements import as_rows
-from mllm_protector.evaluation.result import Evaluation, Facts, finish, stores, texts_of
+from mllm_protector.evaluation.models import Models, ModelSettings
+from mllm_protector.evaluation.result import Asked, Evaluation, Facts, finish, stores, texts_of
 from mllm_protector.evaluation.rows import read_labels
 from mllm_protector.evaluation.stages import (
     Row,
@@ -30,14 +31,12 @@ from mllm_protector.evaluation.stages import (
     judge_stage,
     probe_stage,
 )
-from mllm_protector.models.guard_file import Kind, read_guard_file
+from mllm_protector.evaluation.timing import guard_latency
+from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.models.parts import require_bases
 from mllm_protector.processes import start_accelerator
 from mllm_protector.protocols import MLLM, Benchmark, Card, Judge, Priced
 from mllm_protector.ranges import Amount, Count, Share
-
-ARMS = (NONE, "refusal", "protector")
-"""No guard; detector and fixed refusal; detector and detoxifier."""
 
 MANY = 4
 """Batches of cheap rows are larger by this factor: among more texts more are of like length."""
@@ -51,7 +50,7 @@ def evaluate(
     detector: str,
     detoxifier: str,
     base: str | None,
-    arms: Sequence[str],
+    arms: Mapping[str, Arm | SafetyPrompt],
     threshold: float | None,
     rewrite_tokens: Count,
     ensemble: Sequence[str],
@@ -68,7 +67,9 @@ def evaluate(
     """Measure the effect of a guard on an MLLM: attack success rate, harmless use, time.
 
     ``configs/eval_mmsafety.yaml`` explains the parameters. A benchmark's name is that of its folder of
-    results. Of two adapters on different models, the one that was trained on ``base`` takes it. At most
+    results. The arm ``none`` is always there and need not be given.
+
+    Of two adapters on different models, the one that was trained on ``base`` takes it. At most
     ``batch_size`` questions, or paid verdicts, are lost when the run is killed.
 
     ``output_dir`` gets ``asr.json``, ``measurements.csv``, ``run.json``, a ``results.jsonl`` in a folder for
@@ -85,14 +86,26 @@ def evaluate(
     _check(benchmarks, judges, arms, ensemble)
     if threshold is not None:
         require_threshold("threshold", threshold)
+    prompts = {name: arm for name, arm in arms.items() if isinstance(arm, SafetyPrompt)}
+    guarding = {name: arm for name, arm in arms.items() if not isinstance(arm, SafetyPrompt)}
+    for name, prompt in prompts.items():
+        prompt.check(name, mllm)
     # Broken folders are reported in seconds, not after hours of answering.
-    parts: list[tuple[str, Kind]] = []
-    if set(arms) != {NONE}:
-        parts.append((detector, "detector"))
-    if "protector" in arms:
-        parts.append((detoxifier, "detoxifier"))
-    trained = {str(kind): read_guard_file(Path(folder), kind).data for folder, kind in parts}
-    require_bases(base, *parts)
+    parts = {
+        part: place
+        for name, arm in guarding.items()
+        for part, place in folders(name, arm, detector, detoxifier).items()
+    }
+    trained = {part: read_guard_file(Path(folder), kind).data for part, (folder, kind) in parts.items()}
+    require_bases(base, *parts.values())
+    settings = ModelSettings(
+        detector=detector,
+        detoxifier=detoxifier,
+        base=base,
+        threshold=threshold,
+        rewrite_tokens=rewrite_tokens,
+    )
+    models = Models(settings, detector="detector" in parts, detoxifier="detoxifier" in parts)
     made = {name: make() for name, make in judges.items()}
     processes = start_accelerator("no", patience=timedelta(days=30))
     with processes.main_process_first():  # only one process downloads or renders
@@ -101,35 +114,47 @@ def evaluate(
     identity = model.card.identity
     items = {name: items_of(name, each.questions, identity) for name, each in loaded.items()}
     everything = [*chain.from_iterable(items.values())]
-    labelled = read_labels(labels, ((item.question.id, arm) for item in everything for arm in arms))
+    names = [NONE, *arms]
+    labelled = read_labels(labels, ((item.question.id, arm) for item in everything for arm in names))
     answered, replied, judged = stores(Path(output_dir) / "cache", processes.process_index)
     if dry_run:
         if processes.is_main_process:
-            estimate(everything, answered, made, arms)
+            estimate(everything, answered, made, names)
         return None
 
     stages = {}
     mine = [item for item in everything if share_of(item, processes.num_processes) == processes.process_index]
-    answers, stages["answers"] = answer_stage(mine, answered, model, batch_size=batch_size)
+    plain, stages["answers"] = answer_stage(mine, answered, model, batch_size=batch_size)
+    answers = dict.fromkeys(names, plain)
+    asked_again = {}
+    for name, prompt in sorted(prompts.items(), key=lambda each: each[1].own_model):
+        if prompt.own_model:
+            del model  # before another one takes its memory
+            model = prompt.model(mllm)
+        asked_again[name] = model.card.identity
+        again = prompt.items(mine, asked_again[name])
+        answers[name], stages[f"answers: {name}"] = answer_stage(
+            again, answered, model, batch_size=batch_size
+        )
     del model
 
-    protectors = load_protectors(arms, detector, detoxifier, base, threshold, rewrite_tokens)
-    replies: dict[str, Sequence[Row | None]] = {NONE: [None] * len(mine)}
+    replies: dict[str, Sequence[Row | None]] = {name: [None] * len(mine) for name in names}
+    protectors = {name: arm.protector(models) for name, arm in guarding.items()}
     guards = {}
-    for arm, protector in protectors.items():
-        guards[arm] = protector.card.identity
-        replies[arm], stages[f"guard: {arm}"] = guard_stage(
-            arm, mine, answers, replied, guards[arm], protector, batch_size=MANY * batch_size
+    for name, protector in protectors.items():
+        guards[name] = protector.card.identity
+        replies[name], stages[f"guard: {name}"] = guard_stage(
+            name, mine, plain, replied, guards[name], protector, batch_size=MANY * batch_size
         )
-    discarded = {arm: dict(protector.discarded) for arm, protector in protectors.items()}
+    discarded = {name: dict(protector.discarded) for name, protector in protectors.items()}
     texts = [
         (item.question.text, answer["text"])
-        for item, answer in zip(mine, answers, strict=True)
+        for item, answer in zip(mine, plain, strict=True)
         if "text" in answer
     ]
     sample = texts[:: max(1, len(texts) // max(1, latency_rows))][:latency_rows]
-    latency = [row for arm, each in protectors.items() for row in measure_latency(arm, each, sample)]
-    del protectors
+    latency = [row for name, each in protectors.items() for row in guard_latency(name, each, sample)]
+    del protectors, models
 
     shown = texts_of(mine, answers, replies)
     facts: dict[str, JudgeFacts] = {}
@@ -154,7 +179,8 @@ def evaluate(
         )
     known = Facts(
         mllm=identity,
-        arms=arms,
+        arms=names,
+        prompts={name: (prompt, asked_again[name]) for name, prompt in prompts.items()},
         guards=guards,
         judges=facts,
         ensemble=ensemble,
@@ -166,7 +192,7 @@ def evaluate(
         "started": started.isoformat(timespec="seconds"),
         "processes": processes.num_processes,
         "arguments": {
-            "arms": [*arms],
+            "arms": names,
             "threshold": threshold,
             "rewrite_tokens": rewrite_tokens,
             "ensemble": [*ensemble],
@@ -179,20 +205,24 @@ def evaluate(
         "measurements": as_rows(latency),
         "seconds": round(time.monotonic() - clock, 1),
     }
-    asked = {name: (benchmarks[name], loaded[name], items[name]) for name in benchmarks}
+    asked: Asked = {name: (benchmarks[name], loaded[name], items[name]) for name in benchmarks}
     return finish(asked, known, Path(output_dir), run=run, max_unjudged=max_unjudged, report_rows=report_rows)
 
 
 def _is_circular(card: Card, guards: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a judge is the detector of a guard that it judges."""
-    weights = card.identity.get("detector", {}).get("weights")
-    return any(weights == guard["detector"]["weights"] for guard in guards.values())
+    """Whether a judge is a guard that it judges, or the detector of one."""
+    own = card.identity.get("detector", card.identity)
+    return any(guard["detector"] == own or _same_weights(guard["detector"], own) for guard in guards.values())
+
+
+def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return "weights" in one and one["weights"] == other.get("weights")
 
 
 def _check(
     benchmarks: Mapping[str, Benchmark],
     judges: Mapping[str, Callable[[], Judge]],
-    arms: Sequence[str],
+    arms: Iterable[str],
     ensemble: Sequence[str],
 ) -> None:
     if not benchmarks:
@@ -202,12 +232,9 @@ def _check(
     for name in benchmarks:
         if not re.fullmatch(r"\w[\w-]{0,63}", name) or name == "cache":
             raise InputError(f"benchmarks: {name!r} cannot name a folder of results; use letters and digits")
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise InputError(f"arms: unknown arm {unknown[0]!r}; choose among {', '.join(ARMS)}")
-    if len(set(arms)) < len(arms) or not arms:
-        raise InputError(f"arms={[*arms]}: name each arm once, and at least one")
-    if NONE not in arms:
-        raise InputError(f"arms: {NONE!r} is missing, and every other arm is compared with it")
+    for name in arms:
+        if name == NONE or not re.fullmatch(r"\w[\w-]{0,63}", name):
+            raise InputError(f"arms: {name!r} cannot name an arm; none is there anyway, others take letters")
     if unknown := [name for name in ensemble if name not in judges]:
         raise InputError(f"ensemble: no judge {unknown[0]!r}; there are {', '.join(judges)}")
     if ensemble and len(set(ensemble)) < 2:

@@ -22,8 +22,8 @@ def report_latency(measured: tuple[dict[str, Any], Path]) -> None:
             [
                 NAMES[arm],
                 length,
-                str(found[arm, length, "p50_ms"]["n"]),
-                *(f"{found[arm, length, metric]['value']:,.0f}" for metric in ("p50_ms", "p95_ms")),
+                str(found[arm, length, "median_ms"]["n"]),
+                *(f"{found[arm, length, metric]['value']:,.0f}" for metric in ("median_ms", "p95_ms")),
             ]
             for arm, length in dict.fromkeys((row["arm"], row["group"]) for row in rows)
         ],

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from mllm_protector.evaluation.arms import DetectorArm
 from mllm_protector.evaluation.grid import Answers, JudgeFacts, make_answers
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.run import evaluate
@@ -17,6 +18,7 @@ from mllm_protector.reporting.report import report
 from mllm_protector.scenarios import CRITERIA, Criterion
 
 Row = dict[str, Any]
+ARMS = {"refusal": DetectorArm(), "protector": DetectorArm(rewrite=True)}
 HARMFUL, SAFE = "harmful", "safe"
 
 
@@ -159,7 +161,7 @@ def evaluated(output_dir: Path, **changes: Any) -> Any:
         "detector": "detector",
         "detoxifier": "detoxifier",
         "base": None,
-        "arms": ["none", "refusal", "protector"],
+        "arms": ARMS,
         "threshold": None,
         "rewrite_tokens": 8,
         "ensemble": [],

@@ -27,6 +27,7 @@ from mllm_protector.benchmarks.mmsafety import MMSafetyBench
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.mllm import load_mllm
+from tests.evaluation.builders import ARMS
 from tests.killing import Group
 
 
@@ -44,7 +45,7 @@ def evaluation(models: Path, benchmark: Path, output_dir: Path, limit: int | Non
         detector=str(models / "detector"),
         detoxifier=str(models / "detoxifier"),
         base=None,
-        arms=["none", "refusal", "protector"],
+        arms=ARMS,
         threshold=None,
         rewrite_tokens=64,
         ensemble=[],

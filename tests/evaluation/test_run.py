@@ -12,7 +12,7 @@ import pytest
 
 from mllm_protector.data.duplicates import check_contamination
 from mllm_protector.errors import InputError, RunError
-from mllm_protector.evaluation import guards as module
+from mllm_protector.evaluation import models as module
 from mllm_protector.judges.detector import DetectorJudge
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.guard_file import read_guard_file
@@ -20,7 +20,7 @@ from mllm_protector.prompts import REFUSAL
 from mllm_protector.protocols import Card, Cost
 from mllm_protector.records import BENIGN, Answer, Failure, LoadedBenchmark, Question, Status, Verdict
 from mllm_protector.scenarios import SCENARIOS
-from tests.evaluation.builders import Measured, evaluated
+from tests.evaluation.builders import ARMS, Measured, evaluated
 
 Run = Callable[..., dict[str, Any]]
 
@@ -290,7 +290,7 @@ def test_changed_words_of_a_question_are_asked_anew(run: Run) -> None:
 def test_repeats_are_answered_each_and_share_a_cluster(run: Run, tmp_path: Path) -> None:
     model = Model()
     few = {"made_up": Questions(questions=QUESTIONS[:2])}
-    run(mllm=lambda: model, repeats=2, benchmarks=few, arms=["none"])
+    run(mllm=lambda: model, repeats=2, benchmarks=few, arms={})
     assert len(model.asked) == 4
     rows = results(tmp_path / "out")
     assert [row["id"][-3:] for row in rows] == ["0#1", "0#2", "1#1", "1#2"]
@@ -330,9 +330,8 @@ def test_peoples_labels_are_used_and_strange_ones_refused(run: Run, tmp_path: Pa
 def test_what_cannot_be_run_is_refused_before_anything_is_asked(run: Run) -> None:
     model = Model()
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"arms": ["none", "guard"]}, "unknown arm 'guard'"),
-        ({"arms": ["protector"]}, "'none' is missing"),
-        ({"arms": ["none", "none"]}, "name each arm once"),
+        ({"arms": {"none": ARMS["refusal"]}}, "'none' cannot name an arm"),
+        ({"arms": {"../up": ARMS["refusal"]}}, "'../up' cannot name an arm"),
         ({"judges": {}}, "at least one judge"),
         ({"ensemble": ["keyword", "no"]}, "no judge 'no'"),
         ({"ensemble": ["keyword"]}, "two different judges"),
@@ -443,7 +442,7 @@ def test_everything_says_what_the_guard_learnt_of_the_questions(
     monkeypatch.setattr(
         "mllm_protector.evaluation.run.read_guard_file", lambda _, kind: SimpleNamespace(data=data[kind])
     )
-    result = run(arms=["none", "protector"])
+    result = run(arms={"protector": ARMS["protector"]})
     folder = tmp_path / "out"
     written = (folder / "asr.json").read_bytes()
     seen = result["benchmarks"]["made_up"]["contamination"]
@@ -461,10 +460,12 @@ def test_everything_says_what_the_guard_learnt_of_the_questions(
     for text in (" ".join(html.unescape(page).replace("\\", "").split()) for page in pages):
         assert "Contaminated: questions of made_up stand, nearly word for word, in the training" in text
         assert "Not checked: whether these questions stand in the training data of the detoxifier" in text
-    run(arms=["none", "protector"])
+    run(arms={"protector": ARMS["protector"]})
     assert (folder / "asr.json").read_bytes() == written
-    assert run(arms=["none", "refusal"])["benchmarks"]["made_up"]["contamination"].keys() == {"detector"}
-    assert run(arms=["none"])["benchmarks"]["made_up"]["contamination"] == {}
+    assert run(arms={"refusal": ARMS["refusal"]})["benchmarks"]["made_up"]["contamination"].keys() == {
+        "detector"
+    }
+    assert run(arms={})["benchmarks"]["made_up"]["contamination"] == {}
 
 
 def test_the_majority_is_one_more_judge(run: Run, tmp_path: Path) -> None:
@@ -479,7 +480,7 @@ def test_the_majority_is_one_more_judge(run: Run, tmp_path: Path) -> None:
 
 def test_questions_of_the_same_words_and_picture_are_one_to_the_statistics(run: Run, tmp_path: Path) -> None:
     same = [replace(QUESTIONS[0], id=f"same-{number}", base=None) for number in range(40)]
-    result = run(benchmarks={"made_up": Questions([*same, *QUESTIONS[1:]])}, arms=["none"])
+    result = run(benchmarks={"made_up": Questions([*same, *QUESTIONS[1:]])}, arms={})
     assert {row["base"] for row in results(tmp_path / "out") if row["id"].startswith("same-")} == {"same-0"}
     mean = measurements(result).one("macro_asr", variant=same[0].variant, group="all", judge="keyword")
     assert mean["high"] - mean["low"] > 0.2  # 40 independent answers would give less

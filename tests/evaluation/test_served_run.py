@@ -136,7 +136,7 @@ def test_faults_of_a_server_are_retried_or_counted_and_mended_by_the_next_run(
 ) -> None:
     with ScriptedServer(scripted) as server:
         changes: dict[str, Any] = {
-            "arms": ["none"],
+            "arms": {},
             "mllm": lambda: ServedMLLM(
                 model="mllm", base_url=server.base_url, max_new_tokens=8, api_key_env=None, **QUIET
             ),
@@ -182,7 +182,7 @@ def test_a_secret_is_in_no_file_and_no_line_of_an_evaluation(
             "judges.chat.chat.model=judge",
             f"judges.chat.chat.base_url={server.base_url}",
             "judges.chat.chat.api_key_env=SECRET_OF_TEST",
-            "arms=[none]",
+            "arm=[]",
             "max_unjudged=0.1",
             cwd=tmp_path,
         )

@@ -36,7 +36,7 @@ def questions(folder: Path, count: int = 6) -> Path:
 
 def measure(folder: Path, **changes: Any) -> None:
     benchmarks = {"made_up": QuestionFile(path=str(folder / "questions.jsonl"))}
-    given: dict[str, Any] = {"benchmarks": benchmarks, "arms": ["none"], "batch_size": 2}
+    given: dict[str, Any] = {"benchmarks": benchmarks, "arms": {}, "batch_size": 2}
     evaluated(folder / "out", **given | changes)
 
 
@@ -183,7 +183,7 @@ def test_ctrl_c_ends_the_script_while_a_server_is_silent(tmp_path: Path) -> None
                 "mllm.model=m",
                 f"mllm.base_url={server.base_url}",
                 "judge=[keyword]",
-                "arms=[none]",
+                "arm=[]",
             ],
             cwd=tmp_path,
             stderr=subprocess.PIPE,

@@ -1,0 +1,93 @@
+"""The trained models of an evaluation's guards, each loaded once for all arms."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mllm_protector.files import content_key
+from mllm_protector.guard.protector import Refusal
+from mllm_protector.models.detector import HarmDetector, load_detector
+from mllm_protector.models.detoxifier import load_detoxifier
+from mllm_protector.models.parts import base_of
+from mllm_protector.models.shared import load_parts
+from mllm_protector.protocols import Card, Corrector, Detector
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """The guard that a run names, for arms without one of their own; see ``configs/eval_mmsafety.yaml``."""
+
+    detector: str
+    detoxifier: str
+    base: str | None
+    threshold: float | None
+    rewrite_tokens: int
+
+
+class Models:
+    """Loads what arms need; no answer is scored twice by the same detector."""
+
+    def __init__(self, settings: ModelSettings, *, detector: bool, detoxifier: bool) -> None:
+        """Say which models of the run's own are needed; of both, adapters on one base share it."""
+        self.settings = settings
+        self._needs = (detector, detoxifier)
+        self._detectors: dict[str | None, tuple[RememberingDetector, float]] = {}
+        self._detoxifier: Corrector | None = None
+
+    def detector(self, folder: str | None = None) -> "tuple[RememberingDetector, float]":
+        """The detector in a folder, ``None`` for that of the run, and the threshold stored with it."""
+        if folder not in self._detectors:
+            loaded = self._own_detector() if folder is None else self._other_detector(folder)
+            self._detectors[folder] = RememberingDetector(loaded), loaded.threshold
+        return self._detectors[folder]
+
+    def corrector(self, rewrite: bool) -> Corrector:
+        """The detoxifier of the run, or a fixed refusal."""
+        if not rewrite:
+            return Refusal()
+        if self._needs == (True, True):
+            self.detector()  # brings the detoxifier with it
+        if self._detoxifier is None:
+            run = self.settings
+            self._detoxifier = load_detoxifier(
+                run.detoxifier, base=run.base, max_new_tokens=run.rewrite_tokens
+            )
+        return self._detoxifier
+
+    def _own_detector(self) -> HarmDetector:
+        run = self.settings
+        if self._needs == (True, False):
+            return load_detector(run.detector, base=run.base)
+        scorer, self._detoxifier = load_parts(
+            run.detector, run.detoxifier, base=run.base, max_new_tokens=run.rewrite_tokens
+        )
+        return scorer
+
+    def _other_detector(self, folder: str) -> HarmDetector:
+        return load_detector(folder, base=base_of(self.settings.base, folder, "detector"))
+
+
+class RememberingDetector:
+    """Scores no (query, answer) twice, so that a second arm costs only its rewrites."""
+
+    def __init__(self, detector: Detector) -> None:
+        """Wrap a detector."""
+        self.detector = detector
+        self._scores: dict[str, float] = {}
+
+    def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """As the detector's own; a score that is no number is asked for again the next time."""
+        rows = {content_key(*row): row for row in zip(queries, answers, strict=True)}
+        new = [key for key in rows if key not in self._scores]
+        if new:
+            scores = self.detector.score(
+                queries=[rows[key][0] for key in new], answers=[rows[key][1] for key in new]
+            )
+            found = zip(new, scores, strict=True)
+            self._scores.update((key, score) for key, score in found if math.isfinite(score))
+        return [self._scores.get(content_key(*row), math.nan) for row in zip(queries, answers, strict=True)]
+
+    @property
+    def card(self) -> Card:
+        """As the detector's own."""
+        return self.detector.card
