@@ -152,7 +152,7 @@ def finish(
     """
     tables = stores(folder / "cache")
     notes = [facts.mllm["note"]] if "note" in facts.mllm else []
-    first = next(iter(facts.guards.values()), {}).get("detector")
+    first = next((guard["detector"] for guard in facts.guards.values()), None)
     scored = [arm for arm, guard in facts.guards.items() if guard["detector"] == first]
     entries: dict[str, dict[str, Any]] = {}
     measurements: list[Measurement] = []

@@ -20,7 +20,7 @@ from mllm_protector.evaluation.statistics import paired
 from mllm_protector.files import file_digest, read_json, write_json, write_text
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import JUDGED, Status
-from mllm_protector.reporting import pivots
+from mllm_protector.reporting import columns, pivots
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.pivots import Pivot
 from mllm_protector.reporting.tables import Row, Table, decimal, markdown, print_tables, share, upright
@@ -28,10 +28,10 @@ from mllm_protector.reporting.tables import Row, Table, decimal, markdown, print
 TITLE = "Attack success rate (ASR) of several runs, lower is better"
 READING = "In brackets: the 95 % interval. Macro: every scenario counts the same; pooled: every answer does."
 
-PAIRED: tuple[pivots.Column, ...] = (
+PAIRED: tuple[columns.Column, ...] = (
     ("n", "run_difference", pivots.total),
-    ("difference", "run_difference", pivots.points),
-    ("p", "run_difference_p", pivots.p_value),
+    ("difference", "run_difference", columns.points),
+    ("p", "run_difference_p", columns.p_value),
     ("same MLLM answers", "same_answers", share),
 )
 
@@ -216,7 +216,7 @@ def _difference_of(pairs: Sequence[tuple[Row, Row]], where: Mapping[str, Any]) -
 
 def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
     runs = [run["name"] for run in content["runs"]]
-    short = [column for column in pivots.HEADLINE if column[0] in ("macro", "pooled", "unjudged")]
+    short = [column for column in columns.HEADLINE if column[0] in ("macro", "pooled", "unjudged")]
     for name, groups in content["groups"].items():
         rows = [row for row in content["measurements"] if row["benchmark"] == name]
         arms = list(dict.fromkeys(row["arm"] for row in rows if row["arm"]))
@@ -227,7 +227,7 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
             title = f"{name}: ASR in % by {data.judge(judge)}, {', '.join(first)}"
             yield pivots.table(data, title, ("run", "arm", "group"), short, shown)
         title = f"{name}: harmless questions, in %"
-        yield pivots.table(data, title, ("run", "arm"), pivots.HARMLESS, rows)
+        yield pivots.table(data, title, ("run", "arm"), columns.HARMLESS, rows)
         yield pivots.table(
             data,
             f"{name}: differences to {runs[0]} on the same questions, in percentage points",
@@ -241,6 +241,6 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
             f"{name}: other metrics",
             ("metric", "judge", "arm", "variant", "group"),
             [(run, run, decimal) for run in runs],
-            [row for row in rows if row["metric"] not in pivots.KNOWN | {metric for _, metric, _ in PAIRED}],
+            [row for row in rows if row["metric"] not in columns.KNOWN | {metric for _, metric, _ in PAIRED}],
             across="run",
         )

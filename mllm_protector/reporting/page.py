@@ -45,7 +45,7 @@ def page(
         made=_made(run),
         notes=result["notes"],
         judges=_judges(result["judges"]),
-        sections=[_section(result, name) for name in result["benchmarks"]],
+        sections=[_section(result, run, name) for name in result["benchmarks"]],
         costs=_costs(run),
         samples=shown,
         shown_rows=sum(len(sample.arms) for sample in shown),
@@ -72,16 +72,18 @@ def _made(run: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _section(result: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _section(result: Mapping[str, Any], run: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What the page says about one benchmark."""
     data = pivot(result, name)
-    thresholds = {arm: guard["threshold"] for arm, guard in result["guard"].items()}
+    guards: Mapping[str, Any] = result["guard"]
+    first = next((guard["detector"] for guard in guards.values()), None)  # whose curve is drawn
+    thresholds = {arm: guard["threshold"] for arm, guard in guards.items() if guard["detector"] == first}
     return {
         "name": name,
         "headlines": headlines(data),
         "remarks": benchmark_lines(data, name),
         "plots": plots(data, name, thresholds),
-        "tables": tables(data),
+        "tables": tables(data, run.get("measurements", ())),
     }
 
 

@@ -3,110 +3,15 @@
 A metric that no other table shows is in the last one, ``Other metrics``.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
 
-from mllm_protector.records import Outcome, Status
-from mllm_protector.reporting.tables import Row, Table, count, decimal, share, shown
-
-Column = tuple[str, str, Callable[[Row], str]]
-"""A heading, a metric, and how it is shown."""
-
-
-def counted(row: Row) -> str:
-    """A share with its interval in percent, and the counts."""
-    if row["value"] is None:
-        return "-"
-    return f"{share(row)} ({round(row['value'] * row['n']):,}/{row['n']:,})"
-
-
-def total(row: Row) -> str:
-    """How many answers a number is computed from."""
-    return f"{row['n']:,}"
-
-
-def bounds(row: Row) -> str:
-    """The limits alone, in percent."""
-    return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-
-
-def points(row: Row) -> str:
-    """A difference with its interval, in percentage points."""
-    return shown(row, "+.1f", 100)
-
-
-def p_value(row: Row) -> str:
-    """A p-value, such as ``0.012`` or ``< 0.001``."""
-    return "< 0.001" if row["value"] is not None and row["value"] < 0.001 else decimal(row)
-
-
-HEADLINE: tuple[Column, ...] = (
-    ("macro", "macro_asr", share),
-    ("pooled", "asr", share),
-    ("unjudged", "unjudged", count),
-    ("bounds", "asr_bounds", bounds),
-    ("corrected", "corrected_asr", share),
-    ("difference", "asr_difference", points),
-    ("p", "asr_difference_p", p_value),
-)
-IMAGE_EFFECT: tuple[Column, ...] = (
-    ("n", "image_effect", total),
-    ("as text", "text_asr", share),
-    ("with image", "image_asr", share),
-    ("difference", "image_effect", points),
-    ("p", "image_effect_p", p_value),
-)
-HARMLESS: tuple[Column, ...] = (
-    ("changed", "changed", counted),
-    ("refused", "refused", counted),
-    ("mean score", "score", share),
-    ("correct answers lost", "lost", counted),
-    ("without an answer", "unanswered", count),
-)
-OUTCOMES: tuple[Column, ...] = tuple(
-    (str(outcome).replace("_", " "), f"outcome_{outcome}", count) for outcome in Outcome
-)
-STATUSES: tuple[Column, ...] = tuple((str(status).replace("_", " "), str(status), count) for status in Status)
-REFERENCE: tuple[Column, ...] = (
-    ("accuracy", "accuracy", counted),
-    *((name, name, count) for name in ("tp", "fp", "fn", "tn")),
-    ("kappa", "kappa", decimal),
-)
-AGREEMENT: tuple[Column, ...] = (
-    ("answers", "agreement", total),
-    ("agree", "agreement", share),
-    ("Cohen's kappa", "agreement_kappa", decimal),
-    ("Fleiss' kappa", "fleiss_kappa", decimal),
-)
-CHANGED: tuple[Column, ...] = (
-    ("made safe", "made_safe", count),
-    ("made harmful", "made_harmful", count),
-)
-LABELLED: tuple[Column, ...] = (
-    ("harmful and unchanged", "labelled_asr", counted),
-    ("harmful answers stopped", "stopped", counted),
-    ("safe answers changed", "safe_changed", counted),
-)
-TRADE_OFF: tuple[Column, ...] = (
-    ("attack success rate", "threshold_asr", share),
-    ("harmless answers flagged", "threshold_flagged", share),
-)
-_TABLES = (
-    HEADLINE,
-    IMAGE_EFFECT,
-    HARMLESS,
-    OUTCOMES,
-    STATUSES,
-    REFERENCE,
-    AGREEMENT,
-    CHANGED,
-    LABELLED,
-    TRADE_OFF,
-)
-KNOWN = {"macro_asr_bounds", "correct", "cut"} | {metric for table in _TABLES for _, metric, _ in table}
-"""The metrics that have a table or a sentence of their own."""
+from mllm_protector.records import BENIGN
+from mllm_protector.reporting import columns
+from mllm_protector.reporting.columns import HEADLINE, KNOWN, Column, counted, total
+from mllm_protector.reporting.tables import Row, Table, decimal
 
 TESTS = (
     "p: McNemar's exact test where every question has one pair of verdicts; elsewhere a sign-flip test on the"
@@ -168,17 +73,20 @@ def table(
     data: Pivot,
     title: str,
     keys: Sequence[str],
-    columns: Sequence[Column],
+    shown: Sequence[Column],
     rows: Sequence[Row],
     across: str = "metric",
     **look: Any,
 ) -> Table:
-    """A line for each value of the keys; columns (metrics, or what else is ``across``) that have a value."""
+    """A line for each value of the keys; those of the columns ``shown`` that have a value.
+
+    A column is a metric, or what else is ``across``.
+    """
 
     def words(row: Row) -> tuple[str, ...]:
         return tuple(data.judge(row[key]) if key == "judge" else row[key] or "-" for key in keys)
 
-    used = [column for column in columns if any(row[across] == column[1] for row in rows)]
+    used = [column for column in shown if any(row[across] == column[1] for row in rows)]
     names = {name for _, name, _ in used}
     lines: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
@@ -196,12 +104,12 @@ def table(
     )
 
 
-def tables(data: Pivot) -> list[Table]:
-    """Every table that has rows, the most important first."""
-    return [each for each in _tables(data) if each.rows]
+def tables(data: Pivot, latency: Sequence[Row] = ()) -> list[Table]:
+    """Every table that has rows, the most important first; ``latency`` is of this run."""
+    return [each for each in _tables(data, latency) if each.rows]
 
 
-def headline(data: Pivot, columns: Sequence[Column] = HEADLINE) -> Table:
+def headline(data: Pivot, shown: Sequence[Column] = HEADLINE) -> Table:
     """The rates of all judges on the first variant."""
     variant = next(iter(data.variants), None)
     rows = data.select(variant=variant, group=list(data.groups), judge=list(data.judges))
@@ -211,11 +119,26 @@ def headline(data: Pivot, columns: Sequence[Column] = HEADLINE) -> Table:
         data,
         f"Attack success rate in %, {variant}",
         ("judge", "group", "arm"),
-        columns,
+        shown,
         rows,
         note="Macro: every scenario counts the same; pooled: every answer does. Bounds: pooled, if all"
         " answers without a verdict were safe, and if all were harmful. Corrected: pooled, for the judge's"
         f" errors where these are known. Difference: to no guard on the same answers, in points. {TESTS}",
+    )
+
+
+def arms(data: Pivot, latency: Sequence[Row] = ()) -> Table:
+    """Each arm in one line: what it stops, what it costs harmless users, and the time in ``latency``."""
+    judge, variant, group = (next(iter(names), None) for names in (data.judges, data.variants, data.groups))
+    rows = data.select(judge=judge, variant=variant, group=group) + data.select(judge=None, group=BENIGN)
+    return table(
+        data,
+        f"The arms side by side, in %: {group}, {variant}",
+        ("arm",),
+        columns.ARMS,
+        [row for row in (*rows, *latency) if row["arm"] is not None],
+        note=f"Macro mean over scenarios, judged by {data.judge(judge)}; lower is better everywhere. An arm"
+        " in which the MLLM was asked again is compared by question, every other one on the same answers.",
     )
 
 
@@ -242,38 +165,39 @@ def by_scenario(data: Pivot, judge: str, variant: str, *, folded: bool = False) 
     )
 
 
-def _tables(data: Pivot) -> Iterator[Table]:
+def _tables(data: Pivot, latency: Sequence[Row]) -> Iterator[Table]:
     grouped = data.select(group=list(data.groups), judge=list(data.judges))
     rest = [row for row in grouped if row["variant"] not in data.variants[:1]]
     keys = ("judge", "variant", "group", "arm")
     folded = partial(table, data, folded=True)
+    yield arms(data, latency)
     yield headline(data)
     for place, (judge, variant) in enumerate(product(data.judges, data.variants)):
         yield by_scenario(data, judge, variant, folded=place > 0)
     yield folded("Attack success rate in %, other variants", keys, HEADLINE, rest)
     yield harmless(data)
-    yield table(data, "What the guard did", ("arm",), OUTCOMES, data.rows)
+    yield table(data, "What the guard did", ("arm",), columns.OUTCOMES, data.rows)
     title = "Effect of the image: attack success rate in % of the same questions"
-    yield folded(title, keys, IMAGE_EFFECT, grouped, note=f"Percentage points. {TESTS}")
+    yield folded(title, keys, columns.IMAGE_EFFECT, grouped, note=f"Percentage points. {TESTS}")
     sources = {(row["method"] or "").partition("harm by ")[2] for row in data.select(metric="labelled_asr")}
     note = f"By {', '.join(sorted(sources))}. Whether a rewrite is safe, only a judge can say."
     title = "What the guard did to harmful and to safe answers, in %"
-    yield folded(title, ("variant", "group", "arm"), LABELLED, data.rows, note=note)
-    yield folded("Verdicts that a guard changed", keys, CHANGED, grouped)
+    yield folded(title, ("variant", "group", "arm"), columns.LABELLED, data.rows, note=note)
+    yield folded("Verdicts that a guard changed", keys, columns.CHANGED, grouped)
     title, note = "Judges against what is known of these answers", "Harmful is the positive class."
-    yield table(data, title, ("judge",), REFERENCE, data.rows, note=note)
-    yield table(data, "Agreement of judges", ("judge",), AGREEMENT, data.rows)
+    yield table(data, title, ("judge",), columns.REFERENCE, data.rows, note=note)
+    yield table(data, "Agreement of judges", ("judge",), columns.AGREEMENT, data.rows)
     note = "Only harmful and safe are in a rate; all others are counted here and in the bounds."
     ends = data.select(group="all")
-    yield folded("Where every answer ended", ("judge", "variant", "arm"), STATUSES, ends, note=note)
+    yield folded("Where every answer ended", ("judge", "variant", "arm"), columns.STATUSES, ends, note=note)
     yield other_metrics(data)
-    yield folded("Trade-off over thresholds, in %", ("group", "judge"), TRADE_OFF, data.rows)
+    yield folded("Trade-off over thresholds, in %", ("group", "judge"), columns.TRADE_OFF, data.rows)
 
 
 def harmless(data: Pivot) -> Table:
     """What each arm does to harmless questions."""
     note = "Changed, refused and lost: lower is better. Score and correct: higher is better."
-    return table(data, "Harmless questions, in %", ("arm",), HARMLESS, data.rows, note=note)
+    return table(data, "Harmless questions, in %", ("arm",), columns.HARMLESS, data.rows, note=note)
 
 
 def other_metrics(data: Pivot) -> Table:

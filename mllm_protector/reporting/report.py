@@ -12,6 +12,7 @@ from mllm_protector.evaluation.result import Evaluation
 from mllm_protector.evaluation.rows import read_rows
 from mllm_protector.files import write_bytes, write_text
 from mllm_protector.reporting import pivots, sentences
+from mllm_protector.reporting.columns import HEADLINE
 from mllm_protector.reporting.page import page
 from mllm_protector.reporting.plots import asr_plot
 from mllm_protector.reporting.tables import Table, latex, markdown, print_tables, upright
@@ -44,7 +45,7 @@ def report(evaluation: Evaluation | None) -> None:
         max_rows=evaluation.report_rows,
     )
     write_text(folder / "report.html", html)
-    print_report(result)
+    print_report(result, evaluation.run)
     log.info("written: %s (report.html, asr.json, measurements.csv, asr.md, asr.tex, asr.png)", folder)
     evaluation.require_judged()
 
@@ -68,15 +69,22 @@ def as_latex(result: Mapping[str, Any]) -> str:
     return latex(sentences.judge_lines(result["judges"]), [each for each in found if each.rows])
 
 
-def print_report(result: Mapping[str, Any]) -> None:
+def print_report(result: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """For each benchmark what fits on a screen or two: headlines, and the first judge's scenarios."""
     result = upright(result)
     print_tables(TITLE, sentences.legend(result), [])
-    short = [column for column in pivots.HEADLINE if column[0] in ("macro", "unjudged", "difference", "p")]
+    short = [column for column in HEADLINE if column[0] in ("macro", "unjudged", "difference", "p")]
     for title, lines, data in _benchmarks(result):
         first = product(list(data.judges)[:1], data.variants[:1])
         scenarios = [pivots.by_scenario(data, *each) for each in first]
-        tables = [pivots.headline(data, short), *scenarios, pivots.harmless(data), pivots.other_metrics(data)]
+        side_by_side = pivots.arms(data, run.get("measurements", ()))
+        tables = [
+            side_by_side,
+            pivots.headline(data, short),
+            *scenarios,
+            pivots.harmless(data),
+            pivots.other_metrics(data),
+        ]
         print_tables(title, lines, [table for table in tables if table.rows])
 
 

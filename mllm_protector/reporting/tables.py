@@ -22,6 +22,8 @@ GLOSSARY = {
     "none": "no guard",
     "refusal": "detector + fixed refusal",
     "protector": "detector + detoxifier",
+    "safety_prompt": "no guard, the MLLM asked again with a sentence of defence",
+    "llama_guard": "a moderation model + fixed refusal",
     "IMAGES": "all images together",
     "TEXT": "no image",
     "SD": "generated image",

@@ -31,7 +31,7 @@ def test_a_new_metric_is_one_function_and_is_in_json_csv_html_and_compare(
     runs = [tmp_path / name for name in ("one", "two")]
     for run in runs:
         write_json(run / "asr.json", result)
-    print_report(result)
+    print_report(result, {})
     compare([str(run) for run in runs], str(tmp_path / "both"))
     both = {name: (tmp_path / "both" / f"compare.{name}").read_text() for name in ("json", "html", "md")}
     shown = {

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mllm_protector.evaluation.measurements import FIELDS, as_csv
-from mllm_protector.reporting import pivots
+from mllm_protector.reporting import columns, pivots
 from mllm_protector.reporting.page import page
 from mllm_protector.reporting.plots import asr_plot, plots
 from mllm_protector.reporting.report import as_latex, as_markdown, print_report
@@ -33,7 +33,7 @@ def test_every_metric_but_the_named_ones_has_a_table() -> None:
     text = "".join(" ".join(table.header) for table in pivots.tables(data))
     for heading in ("macro", "pooled", "difference", "changed", "allowed", "agree", "with image"):
         assert heading in text, heading
-    assert {row["metric"] for row in result["measurements"]} <= pivots.KNOWN
+    assert {row["metric"] for row in result["measurements"]} <= columns.KNOWN
 
 
 def test_every_file_is_the_same_to_the_byte_each_time() -> None:
@@ -108,7 +108,7 @@ def test_names_from_outside_are_no_commands_in_latex() -> None:
 def test_the_terminal_shows_no_control_characters_and_at_most_110_columns(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    print_report(hostile())
+    print_report(hostile(), {})
     printed = capsys.readouterr().out
     assert not {"\x1b", "\u202e"} & set(printed)
     assert max(map(len, printed.splitlines())) <= 110
@@ -118,7 +118,7 @@ def test_the_terminal_shows_no_control_characters_and_at_most_110_columns(
 def test_a_circular_judge_is_marked_wherever_its_numbers_stand(capsys: pytest.CaptureFixture[str]) -> None:
     result = made_up_result(rows(judges=("keyword",)))
     result["judges"]["keyword"] |= {"circular": True, "note": "Circular: it is the guard's own."}
-    print_report(result)
+    print_report(result, {})
     for name, text in {
         "asr.md": as_markdown(result),
         "asr.tex": as_latex(result),

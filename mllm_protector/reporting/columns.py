@@ -1,0 +1,110 @@
+"""The columns of the tables: each has a heading, a metric, and how its values are shown."""
+
+from collections.abc import Callable
+
+from mllm_protector.records import Outcome, Status
+from mllm_protector.reporting.tables import Row, count, decimal, share, shown
+
+Column = tuple[str, str, Callable[[Row], str]]
+"""A heading, a metric, and how it is shown."""
+
+
+def counted(row: Row) -> str:
+    """A share with its interval in percent, and the counts."""
+    if row["value"] is None:
+        return "-"
+    return f"{share(row)} ({round(row['value'] * row['n']):,}/{row['n']:,})"
+
+
+def total(row: Row) -> str:
+    """How many answers a number is computed from."""
+    return f"{row['n']:,}"
+
+
+def bounds(row: Row) -> str:
+    """The limits alone, in percent."""
+    return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+
+
+def points(row: Row) -> str:
+    """A difference with its interval, in percentage points."""
+    return shown(row, "+.1f", 100)
+
+
+def p_value(row: Row) -> str:
+    """A p-value, such as ``0.012`` or ``< 0.001``."""
+    return "< 0.001" if row["value"] is not None and row["value"] < 0.001 else decimal(row)
+
+
+HEADLINE: tuple[Column, ...] = (
+    ("macro", "macro_asr", share),
+    ("pooled", "asr", share),
+    ("unjudged", "unjudged", count),
+    ("bounds", "asr_bounds", bounds),
+    ("corrected", "corrected_asr", share),
+    ("difference", "asr_difference", points),
+    ("p", "asr_difference_p", p_value),
+)
+IMAGE_EFFECT: tuple[Column, ...] = (
+    ("n", "image_effect", total),
+    ("as text", "text_asr", share),
+    ("with image", "image_asr", share),
+    ("difference", "image_effect", points),
+    ("p", "image_effect_p", p_value),
+)
+HARMLESS: tuple[Column, ...] = (
+    ("changed", "changed", counted),
+    ("refused", "refused", counted),
+    ("mean score", "score", share),
+    ("correct answers lost", "lost", counted),
+    ("without an answer", "unanswered", count),
+)
+OUTCOMES: tuple[Column, ...] = tuple(
+    (str(outcome).replace("_", " "), f"outcome_{outcome}", count) for outcome in Outcome
+)
+STATUSES: tuple[Column, ...] = tuple((str(status).replace("_", " "), str(status), count) for status in Status)
+REFERENCE: tuple[Column, ...] = (
+    ("accuracy", "accuracy", counted),
+    *((name, name, count) for name in ("tp", "fp", "fn", "tn")),
+    ("kappa", "kappa", decimal),
+)
+AGREEMENT: tuple[Column, ...] = (
+    ("answers", "agreement", total),
+    ("agree", "agreement", share),
+    ("Cohen's kappa", "agreement_kappa", decimal),
+    ("Fleiss' kappa", "fleiss_kappa", decimal),
+)
+CHANGED: tuple[Column, ...] = (
+    ("made safe", "made_safe", count),
+    ("made harmful", "made_harmful", count),
+)
+LABELLED: tuple[Column, ...] = (
+    ("harmful and unchanged", "labelled_asr", counted),
+    ("harmful answers stopped", "stopped", counted),
+    ("safe answers changed", "safe_changed", counted),
+)
+ARMS: tuple[Column, ...] = (
+    ("attack success rate", "macro_asr", share),
+    ("difference", "asr_difference", points),
+    ("harmless questions refused", "refused", counted),
+    ("harmless answers changed", "changed", counted),
+    ("ms added, median", "latency_median_ms", count),
+)
+TRADE_OFF: tuple[Column, ...] = (
+    ("attack success rate", "threshold_asr", share),
+    ("harmless answers flagged", "threshold_flagged", share),
+)
+_TABLES = (
+    HEADLINE,
+    IMAGE_EFFECT,
+    HARMLESS,
+    OUTCOMES,
+    STATUSES,
+    REFERENCE,
+    AGREEMENT,
+    CHANGED,
+    LABELLED,
+    TRADE_OFF,
+)
+KNOWN = {"macro_asr_bounds", "correct", "cut"} | {metric for table in _TABLES for _, metric, _ in table}
+"""The metrics that have a table or a sentence of their own."""
