@@ -138,11 +138,14 @@ class SafetyPrompt:
         """Look whether the MLLM of the run can be asked again.
 
         Raises:
-            InputError: it is a file of answers, or takes no system prompt.
+            InputError: it is a file of answers, or takes no system prompt; or the answers of this arm cannot be
+                read.
         """
+        takes = inspect.signature(mllm if self.mllm is None else self.mllm).parameters
         if self.mllm is not None:
+            if "ambiguous" in takes:  # a file of answers is read in seconds
+                self.mllm()
             return
-        takes = inspect.signature(mllm).parameters
         if "ambiguous" in takes:
             raise InputError(f"arms.{name}.mllm has no value: a file of answers cannot be asked again")
         if self.place == "system" and "system_prompt" not in takes:

@@ -29,7 +29,7 @@ TITLE = "Attack success rate (ASR) of several runs, lower is better"
 READING = "In brackets: the 95 % interval. Macro: every scenario counts the same; pooled: every answer does."
 
 PAIRED: tuple[columns.Column, ...] = (
-    ("n", "run_difference", pivots.total),
+    ("n", "run_difference", columns.total),
     ("difference", "run_difference", columns.points),
     ("p", "run_difference_p", columns.p_value),
     ("same MLLM answers", "same_answers", share),
