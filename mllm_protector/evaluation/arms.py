@@ -138,8 +138,8 @@ class SafetyPrompt:
         """Look whether the MLLM of the run can be asked again.
 
         Raises:
-            InputError: it is a file of answers, or takes no system prompt; or the answers of this arm cannot be
-                read.
+            InputError: it is a file of answers, or takes no system prompt; or this arm's own answers cannot
+                be read.
         """
         takes = inspect.signature(mllm if self.mllm is None else self.mllm).parameters
         if self.mllm is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mllm_protector.evaluation.grid import JudgeFacts
-from mllm_protector.evaluation.measurements import SCHEMA, as_rows
+from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_rows
 from mllm_protector.evaluation.summary import measure
 from mllm_protector.protocols import Card
 from mllm_protector.records import BENIGN, VARIANTS, Status
@@ -25,10 +25,12 @@ RUN: dict[str, Any] = {
     "processes": 1,
     "arguments": {"limit": None},
     "stages": {"answer": {"rows": 100, "new": 40, "seconds": 12.3}},
-    "measurements": [
-        {"arm": "protector", "metric": "latency_median_ms", "value": 12.5, "n": 20},
-        {"arm": "protector", "metric": "latency_p95_ms", "value": 80.25, "n": 20},
-    ],
+    "measurements": as_rows(
+        [
+            Measurement(arm="protector", metric="latency_median_ms", value=12.5, n=20),
+            Measurement(arm="protector", metric="latency_p95_ms", value=80.25, n=20),
+        ]
+    ),
     "peak_memory_mib": {"process": 812.3},
 }
 
