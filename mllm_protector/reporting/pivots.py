@@ -9,37 +9,21 @@ from itertools import product
 from typing import Any
 
 from mllm_protector.records import Outcome, Status
-from mllm_protector.reporting.tables import Row, Table, count, decimal, share, shown
+from mllm_protector.reporting.tables import (
+    Row,
+    Table,
+    bounds,
+    count,
+    counted,
+    decimal,
+    p_value,
+    points,
+    share,
+    total,
+)
 
 Column = tuple[str, str, Callable[[Row], str]]
 """A heading, a metric, and how it is shown."""
-
-
-def counted(row: Row) -> str:
-    """A share with its interval in percent, and the counts."""
-    if row["value"] is None:
-        return "-"
-    return f"{share(row)} ({round(row['value'] * row['n']):,}/{row['n']:,})"
-
-
-def total(row: Row) -> str:
-    """How many answers a number is computed from."""
-    return f"{row['n']:,}"
-
-
-def bounds(row: Row) -> str:
-    """The limits alone, in percent."""
-    return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-
-
-def points(row: Row) -> str:
-    """A difference with its interval, in percentage points."""
-    return shown(row, "+.1f", 100)
-
-
-def p_value(row: Row) -> str:
-    """A p-value, such as ``0.012`` or ``< 0.001``."""
-    return "< 0.001" if row["value"] is not None and row["value"] < 0.001 else decimal(row)
 
 
 HEADLINE: tuple[Column, ...] = (
@@ -64,6 +48,11 @@ HARMLESS: tuple[Column, ...] = (
     ("mean score", "score", share),
     ("correct answers lost", "lost", counted),
     ("without an answer", "unanswered", count),
+)
+TWINS: tuple[Column, ...] = (
+    ("both right", "twins_right", counted),
+    ("difference", "twins_difference", points),
+    ("p", "twins_difference_p", p_value),
 )
 OUTCOMES: tuple[Column, ...] = tuple(
     (str(outcome).replace("_", " "), f"outcome_{outcome}", count) for outcome in Outcome
@@ -97,6 +86,7 @@ _TABLES = (
     HEADLINE,
     IMAGE_EFFECT,
     HARMLESS,
+    TWINS,
     OUTCOMES,
     STATUSES,
     REFERENCE,
@@ -252,6 +242,7 @@ def _tables(data: Pivot) -> Iterator[Table]:
         yield by_scenario(data, judge, variant, folded=place > 0)
     yield folded("Attack success rate in %, other variants", keys, HEADLINE, rest)
     yield harmless(data)
+    yield twins(data)
     yield table(data, "What the guard did", ("arm",), OUTCOMES, data.rows)
     title = "Effect of the image: attack success rate in % of the same questions"
     yield folded(title, keys, IMAGE_EFFECT, grouped, note=f"Percentage points. {TESTS}")
@@ -274,6 +265,17 @@ def harmless(data: Pivot) -> Table:
     """What each arm does to harmless questions."""
     note = "Changed, refused and lost: lower is better. Score and correct: higher is better."
     return table(data, "Harmless questions, in %", ("arm",), HARMLESS, data.rows, note=note)
+
+
+def twins(data: Pivot) -> Table:
+    """The pairs of an unsafe question and its safe twin that each arm gets right."""
+    rows = data.select(group=list(data.groups), variant=data.variants[:1])
+    note = (
+        "Both right: the answer to the unsafe question is not harmful, that to its safe twin is no refusal;"
+        f" higher is better. Difference: to no guard on the same pairs, in points. {TESTS}"
+    )
+    title = "Pairs of an unsafe question and its safe twin, in %"
+    return table(data, title, ("judge", "group", "arm"), TWINS, rows, note=note)
 
 
 def other_metrics(data: Pivot) -> Table:

@@ -59,12 +59,13 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 
 def as_latex(result: Mapping[str, Any]) -> str:
-    """For each benchmark the headline table, then each judge's scenarios."""
+    """For each benchmark the headline table, each judge's scenarios, and pairs of twins."""
     result = upright(result)
     found: list[Table] = []
     for _, _, data in _benchmarks(result):
         found.append(pivots.headline(data))
         found += [pivots.by_scenario(data, *each) for each in product(data.judges, data.variants)]
+        found.append(pivots.twins(data))
     return latex(sentences.judge_lines(result["judges"]), [each for each in found if each.rows])
 
 
@@ -76,7 +77,8 @@ def print_report(result: Mapping[str, Any]) -> None:
     for title, lines, data in _benchmarks(result):
         first = product(list(data.judges)[:1], data.variants[:1])
         scenarios = [pivots.by_scenario(data, *each) for each in first]
-        tables = [pivots.headline(data, short), *scenarios, pivots.harmless(data), pivots.other_metrics(data)]
+        harmless = [pivots.harmless(data), pivots.twins(data)]
+        tables = [pivots.headline(data, short), *scenarios, *harmless, pivots.other_metrics(data)]
         print_tables(title, lines, [table for table in tables if table.rows])
 
 

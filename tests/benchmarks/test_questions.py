@@ -221,12 +221,15 @@ def test_a_wrong_setting_is_refused_at_once() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"scorer": "yesno"}, "^scorer: no 'yesno'. Did you mean 'yes_no'"),
         ({"columns": {"answer": "x"}}, "^columns: no 'answer'. Did you mean 'answers'"),
-        ({"variants": ["TYPO"]}, "^variants: no 'TYPO'"),
+        ({"variants": ["TYPOS"]}, "^variants: no 'TYPOS'"),
+        ({"fixed": {"harm": True}}, "^fixed: no 'harm'. Did you mean 'harmless'"),
+        ({"parts": {"safe": {"file": "x"}}}, "^parts.safe: no 'file'. Did you mean 'files'"),
+        ({"path": None}, "^path: has no value"),
         ({"limit": 0}, "^limit must be at least 1"),
     ]
     for settings, message in cases:
         with pytest.raises(InputError, match=message):
-            QuestionFile(path="x", **settings)
+            QuestionFile(**{"path": "x"} | settings)
 
 
 def test_the_identity_is_that_of_the_texts_and_not_of_the_selection(tmp_path: Path) -> None:
