@@ -38,7 +38,8 @@ OF_PART = ("files", "subset", "split", "columns", "fixed", "where")
 class QuestionFile:
     """Questions in JSONL, JSON, CSV or parquet files or on the hub; cheap until they are loaded.
 
-    A ``.json`` file may also be an object of rows by id. Only ``question`` is required of a row:
+    A ``.json`` file may also be an object of rows by id. Only ``question`` is required of a row,
+    and it may be empty beside an image:
 
     - ``id``: otherwise the row's number, from 1;
     - ``context``: a text put before the question;

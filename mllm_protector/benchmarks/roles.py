@@ -96,7 +96,7 @@ class RowParser:
             id=identifier,
             scenario=BENIGN if known is not None or self._harmless(row) else scenario,
             variant=self._variant(row, has_image=found != Found()),
-            text=self._words(row, options),
+            text=self._words(row, options, has_image=found != Found()),
             criterion=Criterion(self._one_of(row, "criterion", [*Criterion]) or Criterion.HARM),
             base=(self._text(row, "base") or None) if known is None else None,
             twin=self._text(row, "twin") or None,
@@ -126,13 +126,14 @@ class RowParser:
         named = next((variant for variant in VARIANTS if variant == given), None)
         return named or ("SD" if has_image else "TEXT")
 
-    def _words(self, row: Mapping[str, Any], options: Sequence[str]) -> str:
+    def _words(self, row: Mapping[str, Any], options: Sequence[str], *, has_image: bool) -> str:
         context = self._columns["context"]
         before = text_field(row, context, allow_empty=True).strip() if row.get(context) else ""
         lettered = [
             f"({letter}) {each}" for letter, each in zip(string.ascii_uppercase, options, strict=False)
         ]
-        lines = [before, text_field(row, self._columns["question"]), *lettered, self._instruction]
+        asked = text_field(row, self._columns["question"], allow_empty=has_image)
+        lines = [before, asked, *lettered, self._instruction]
         return "\n".join(line for line in lines if line)
 
     def _options(self, row: Mapping[str, Any]) -> list[str]:
