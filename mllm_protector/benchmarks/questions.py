@@ -103,6 +103,9 @@ class QuestionFile:
         for key in ("columns", "fixed"):
             if given := getattr(self, key):
                 check_names(key, given, ROLES)
+        for role, columns in self.columns.items():
+            if role != "image" and not isinstance(columns, str | None):
+                raise InputError(f"columns.{role}: must be one name; only the image may have several")
         for name, part in self.parts.items():
             check_names(f"parts.{name}", part, OF_PART)
         if self.scorer is not None:

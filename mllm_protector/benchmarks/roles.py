@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm_protector.benchmarks.scoring import Scorer, known_answer
-from mllm_protector.benchmarks.shared import Found, check_names, find_image, id_field, image_field
+from mllm_protector.benchmarks.shared import Found, find_image, id_field, image_field
 from mllm_protector.benchmarks.yes_no import Known
 from mllm_protector.prompts import pieces
 from mllm_protector.reading import Unwanted, flag_field, text_field
@@ -33,11 +33,7 @@ class Item(NamedTuple):
 
 
 class RowParser:
-    """Makes questions of rows; ``QuestionFile`` explains the settings.
-
-    Raises:
-        InputError: an unknown role, or a list of columns for another role than the image.
-    """
+    """Makes questions of rows; ``QuestionFile`` explains and checks the settings."""
 
     def __init__(
         self,
@@ -48,10 +44,7 @@ class RowParser:
         scorer: Scorer | None,
         instruction: str,
     ) -> None:
-        for key, roles in (("columns", columns), ("fixed", fixed)):
-            if roles:
-                check_names(key, roles, ROLES)
-        images = columns.get("image") or "image"
+        images = "fixed.image" if "image" in fixed else columns.get("image") or "image"
         self._images = [images] if isinstance(images, str) else [*images]
         self._columns = {role: str(columns.get(role) or role) for role in ROLES if role != "image"}
         self._columns |= {role: f"fixed.{role}" for role in fixed}
@@ -61,7 +54,7 @@ class RowParser:
             for name, wanted in where.items()
         }
         names = {*self._columns.values(), *self._images, *self._where}
-        self._inner = [name for name in names if "." in name and name not in self._fixed]
+        self._inner = [name for name in names.difference(self._fixed) if "." in name]
         self._scorer = scorer
         self._instruction = instruction
 

@@ -224,6 +224,7 @@ def test_a_wrong_setting_is_refused_at_once() -> None:
         ({"variants": ["TYPOS"]}, "^variants: no 'TYPOS'"),
         ({"fixed": {"harm": True}}, "^fixed: no 'harm'. Did you mean 'harmless'"),
         ({"parts": {"safe": {"file": "x"}}}, "^parts.safe: no 'file'. Did you mean 'files'"),
+        ({"columns": {"id": ["a", "b"]}}, "^columns.id: must be one name"),
         ({"path": None}, "^path: has no value"),
         ({"limit": 0}, "^limit must be at least 1"),
     ]
@@ -328,7 +329,9 @@ def test_of_several_image_columns_the_first_that_is_there_is_taken(tmp_path: Pat
     assert loaded.missing == ["2: no file 2.jpg"]
 
 
-def test_words_may_be_absent_beside_an_image_only(tmp_path: Path) -> None:
+def test_words_may_be_absent_beside_an_image(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
     [question] = load(write(tmp_path, {"question": "", "image": "a.png"})).questions
     assert question.text == ""
+    [question] = load(write(tmp_path, {"question": "q"}), fixed={"image": "a.png"}).questions
+    assert question.image is not None

@@ -170,7 +170,7 @@ def published() -> Path:
     return DATA
 
 
-def missing_images(loaded: QuestionFile, tmp_path: Path) -> list[str]:
+def missing_images(loaded: QuestionFile) -> list[str]:
     """The images that a set without any misses; none of its questions may be left."""
     found = loaded.load()
     assert found.questions == []
@@ -179,7 +179,7 @@ def missing_images(loaded: QuestionFile, tmp_path: Path) -> list[str]:
 
 def test_the_published_siuo_has_167_questions(published: Path, tmp_path: Path) -> None:
     path = str(published / "siuo")
-    names = missing_images(option("siuo", path=path), tmp_path)
+    names = missing_images(option("siuo", path=path))
     assert len(names) == 167
     questions = option("siuo", path=path, images=all_images(tmp_path, names)).load().questions
     counts = Counter(each.scenario for each in questions)
@@ -189,7 +189,7 @@ def test_the_published_siuo_has_167_questions(published: Path, tmp_path: Path) -
 
 def test_the_published_vlsbench_has_2241_questions(published: Path, tmp_path: Path) -> None:
     path = str(published / "vlsbench")
-    names = missing_images(option("vlsbench", path=path), tmp_path)
+    names = missing_images(option("vlsbench", path=path))
     assert (len(names), names[0]) == (2241, "imgs/0.png")
     questions = option("vlsbench", path=path, images=all_images(tmp_path, names)).load().questions
     assert Counter(each.scenario for each in questions) == {
@@ -206,7 +206,7 @@ def test_the_published_msts_has_two_questions_about_each_of_200_cases(
     published: Path, tmp_path: Path
 ) -> None:
     path = str(published / "msts" / "english_multimodal.csv")
-    names = missing_images(option("msts", path=path), tmp_path)
+    names = missing_images(option("msts", path=path))
     assert (len(names), len(set(names))) == (400, 200)
     questions = option("msts", path=path, images=all_images(tmp_path, names)).load().questions
     assert Counter(Counter(each.cluster for each in questions).values()) == {2: 200}
@@ -222,7 +222,7 @@ def test_the_published_msts_has_two_questions_about_each_of_200_cases(
 def test_the_published_mossbench_has_300_questions_and_244_pairs(published: Path, tmp_path: Path) -> None:
     files = {"safe": {"files": "information.json"}, "contrast": {"files": "information_contrast.json"}}
     given: dict[str, Any] = {"path": str(published / "mossbench"), "parts": files}
-    names = missing_images(option("mossbench", **given), tmp_path)
+    names = missing_images(option("mossbench", **given))
     assert len(names) == 544
     images = all_images(tmp_path, names)
     questions = option("mossbench", **given, images=images).load().questions
