@@ -69,6 +69,8 @@ class Question:
         criterion: what its answers are judged by.
         base: what questions share that ask the same thing, such as ``01-Illegal_Activitiy/5``, so that their
             answers are not independent. ``None`` if nothing shares it.
+        twin: what an unsafe question and its safe counterpart share, which look alike and need opposite
+            answers. ``None`` without a counterpart.
         repeat: the number of this asking, from 0.
     """
 
@@ -79,6 +81,7 @@ class Question:
     image: ImageSource | None = None
     criterion: Criterion = Criterion.HARM
     base: str | None = None
+    twin: str | None = None
     repeat: int = 0
 
     @property

@@ -156,7 +156,9 @@ def sample(items: Sequence[T], limit: int | None, seed: int, key: Callable[[T], 
 
 
 def with_images(
-    source: Path, items: Iterable[tuple[Question, Found]], groups: Mapping[str, Sequence[str]] | None = None
+    source: Path | str,
+    items: Iterable[tuple[Question, Found]],
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> LoadedBenchmark:
     """The benchmark of these questions with their images. Those without are in ``missing``, and logged."""
     questions, missing = [], []

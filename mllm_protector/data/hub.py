@@ -6,7 +6,7 @@ Either way the columns are compared with the expected ones before the first row 
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -75,11 +75,7 @@ class Published(FileSource[T]):
             names = {file: str(file.relative_to(root)) if file != root else file.name for file in files}
             digests = {name: file_digest(file) for file, name in names.items()}
             return Origin(name=self.name, licence=self.licence, files=digests)
-        if not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
-            raise InputError(
-                f"revision={self.revision}: give the full hash of a commit of {self.name} on the hub (40 "
-                "digits; a branch moves), or the `path` of a local copy"
-            )
+        require_commit(self.name, self.revision)
         return Origin(name=self.name, licence=self.licence, revision=self.revision)
 
     def records(self, account: Account) -> Iterator[T]:
@@ -87,7 +83,7 @@ class Published(FileSource[T]):
         hub = f"{self.name}@{str(self.revision)[:7]}"
         for file in [None] if self.path is None else self._files():
             source = hub if file is None else str(file)
-            given = self._hub_rows(hub) if file is None else read_rows(file, texts_only=True)
+            given = self._hub_rows() if file is None else read_rows(file, texts_only=True)
             rows = chain.from_iterable(map(self.unfolded, given))
             head = list(islice(rows, HEAD))
             if not head:
@@ -99,28 +95,76 @@ class Published(FileSource[T]):
             yield from stream_rows(chain(head, rows), source, parse, account, strict=self.strict)
 
     def _files(self) -> list[Path]:
-        root = expand(self.path or "")
-        if not root.exists():
-            raise InputError(f"{root}: no such file or folder; give the `path` of a copy of {self.name}")
-        if not root.is_dir():
-            return [root]
-        files = sorted(path for path in root.glob(self.pattern) if path.name.lower().endswith(READABLE))
-        if not files:
-            raise InputError(f"{root}: no {' or '.join(READABLE)} file there that fits '{self.pattern}'")
-        return files
+        return local_files(self.path or "", self.pattern, f"; give the `path` of a copy of {self.name}")
 
-    def _hub_rows(self, hub: str) -> Iterator[Row]:
-        import datasets
+    def _hub_rows(self) -> Iterator[Row]:
+        options = self.hub_options()
+        for row in hub_rows(self.name, self.revision, self.split, options, texts_only=True):
+            yield replace(row, raw=str(row.value))
 
-        try:
-            options = {"revision": self.revision, "split": self.split, **self.hub_options()}
-            for number, row in enumerate(datasets.load_dataset(self.name, **options), start=1):
-                yield Row(number, str(row), value=row)
-        except Exception as error:  # the hub's client raises many kinds, and no common one
-            cause = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(
-                f"{hub}: cannot be had from the hub ({cause}); download the set and give its `path`"
-            ) from error
+
+def local_files(path: str, pattern: str, advice: str = "") -> list[Path]:
+    """A file, or those of a folder that fit a pattern, in sorted order.
+
+    Raises:
+        InputError: there are none; ``advice`` follows where nothing has this path.
+    """
+    root = expand(path)
+    if not root.exists():
+        raise InputError(f"{root}: no such file or folder{advice}")
+    if not root.is_dir():
+        return [root]
+    files = sorted(file for file in root.glob(pattern) if file.name.lower().endswith(READABLE))
+    if not files:
+        raise InputError(f"{root}: no {' or '.join(READABLE)} file there that fits '{pattern}'")
+    return files
+
+
+def require_commit(name: str, revision: str | None) -> str:
+    """The revision itself, if it is a full hash.
+
+    Raises:
+        InputError: it is none: a branch moves.
+    """
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise InputError(
+            f"revision={revision}: give the full hash of a commit of {name} on the hub (40 "
+            "digits; a branch moves), or the `path` of a local copy"
+        )
+    return str(revision)
+
+
+def hub_rows(
+    name: str, revision: str | None, split: str, options: Mapping[str, Any], *, texts_only: bool = False
+) -> Iterator[Row]:
+    """The rows of a set on the hub at one commit; images stay encoded, as in parquet files.
+
+    Args:
+        name: the set's name.
+        revision: the commit.
+        split: the part that is read.
+        options: further arguments of ``datasets.load_dataset``.
+        texts_only: leave images out.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, revision=revision, split=split, **options)
+        for column, feature in (getattr(rows, "features", None) or {}).items():
+            if isinstance(feature, datasets.Image):
+                encoded = rows.cast_column(column, datasets.Image(decode=False))
+                rows = rows.remove_columns(column) if texts_only else encoded
+        for number, row in enumerate(rows, start=1):
+            yield Row(number, "", value=row)
+    except Exception as error:  # the hub's client raises many kinds, and no common one
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{name}@{str(revision)[:7]}: cannot be had from the hub ({cause}); download the set and give its"
+            " `path`"
+        ) from error
 
 
 def columns_of(head: Sequence[Values]) -> list[str]:

@@ -55,6 +55,7 @@ class Grid:
         variant: (N,) places in ``variants``.
         criterion: (N,) places in ``CRITERIA``.
         cluster: (N,) the same number for questions that ask the same thing.
+        twin: (N,) what a question and its twin share; empty without a twin.
         present: (N, A) whether there is such a row.
         status: judge -> (N, A) places in ``STATUSES``.
         unsafe: judge -> (N, A) 1 for harmful, 0 for safe, -1 for not judged.
@@ -74,6 +75,7 @@ class Grid:
     variant: Ints
     criterion: Ints
     cluster: Ints
+    twin: Sequence[str]
     present: Flags
     status: dict[str, Small]
     unsafe: dict[str, Small]
@@ -142,6 +144,7 @@ def _grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Gr
     scenarios, scenario = codes("scenario", SCENARIOS)
     variants, variant = codes("variant", VARIANTS)
     criteria = frame["criterion"].to_numpy(dtype=object)[first]
+    twins = frame["twin"].astype(object)
     clusters = pd.factorize(frame["base"].to_numpy(dtype=object)[first], sort=True)[0]
     status = {judge: statuses(judge) for judge in judges}
     return Grid(
@@ -152,6 +155,7 @@ def _grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Gr
         variant=variant,
         criterion=np.array([CRITERIA.index(Criterion(name)) for name in criteria], dtype=np.int64),
         cluster=clusters.astype(np.int64),
+        twin=[*twins.where(twins.notna(), "").iloc[first]],
         present=placed(True, False, bool),
         status=status,
         unsafe={judge: _unsafe(codes) for judge, codes in status.items()},
@@ -183,6 +187,7 @@ class Answers:
         asked_again: the arms without a guard whose answers are not those of ``NONE``.
         labelled_by: who gave the labels of this run.
         harmful: the questions that are judged; ``harmless`` are not.
+        twins: (P, 2) the places of both questions of each pair, in ``harmful`` and in ``harmless``.
     """
 
     frame: pd.DataFrame
@@ -195,6 +200,7 @@ class Answers:
     labelled_by: str
     harmful: Grid
     harmless: Grid
+    twins: Ints
 
     def selections(self, *, scenarios: bool = False) -> Iterator[tuple[str, int, dict[str, Any], Flags]]:
         """Each judge, arm, variant and group (and scenario) with answers.
@@ -234,7 +240,7 @@ def make_answers(
         ValueError: an unknown arm or status, or two rows about the same answer.
     """
     harmless = frame["scenario"].to_numpy(dtype=object) == BENIGN
-    harmful = _grid(frame[~harmless], arms, [*judges])
+    harmful, others = _grid(frame[~harmless], arms, [*judges]), _grid(frame[harmless], arms, [])
     present = {
         name: [each for each in harmful.scenarios if each in members] for name, members in groups.items()
     }
@@ -248,5 +254,13 @@ def make_answers(
         asked_again=asked_again,
         labelled_by=labelled_by,
         harmful=harmful,
-        harmless=_grid(frame[harmless], arms, []),
+        harmless=others,
+        twins=_twins(harmful.twin, others.twin),
     )
+
+
+def _twins(harmful: Sequence[str], harmless: Sequence[str]) -> Ints:
+    """(P, 2) the places of equal names, in the order of the first."""
+    place = {twin: number for number, twin in enumerate(harmless) if twin}
+    pairs = [(number, place[twin]) for number, twin in enumerate(harmful) if twin in place]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)

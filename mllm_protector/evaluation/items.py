@@ -68,7 +68,13 @@ def load_benchmark(name: str, benchmark: Benchmark, repeats: int) -> LoadedBench
     if repeats == 1:
         return loaded
     again = [
-        replace(question, id=f"{question.id}#{number + 1}", base=question.cluster, repeat=number)
+        replace(
+            question,
+            id=f"{question.id}#{number + 1}",
+            base=question.cluster,
+            twin=None if question.twin is None else f"{question.twin}#{number + 1}",
+            repeat=number,
+        )
         for question in loaded.questions
         for number in range(repeats)
     ]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Labels = Mapping[tuple[str, str], bool]
 """(question id, arm) -> whether the answer is labelled harmful."""
 
-NAMES = ("id", "base", "scenario", "variant", "criterion", "arm", "outcome")
+NAMES = ("id", "base", "twin", "scenario", "variant", "criterion", "arm", "outcome")
 COLUMNS = (
     *NAMES,
     *("harm", "changed", "repeated", "cut", "refused", "score", "truth", "raw_truth", "label"),
@@ -60,6 +60,7 @@ def result_rows(
                 "scenario": question.scenario,
                 "variant": question.variant,
                 "base": bases[question.cluster],
+                "twin": question.twin,
                 "repeat": question.repeat,
                 "criterion": str(question.criterion),
                 "question": question.text,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.evaluation import effects, rates
+from mllm_protector.evaluation import effects, rates, twins
 from mllm_protector.evaluation.grid import NONE, Answers
 from mllm_protector.evaluation.measurements import Measurement, of_share, placed
 from mllm_protector.evaluation.statistics import Floats, Ints, effective_size, share, share_limits
@@ -107,6 +107,7 @@ STATISTICS: list[Callable[[Answers], Iterable[Measurement]]] = [
     effects.guard_effects,
     effects.image_effects,
     harmless_answers,
+    twins.right_pairs,
     outcomes,
     effects.label_effects,
     effects.reference,

@@ -3,37 +3,20 @@
 from collections.abc import Callable
 
 from mllm_protector.records import Outcome, Status
-from mllm_protector.reporting.tables import Row, count, decimal, share, shown
+from mllm_protector.reporting.tables import (
+    Row,
+    bounds,
+    count,
+    counted,
+    decimal,
+    p_value,
+    points,
+    share,
+    total,
+)
 
 Column = tuple[str, str, Callable[[Row], str]]
 """A heading, a metric, and how it is shown."""
-
-
-def counted(row: Row) -> str:
-    """A share with its interval in percent, and the counts."""
-    if row["value"] is None:
-        return "-"
-    return f"{share(row)} ({round(row['value'] * row['n']):,}/{row['n']:,})"
-
-
-def total(row: Row) -> str:
-    """How many answers a number is computed from."""
-    return f"{row['n']:,}"
-
-
-def bounds(row: Row) -> str:
-    """The limits alone, in percent."""
-    return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
-
-
-def points(row: Row) -> str:
-    """A difference with its interval, in percentage points."""
-    return shown(row, "+.1f", 100)
-
-
-def p_value(row: Row) -> str:
-    """A p-value, such as ``0.012`` or ``< 0.001``."""
-    return "< 0.001" if row["value"] is not None and row["value"] < 0.001 else decimal(row)
 
 
 HEADLINE: tuple[Column, ...] = (
@@ -58,6 +41,11 @@ HARMLESS: tuple[Column, ...] = (
     ("mean score", "score", share),
     ("correct answers lost", "lost", counted),
     ("without an answer", "unanswered", count),
+)
+TWINS: tuple[Column, ...] = (
+    ("both right", "twins_right", counted),
+    ("difference", "twins_difference", points),
+    ("p", "twins_difference_p", p_value),
 )
 OUTCOMES: tuple[Column, ...] = tuple(
     (str(outcome).replace("_", " "), f"outcome_{outcome}", count) for outcome in Outcome
@@ -88,6 +76,7 @@ ARMS: tuple[Column, ...] = (
     ("difference", "asr_difference", points),
     ("harmless questions refused", "refused", counted),
     ("harmless answers changed", "changed", counted),
+    ("pairs of twins right", "twins_right", counted),
     ("ms added, median", "latency_median_ms", count),
 )
 TRADE_OFF: tuple[Column, ...] = (
@@ -98,6 +87,7 @@ _TABLES = (
     HEADLINE,
     IMAGE_EFFECT,
     HARMLESS,
+    TWINS,
     OUTCOMES,
     STATUSES,
     REFERENCE,

@@ -23,15 +23,26 @@ from mllm_protector.records import JUDGED, Status
 from mllm_protector.reporting import columns, pivots
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.pivots import Pivot
-from mllm_protector.reporting.tables import Row, Table, decimal, markdown, print_tables, share, upright
+from mllm_protector.reporting.tables import (
+    Row,
+    Table,
+    decimal,
+    markdown,
+    p_value,
+    points,
+    print_tables,
+    share,
+    total,
+    upright,
+)
 
 TITLE = "Attack success rate (ASR) of several runs, lower is better"
 READING = "In brackets: the 95 % interval. Macro: every scenario counts the same; pooled: every answer does."
 
 PAIRED: tuple[columns.Column, ...] = (
-    ("n", "run_difference", columns.total),
-    ("difference", "run_difference", columns.points),
-    ("p", "run_difference_p", columns.p_value),
+    ("n", "run_difference", total),
+    ("difference", "run_difference", points),
+    ("p", "run_difference_p", p_value),
     ("same MLLM answers", "same_answers", share),
 )
 
@@ -228,6 +239,9 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
             yield pivots.table(data, title, ("run", "arm", "group"), short, shown)
         title = f"{name}: harmless questions, in %"
         yield pivots.table(data, title, ("run", "arm"), columns.HARMLESS, rows)
+        title = f"{name}: pairs of an unsafe question and its safe twin, in %"
+        grouped = data.select(variant=first, group=list(data.groups))
+        yield pivots.table(data, title, ("run", "judge", "arm", "group"), columns.TWINS, grouped)
         yield pivots.table(
             data,
             f"{name}: differences to {runs[0]} on the same questions, in percentage points",

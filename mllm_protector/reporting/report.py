@@ -60,12 +60,13 @@ def as_markdown(result: Mapping[str, Any]) -> str:
 
 
 def as_latex(result: Mapping[str, Any]) -> str:
-    """For each benchmark the headline table, then each judge's scenarios."""
+    """For each benchmark the headline table, each judge's scenarios, and pairs of twins."""
     result = upright(result)
     found: list[Table] = []
     for _, _, data in _benchmarks(result):
         found.append(pivots.headline(data))
         found += [pivots.by_scenario(data, *each) for each in product(data.judges, data.variants)]
+        found.append(pivots.twins(data))
     return latex(sentences.judge_lines(result["judges"]), [each for each in found if each.rows])
 
 
@@ -77,12 +78,12 @@ def print_report(result: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     for title, lines, data in _benchmarks(result):
         first = product(list(data.judges)[:1], data.variants[:1])
         scenarios = [pivots.by_scenario(data, *each) for each in first]
-        side_by_side = pivots.arms(data, run.get("measurements", ()))
         tables = [
-            side_by_side,
+            pivots.arms(data, run.get("measurements", ())),
             pivots.headline(data, short),
             *scenarios,
             pivots.harmless(data),
+            pivots.twins(data),
             pivots.other_metrics(data),
         ]
         print_tables(title, lines, [table for table in tables if table.rows])

@@ -62,6 +62,33 @@ def shown(row: Row, form: str, scale: float = 1) -> str:
     return value if "-" in (low, high) else f"{value} [{low}, {high}]"
 
 
+def counted(row: Row) -> str:
+    """A share with its interval in percent, and the counts."""
+    if row["value"] is None:
+        return "-"
+    return f"{share(row)} ({round(row['value'] * row['n']):,}/{row['n']:,})"
+
+
+def total(row: Row) -> str:
+    """How many answers a number is computed from."""
+    return f"{row['n']:,}"
+
+
+def bounds(row: Row) -> str:
+    """The limits alone, in percent."""
+    return f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+
+
+def points(row: Row) -> str:
+    """A difference with its interval, in percentage points."""
+    return shown(row, "+.1f", 100)
+
+
+def p_value(row: Row) -> str:
+    """A p-value, such as ``0.012`` or ``< 0.001``."""
+    return "< 0.001" if row["value"] is not None and row["value"] < 0.001 else decimal(row)
+
+
 def share(row: Row) -> str:
     """A share with its interval in percent."""
     return shown(row, ".1f", 100)

@@ -1,6 +1,7 @@
 """An exercise: a new set of questions with columns of its own is one YAML file."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,3 +63,25 @@ def test_a_new_benchmark_with_its_own_columns_is_one_yaml_file(
         assert loaded.score is not None
         assert loaded.score(question, right) == 1.0
         assert loaded.score(question, wrong) == 0.0
+
+
+def test_the_set_of_the_readme_is_measured_with_its_yaml_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    [yaml] = re.findall(r"```yaml\n(# @package benchmarks\.mine\n.*?)```", readme, flags=re.DOTALL)
+    configs = shutil.copytree(CONFIGS, tmp_path / "configs")
+    (configs / "benchmark" / "mine.yaml").write_text(yaml)
+    monkeypatch.setattr("mllm_protector.config.CONFIGS", configs)
+    Image.new("RGB", (6, 4), "teal").save(tmp_path / "a.png")
+    path = tmp_path / "questions.csv"
+    path.write_text("prompt,picture,is_safe,pair\nsafe?,a.png,1,p\nunsafe?,a.png,0,p\nalone?,,,\n")
+    with hydra.initialize_config_dir(str(configs), version_base="1.3"):
+        composed = hydra.compose("eval_mmsafety", ["benchmark=[mine]", f"benchmarks.mine.path={path}"])
+    chosen = OmegaConf.create({"benchmarks": {"mine": composed.benchmarks.mine}})
+    questions = build(chosen, measured)["benchmarks"]["mine"].load().questions
+    assert [(each.scenario, each.variant, each.twin) for each in questions] == [
+        (BENIGN, "SD", "p"),
+        ("all", "SD", "p"),
+        ("all", "TEXT", None),
+    ]

@@ -221,12 +221,16 @@ def test_a_wrong_setting_is_refused_at_once() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"scorer": "yesno"}, "^scorer: no 'yesno'. Did you mean 'yes_no'"),
         ({"columns": {"answer": "x"}}, "^columns: no 'answer'. Did you mean 'answers'"),
-        ({"variants": ["TYPO"]}, "^variants: no 'TYPO'"),
+        ({"variants": ["TYPOS"]}, "^variants: no 'TYPOS'"),
+        ({"fixed": {"harm": True}}, "^fixed: no 'harm'. Did you mean 'harmless'"),
+        ({"parts": {"safe": {"file": "x"}}}, "^parts.safe: no 'file'. Did you mean 'files'"),
+        ({"columns": {"id": ["a", "b"]}}, "^columns.id: must be one name"),
+        ({"path": None}, "^path: has no value"),
         ({"limit": 0}, "^limit must be at least 1"),
     ]
     for settings, message in cases:
         with pytest.raises(InputError, match=message):
-            QuestionFile(path="x", **settings)
+            QuestionFile(**{"path": "x"} | settings)
 
 
 def test_the_identity_is_that_of_the_texts_and_not_of_the_selection(tmp_path: Path) -> None:
@@ -241,3 +245,93 @@ def test_the_identity_is_that_of_the_texts_and_not_of_the_selection(tmp_path: Pa
     different = [before, *others, identity()]
     assert all(a != b for place, a in enumerate(different) for b in different[:place])
     assert json.loads(json.dumps(others)) == others
+
+
+def test_a_dot_leads_into_objects_and_lists(tmp_path: Path) -> None:
+    row = {"meta": {"kind": "law", "id": 3}, "turns": [{"x": 1}, {"asked": "q?"}], "a.b": "own"}
+    columns = {"id": "meta.id", "scenario": "meta.kind", "question": "turns.asked", "base": "a.b"}
+    [question] = load(write(tmp_path, row), columns=columns).questions
+    assert (question.id, question.scenario, question.text, question.base) == ("3", "law", "q?", "own")
+    with pytest.raises(InputError, match=r":1: missing field 'turns\.said'"):
+        load(write(tmp_path, row), columns=columns | {"question": "turns.said"})
+
+
+def test_a_folder_of_files_is_one_set_in_which_rows_know_their_file(tmp_path: Path) -> None:
+    for name in ("law", "art"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"0": {"question": f"{name}?"}}))
+    (tmp_path / "README.md").write_text("no questions")
+    columns = {"id": "{file}/{id}", "scenario": "file"}
+    questions = load(tmp_path, columns=columns).questions
+    assert [(each.id, each.scenario, each.text) for each in questions] == [
+        ("art/0", "art", "art?"),
+        ("law/0", "law", "law?"),
+    ]
+    with pytest.raises(InputError, match=r"^columns\.id: two files have a question '0'"):
+        load(tmp_path)
+    assert [each.id for each in load(tmp_path, files="l*").questions] == ["0"]
+    with pytest.raises(InputError, match=r"no .*\.parquet file there that fits 'x\*'"):
+        load(tmp_path, files="x*")
+
+
+def test_parts_differ_in_what_they_say_and_put_their_name_before_ids(tmp_path: Path) -> None:
+    rows = [{"safe": "s?", "bad": "b?", "n": number, "kind": kind} for number, kind in enumerate("xyz")]
+    parts = {
+        "safe": {"columns": {"question": "safe"}, "fixed": {"harmless": True}, "where": {"kind": ["x", "y"]}},
+        "bad": {"columns": {"question": "bad"}, "fixed": {"scenario": "law"}},
+    }
+    path = write(tmp_path, *rows)
+    questions = load(path, columns={"id": "n", "twin": "n"}, parts=parts).questions
+    assert [(each.id, each.scenario, each.text, each.twin) for each in questions] == [
+        ("safe/0", BENIGN, "s?", "0"),
+        ("safe/1", BENIGN, "s?", "1"),
+        *((f"bad/{number}", "law", "b?", str(number)) for number in range(3)),
+    ]
+
+
+def test_a_pair_of_twins_has_one_question_of_each_kind(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "twin": "t"}, {"question": "r", "twin": "t"})
+    with pytest.raises(InputError, match=r"^columns\.twin: 't' stands at 2 unsafe questions"):
+        load(path)
+
+
+def test_a_limit_keeps_pairs_of_twins_whole(tmp_path: Path) -> None:
+    rows = [
+        {"question": "q", "twin": str(number), "harmless": harmless}
+        for harmless in (True, False)
+        for number in range(20)
+    ]
+    chosen = load(write(tmp_path, *rows), limit=10).questions
+    assert len({each.twin for each in chosen}) == 5
+    assert sum(each.scenario == BENIGN for each in chosen) == 5
+
+
+def test_a_variant_is_named_by_a_column_and_fits_the_image(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
+    row = {"question": "q", "image": "a.png", "variant": "TYPO"}
+    [question] = load(write(tmp_path, row)).questions
+    assert question.variant == "TYPO"
+    assert load(write(tmp_path, row, {"question": "q"}), variants=["TEXT"]).questions[0].id == "2"
+    cases = [
+        (row | {"variant": "TEXT"}, "field 'variant' is TEXT, but there is an image"),
+        ({"question": "q", "variant": "SD"}, "field 'variant' is SD, but there is no image"),
+        (row | {"variant": "sd"}, "field 'variant' must be one of TEXT, SD"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(InputError, match=message):
+            load(write(tmp_path, wrong))
+
+
+def test_of_several_image_columns_the_first_that_is_there_is_taken(tmp_path: Path) -> None:
+    image(tmp_path / "1.png")
+    columns = {"image": ["picture", "{n}.jpg", "{n}.png"]}
+    loaded = load(write(tmp_path, {"question": "q", "n": 1}, {"question": "q", "n": 2}), columns=columns)
+    assert [each.id for each in loaded.questions] == ["1"]
+    assert loaded.missing == ["2: no file 2.jpg"]
+
+
+def test_words_may_be_absent_beside_an_image(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
+    [question] = load(write(tmp_path, {"question": "", "image": "a.png"})).questions
+    assert question.text == ""
+    [question] = load(write(tmp_path, {"question": "q"}), fixed={"image": "a.png"}).questions
+    assert question.image is not None

@@ -27,6 +27,7 @@ def row(base: str, scenario: str, variant: str, arm: str, **given: Any) -> Row:
     fields = {
         "id": f"{scenario}/{variant}/{base}",
         "base": f"{scenario}/{base}",
+        "twin": None,
         "scenario": scenario,
         "variant": variant,
         "criterion": str(CRITERIA.get(scenario, Criterion.HARM)),

@@ -73,6 +73,7 @@ def made_up_rows(
                     "scenario": scenario,
                     "variant": variant,
                     "base": f"{scenario}/{number}",
+                    "twin": None,
                     "repeat": 0,
                     "criterion": "harm",
                     "question": f"Question {number} of {scenario}, asked as {variant}?",
