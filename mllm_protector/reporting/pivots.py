@@ -137,7 +137,7 @@ def arms(data: Pivot, latency: Sequence[Row] = ()) -> Table:
         ("arm",),
         columns.ARMS,
         [row for row in (*rows, *latency) if row["arm"] is not None],
-        note=f"Macro mean over scenarios, judged by {data.judge(judge)}; lower is better but for twins. An arm"
+        note=f"Macro mean over scenarios, judged by {data.judge(judge)}; lower is better, twins apart. An arm"
         " in which the MLLM was asked again is compared by question, every other one on the same answers.",
     )
 
