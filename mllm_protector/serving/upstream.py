@@ -41,9 +41,8 @@ class Upstream:
             InputError: the environment variable of its key is not set.
         """
         self.settings = settings.upstream
-        self.most = int(settings.limits.answer_mb * MEGABYTE)
         self.metrics = metrics
-        self._keeps_keys = bool(settings.keys)
+        self.apply(settings)
         self._key: str | None = None
         if name := self.settings.api_key_env:
             self._key = os.environ.get(name)
@@ -59,6 +58,11 @@ class Upstream:
             trust_env=False,  # no proxy and no password from the environment
             follow_redirects=False,
         )
+
+    def apply(self, settings: FrontSettings) -> None:
+        """Take over what other settings say of limits and keys; address and times stay."""
+        self.most = int(settings.limits.answer_mb * MEGABYTE)
+        self._keeps_keys = bool(settings.keys)
 
     async def close(self) -> None:
         """Close all connections."""
