@@ -114,7 +114,8 @@ async def _run(listening: socket.socket, output: int) -> None:
         )
         server = _Server(config, lambda: _say(output, b"ready\n"))
         loop.add_signal_handler(signal.SIGTERM, server.stop)
-        obeying = asyncio.create_task(_obey(reader, front, server))
+        obeying = asyncio.create_task(_obey(reader, front))
+        obeying.add_done_callback(lambda _: server.stop())
         with suppress(TimeoutError):
             async with asyncio.timeout(CONNECTED_S):
                 while not client.ready:
@@ -123,10 +124,9 @@ async def _run(listening: socket.socket, output: int) -> None:
         obeying.cancel()
 
 
-async def _obey(reader: asyncio.StreamReader, front: Front, server: _Server) -> None:
+async def _obey(reader: asyncio.StreamReader, front: Front) -> None:
     while line := await reader.readline():
         front.apply(SETUP.validate_json(line).settings)
-    server.stop()
 
 
 def _say(output: int, words: bytes) -> None:

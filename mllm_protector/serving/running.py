@@ -37,7 +37,8 @@ async def run(settings: FrontSettings, arguments: Arguments, reread: Callable[[]
     loop, this = asyncio.get_running_loop(), asyncio.current_task()
     assert this is not None  # noqa: S101 - it runs
     for each in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(each, this.cancel)
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as in a background job
+            loop.add_signal_handler(each, this.cancel)
     host, port, queue, restart = (arguments[name] for name in ("host", "port", "queue", "restart"))
     _warn(settings, host)
     with bound(host, port) as listening:

@@ -12,6 +12,7 @@ import httpx
 from mllm_protector.errors import InputError
 from mllm_protector.serving.api_errors import ApiError
 from mllm_protector.serving.metrics import Metrics
+from mllm_protector.serving.pools import Pools
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
 
 PASSED_ON = (
@@ -51,10 +52,11 @@ class Upstream:
         times = httpx.Timeout(
             self.settings.read_s, connect=self.settings.connect_s, pool=self.settings.connect_s
         )
-        self._client = httpx.AsyncClient(
+        safe = self.settings.url.startswith("https")
+        self._pools = Pools(
+            self.settings.connections,
             timeout=times,
-            limits=httpx.Limits(max_connections=self.settings.connections),
-            verify=self.settings.url.startswith("https"),  # certificates take long to load
+            verify=httpx.create_ssl_context() if safe else False,  # certificates take long to load
             trust_env=False,  # no proxy and no password from the environment
             follow_redirects=False,
         )
@@ -66,7 +68,7 @@ class Upstream:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._pools.close()
 
     @asynccontextmanager
     async def ask(
@@ -85,8 +87,9 @@ class Upstream:
         """
         try:
             async with (
+                self._pools.client() as client,
                 asyncio.timeout(self.settings.total_s),
-                self._client.stream(
+                client.stream(
                     method, self.settings.url + path, content=body, headers=self._headers(headers)
                 ) as response,
             ):
@@ -138,8 +141,8 @@ class Upstream:
     async def reachable(self, headers: Mapping[str, str]) -> bool:
         """Whether the upstream answers at all."""
         try:
-            async with asyncio.timeout(REACHED_S):
-                answer = await self._client.get(self.settings.url + "/models", headers=self._headers(headers))
+            async with asyncio.timeout(REACHED_S), self._pools.client() as client:
+                answer = await client.get(self.settings.url + "/models", headers=self._headers(headers))
         except (TimeoutError, httpx.HTTPError):
             return False
         return answer.status_code < 500

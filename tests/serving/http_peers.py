@@ -38,12 +38,13 @@ class Peer:
         with suppress(OSError):
             await self._writer.wait_closed()
 
-    async def ask(self, text: str) -> tuple[bytes, str]:
-        """Head and text of the answer to a question."""
+    async def ask(self, text: str) -> dict[str, Any]:
+        """The answer to a question, or the error in its place."""
         body = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]}).encode()
         self._writer.write(POST % (len(body), body))
-        head, answer = await read_message(self._reader)
-        return head, json.loads(answer)["choices"][0]["message"]["content"]
+        _, answer = await read_message(self._reader)
+        content: dict[str, Any] = json.loads(answer)
+        return content
 
 
 @asynccontextmanager
