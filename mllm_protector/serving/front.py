@@ -110,6 +110,7 @@ async def _run(listening: socket.socket, output: int) -> None:
             log_config=None,
             access_log=False,  # its lines hold paths and queries
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=max(1, round(settings.grace_s)),
         )
         server = _Server(config, lambda: _say(output, b"ready\n"))
