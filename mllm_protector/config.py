@@ -19,6 +19,7 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -32,7 +33,7 @@ from mllm_protector.files import expand
 from mllm_protector.helping import CONFIGS, ConfigFile, flat, help_text, suggestion
 from mllm_protector.outputs import claim_output_dir, is_first
 
-__all__ = ["CONFIGS", "build", "clear_errors", "launch", "quiet_libraries", "recorded_data", "run"]
+__all__ = ["CONFIGS", "build", "clear_errors", "launch", "quiet_libraries", "recorded_data", "reread", "run"]
 
 OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
 
@@ -90,6 +91,21 @@ def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
     content = _plain(cfg)
     check_call("", function, content)
     return {name: construct(name, value) for name, value in content.items()}
+
+
+def reread(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of the running script's function, from its command line and its YAML files as they are.
+
+    Raises:
+        InputError: as ``build``, or the files cannot be read.
+    """
+    command = HydraConfig.get()
+    try:
+        return build(hydra.compose(command.job.config_name, [*command.overrides.task]), function)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_config_error(error)) from None
+    except (OSError, YAMLError) as error:
+        raise InputError(" ".join(str(error).split())) from None
 
 
 def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], object] | None = None) -> None:

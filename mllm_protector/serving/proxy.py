@@ -44,7 +44,7 @@ class Front:
     """Answers clients.
 
     Attributes:
-        state: its parts. Other settings in it hold from the next request on, but for the upstream's.
+        state: its parts.
     """
 
     def __init__(self, settings: FrontSettings, guard: Guarding, metrics: Metrics | None = None) -> None:
@@ -58,6 +58,11 @@ class Front:
         metrics = metrics or Metrics()
         self.state = State(settings, guard, Upstream(settings, metrics), metrics)
         self._under_way = 0
+
+    def apply(self, settings: FrontSettings) -> None:
+        """Go by other settings from now on; those of the upstream stay."""
+        self.state.settings = settings
+        self.state.upstream.apply(settings)
 
     def app(self) -> Starlette:
         """The ASGI application."""

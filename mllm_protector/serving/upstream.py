@@ -12,6 +12,7 @@ import httpx
 from mllm_protector.errors import InputError
 from mllm_protector.serving.api_errors import ApiError
 from mllm_protector.serving.metrics import Metrics
+from mllm_protector.serving.pools import Pools
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
 
 PASSED_ON = (
@@ -41,9 +42,8 @@ class Upstream:
             InputError: the environment variable of its key is not set.
         """
         self.settings = settings.upstream
-        self.most = int(settings.limits.answer_mb * MEGABYTE)
         self.metrics = metrics
-        self._keeps_keys = bool(settings.keys)
+        self.apply(settings)
         self._key: str | None = None
         if name := self.settings.api_key_env:
             self._key = os.environ.get(name)
@@ -52,17 +52,23 @@ class Upstream:
         times = httpx.Timeout(
             self.settings.read_s, connect=self.settings.connect_s, pool=self.settings.connect_s
         )
-        self._client = httpx.AsyncClient(
+        safe = self.settings.url.startswith("https")
+        self._pools = Pools(
+            self.settings.connections,
             timeout=times,
-            limits=httpx.Limits(max_connections=self.settings.connections),
-            verify=self.settings.url.startswith("https"),  # certificates take long to load
+            verify=httpx.create_ssl_context() if safe else False,  # certificates take long to load
             trust_env=False,  # no proxy and no password from the environment
             follow_redirects=False,
         )
 
+    def apply(self, settings: FrontSettings) -> None:
+        """Take over what other settings say of limits and keys; address and times stay."""
+        self.most = int(settings.limits.answer_mb * MEGABYTE)
+        self._keeps_keys = bool(settings.keys)
+
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._pools.close()
 
     @asynccontextmanager
     async def ask(
@@ -81,8 +87,9 @@ class Upstream:
         """
         try:
             async with (
+                self._pools.client() as client,
                 asyncio.timeout(self.settings.total_s),
-                self._client.stream(
+                client.stream(
                     method, self.settings.url + path, content=body, headers=self._headers(headers)
                 ) as response,
             ):
@@ -134,8 +141,8 @@ class Upstream:
     async def reachable(self, headers: Mapping[str, str]) -> bool:
         """Whether the upstream answers at all."""
         try:
-            async with asyncio.timeout(REACHED_S):
-                answer = await self._client.get(self.settings.url + "/models", headers=self._headers(headers))
+            async with asyncio.timeout(REACHED_S), self._pools.client() as client:
+                answer = await client.get(self.settings.url + "/models", headers=self._headers(headers))
         except (TimeoutError, httpx.HTTPError):
             return False
         return answer.status_code < 500

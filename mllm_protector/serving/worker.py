@@ -259,4 +259,4 @@ def _say(output: int, words: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # to take PyTorch apart takes seconds, and its supervisor waits
