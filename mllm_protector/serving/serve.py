@@ -15,6 +15,7 @@ from mllm_protector.protocols import MLLM
 from mllm_protector.ranges import Amount, Count
 from mllm_protector.serving.settings import (
     ApiKey,
+    AuditSettings,
     FrontSettings,
     GuardSettings,
     LimitSettings,
@@ -60,6 +61,7 @@ def serve(
     reconnect_s: Seconds,
     grace_s: Seconds,
     score_decimals: Amount,
+    audit: AuditSettings | None,
     mllm: Callable[[], MLLM],
 ) -> None:
     """Guard the model at ``url`` until SIGINT or SIGTERM; without one, serve and guard ``mllm`` itself.
@@ -90,6 +92,7 @@ def serve(
             reconnect_s=reconnect_s,
             grace_s=grace_s,
             score_decimals=score_decimals,
+            audit=audit,
         )
         _warn(settings, host)
         asyncio.run(_serve(settings, guard, queue, restart, host, port))
