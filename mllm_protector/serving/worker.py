@@ -27,7 +27,6 @@ from mllm_protector.arguments import require_threshold
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.guard.rows import Row
-from mllm_protector.models.detector import HarmDetector
 from mllm_protector.serving import logs
 from mllm_protector.serving.guard_queues import GuardQueues
 from mllm_protector.serving.queueing import ExpiredError, FullError
@@ -196,9 +195,9 @@ def _request(content: dict[str, Any]) -> Request:
 
 
 def promise_of(protector: Protector) -> str | None:
-    """How the detector's threshold was chosen, in one sentence; ``None`` where it does not say."""
-    detector = protector.detector
-    return detector.guard.threshold_how if isinstance(detector, HarmDetector) else None
+    """How the detector's threshold was chosen, in one sentence; ``None`` where it has no ``guard.json``."""
+    how: str | None = getattr(getattr(protector.detector, "guard", None), "threshold_how", None)
+    return how
 
 
 def load(settings: GuardSettings) -> Protector:
