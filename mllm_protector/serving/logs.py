@@ -52,7 +52,8 @@ def configure(process: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request
+    for chatty in ("httpx", "uvicorn"):  # a line for each request, and for each step of the start
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def place(error: BaseException) -> str:

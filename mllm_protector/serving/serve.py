@@ -13,6 +13,7 @@ from annotated_types import Interval
 from mllm_protector.errors import InputError, Stop
 from mllm_protector.protocols import MLLM
 from mllm_protector.ranges import Amount, Count
+from mllm_protector.serving import logs
 from mllm_protector.serving.settings import (
     ApiKey,
     AuditSettings,
@@ -79,6 +80,7 @@ def serve(
         raise InputError(
             f"{error}; install what serving needs: pip install 'mllm-protector[serve]'"
         ) from None
+    logs.configure("front")
     with ExitStack() as stack:
         if url is None:
             from mllm_protector.serving.demo import demo_server
