@@ -1,5 +1,7 @@
 """What a model worker counts, for Prometheus. Fronts show it beside their own counters."""
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from mllm_protector.serving.metrics import SECONDS
 
+FRESH_S = 0.5
+"""Seconds for which a text of all counters holds."""
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -43,6 +47,8 @@ class WorkerMetrics:
             registry=registry,
         )
         restarted.inc(restarts)
+        self._text = ""
+        self._written = -math.inf
 
     def watch(self, queue: str, length: Callable[[], int]) -> None:
         """Show the length of a queue from now on."""
@@ -56,8 +62,11 @@ class WorkerMetrics:
             self._wait.labels(queue).observe(wait)
 
     def exposition(self) -> str:
-        """All counters as Prometheus reads them."""
-        return generate_latest(self.registry).decode()
+        """All counters as Prometheus reads them, half a second old at most: many fronts may ask for them."""
+        if time.monotonic() - self._written > FRESH_S:
+            self._text = generate_latest(self.registry).decode()
+            self._written = time.monotonic()
+        return self._text
 
 
 def count_start(folder: Path) -> int:
