@@ -24,6 +24,7 @@ from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.errors import InputError, RunError, Stop
 from mllm_protector.helping import flat
 from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
+from mllm_protector.serving.settings import UpstreamSettings
 from mllm_protector.training import settings
 from mllm_protector.training.settings import FitConfig
 
@@ -96,7 +97,8 @@ def test_every_option_binds_to_its_constructor() -> None:
         arguments = build(filled_in(composed(root, *inside, f"{group}={option}")), FUNCTIONS[root])
         for value in (*arguments.values(), *arguments.get("judges", {}).values()):
             if isinstance(value, functools.partial):
-                inspect.signature(value.func).bind(*value.args, **value.keywords)
+                later = {"url": "http://127.0.0.1:1/v1"} if value.func is UpstreamSettings else {}
+                inspect.signature(value.func).bind(*value.args, **value.keywords, **later)
 
 
 def test_every_yaml_is_reached_by_those_tests() -> None:

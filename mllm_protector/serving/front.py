@@ -18,6 +18,7 @@ import uvicorn
 from pydantic import TypeAdapter
 
 from mllm_protector.errors import InputError
+from mllm_protector.serving import logs
 from mllm_protector.serving.client import GuardClient
 from mllm_protector.serving.proxy import Front
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings, QueueSettings
@@ -84,9 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     for each in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the supervisor decides
         signal.signal(each, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s front %(process)d: %(message)s")
-    for chatty in ("httpx", "uvicorn"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logs.configure("front")
     output = os.dup(1)
     os.dup2(2, 1)
     try:

@@ -50,11 +50,15 @@ class Judged:
     Attributes:
         content: what the client gets.
         verdicts: of its choices.
+        case: how they were judged.
+        raw: the choices as the upstream gave them.
         shadow: whether the verdicts changed nothing.
     """
 
     content: dict[str, Any]
     verdicts: Sequence[Guarded]
+    case: Case
+    raw: Sequence[Mapping[str, Any]]
     shadow: bool = False
 
     @property
@@ -103,14 +107,14 @@ async def judge(
             retry_after=str(math.ceil(busy.retry_after)),
         ) from None
     if policy.shadow:
-        return Judged(content=dict(completion), verdicts=verdicts, shadow=True)
+        return Judged(content=dict(completion), verdicts=verdicts, case=case, raw=choices, shadow=True)
     if policy.on_error == "error" and any(each.outcome is Outcome.GUARD_ERROR for each in verdicts):
         raise ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
     content = {name: completion[name] for name in COMPLETION_FIELDS if name in completion}
     content["choices"] = [
         _put_back(choice, verdict, case, policy) for choice, verdict in zip(choices, verdicts, strict=True)
     ]
-    return Judged(content=content, verdicts=verdicts)
+    return Judged(content=content, verdicts=verdicts, case=case, raw=choices)
 
 
 def _put_back(

@@ -36,7 +36,7 @@ class Metrics:
             f"{prefix}_score", "P(harmful) of raw answers.", buckets=SCORES, registry=registry
         )
         self.seconds = Histogram(
-            f"{prefix}_seconds",
+            f"{prefix}_request_seconds",
             "Seconds of a request: the upstream's answer, the guard, and all.",
             ["part"],
             buckets=SECONDS,
@@ -56,6 +56,9 @@ class Metrics:
         )
         self.clients_gone = Counter(
             f"{prefix}_clients_gone", "Requests whose client left before the answer.", registry=registry
+        )
+        self.audit_errors = Counter(
+            f"{prefix}_audit_errors", "Answers that could not be recorded.", registry=registry
         )
         self.under_way = Gauge(
             f"{prefix}_requests_under_way",

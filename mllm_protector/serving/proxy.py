@@ -20,22 +20,30 @@ from mllm_protector.errors import InputError
 from mllm_protector.records import Outcome
 from mllm_protector.serving import metrics as counting
 from mllm_protector.serving.api_errors import ApiError, ClientGone
+from mllm_protector.serving.audit import AuditLog
 from mllm_protector.serving.chat import read_request
 from mllm_protector.serving.choices import Unreadable, read_choices
+from mllm_protector.serving.exchange import REQUEST_ID, Exchange, begin, current
 from mllm_protector.serving.guarding import Guarding
 from mllm_protector.serving.judging import Case, judge
+from mllm_protector.serving.logs import place
 from mllm_protector.serving.metrics import Metrics
+from mllm_protector.serving.overview import Overview
+from mllm_protector.serving.page import page
 from mllm_protector.serving.sending import OUTCOME, Sender, read_body, while_connected
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
 from mllm_protector.serving.state import State
-from mllm_protector.serving.streaming import buffered, unguarded
+from mllm_protector.serving.streaming import UNGUARDED, buffered, unguarded
+from mllm_protector.serving.tracing import Tracing, configured
 from mllm_protector.serving.upstream import Upstream, passed_back
 
 log = logging.getLogger(__name__)
 
 DETAILS = "x-mllm-protector-details"
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
-SERVED = f"POST {CHAT}, GET {MODELS}, GET /health, GET /ready, GET /metrics"
+SERVED = f"POST {CHAT}, GET {MODELS}, GET /, GET /state, GET /health, GET /ready, GET /metrics"
+QUIET = ("/", "/state", "/health", "/ready", "/metrics")
+"""Routes that machines ask all the time: they have no line in the log, and no span."""
 
 Answer = Callable[[Headers, Receive, Sender], Awaitable[None]]
 
@@ -47,16 +55,26 @@ class Front:
         state: its parts.
     """
 
-    def __init__(self, settings: FrontSettings, guard: Guarding, metrics: Metrics | None = None) -> None:
-        """Bind the parts; nothing is sent.
+    def __init__(
+        self,
+        settings: FrontSettings,
+        guard: Guarding,
+        metrics: Metrics | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        """Bind the parts; nothing is sent. ``tracing`` is as the environment says if it is not given.
 
         Raises:
-            InputError: a policy that is not there yet, or the upstream's key is missing.
+            InputError: a policy that is not there yet, a missing environment variable, or no audit log.
         """
         if settings.policy.streaming == "window":
             raise InputError("policy.streaming=window: not available yet; choose buffer or off")
         metrics = metrics or Metrics()
-        self.state = State(settings, guard, Upstream(settings, metrics), metrics)
+        tracing = tracing or configured()
+        upstream = Upstream(settings, metrics, tracing)
+        audit = AuditLog(settings.audit, metrics.audit_errors) if settings.audit else None
+        self.state = State(settings, guard, upstream, metrics, tracing, audit)
+        self._overview = Overview(self.state)
         self._under_way = 0
 
     def apply(self, settings: FrontSettings) -> None:
@@ -70,11 +88,13 @@ class Front:
         @asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
             yield
-            await self.state.upstream.close()
+            await self.state.close()
 
         table: tuple[tuple[str, str, Answer], ...] = (
             (CHAT, "POST", self._chat),
             (MODELS, "GET", self._models),
+            ("/", "GET", self._page),
+            ("/state", "GET", self._state),
             ("/health", "GET", self._health),
             ("/ready", "GET", self._ready),
             ("/metrics", "GET", self._metrics),
@@ -122,12 +142,13 @@ class Front:
     async def _chat(self, headers: Headers, receive: Receive, sender: Sender) -> None:
         async with self._slot():
             settings = self.state.settings
-            name = self._key(headers)
+            name = current().key = self._key(headers)
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 raise ApiError(415, "the content type must be application/json", code="unsupported_type")
             most, seconds = int(settings.limits.body_mb * MEGABYTE), settings.limits.body_s
             raw = await read_body(headers, receive, most=most, seconds=seconds)
             request = read_request(raw, choices=settings.limits.choices)
+            current().model = self.state.upstream.names.known(request.model)
             case = Case(
                 query=request.query,
                 structured=request.structured,
@@ -137,6 +158,7 @@ class Front:
             if not request.stream:
                 work = self._whole(request.body, headers, case, sender, decimals)
             elif settings.policy.streaming == "off":
+                current().outcome = UNGUARDED
                 work = unguarded(self.state, request.body, headers, sender)
             else:
                 work = buffered(self.state, request.body, headers, case, sender, decimals)
@@ -149,7 +171,7 @@ class Front:
         started = time.perf_counter()
         async with state.upstream.ask("POST", "/chat/completions", headers, body) as response:
             raw = await state.upstream.whole(response)
-        state.metrics.seconds.labels("upstream").observe(time.perf_counter() - started)
+        state.took("upstream", time.perf_counter() - started)
         completion = state.upstream.completion(raw)
         try:
             choices = read_choices(completion, settings.limits.choices)
@@ -172,6 +194,7 @@ class Front:
     async def _listed(self, headers: Headers, sender: Sender) -> None:
         async with self.state.upstream.ask("GET", "/models", headers) as response:
             body = await self.state.upstream.whole(response)
+        self.state.upstream.names.learn(body)
         await sender.whole(200, body, passed_back(response.headers))
 
     async def _health(self, headers: Headers, receive: Receive, sender: Sender) -> None:
@@ -181,9 +204,24 @@ class Front:
         state = {"guard": self.state.guard.ready, "upstream": await self.state.upstream.reachable({})}
         await sender.json(200 if all(state.values()) else 503, state)
 
+    async def _page(self, headers: Headers, receive: Receive, sender: Sender) -> None:
+        body, given = page()
+        await sender.whole(200, body, given, kind="text/html; charset=utf-8")
+
+    async def _state(self, headers: Headers, receive: Receive, sender: Sender) -> None:
+        try:
+            self._key(headers)
+            trusted = True
+        except ApiError:
+            trusted = False
+        await sender.json(200, await self._overview.content(trusted), {"cache-control": "no-store"})
+
     async def _metrics(self, headers: Headers, receive: Receive, sender: Sender) -> None:
-        self.state.metrics.guard_ready.set(self.state.guard.ready)
+        guard = self.state.guard
+        self.state.metrics.guard_ready.set(guard.ready)
         body = self.state.metrics.exposition()
+        if guard.ready:
+            body += str(guard.state.get("metrics", "")).encode()
         await sender.whole(200, body, {}, kind=counting.CONTENT_TYPE)
 
 
@@ -200,25 +238,44 @@ class _Endpoint:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})
             return
-        sender, started = Sender(send), time.perf_counter()
-        metrics = self.front.state.metrics
+        headers, started = Headers(scope=scope), time.perf_counter()
+        exchange = begin(headers.get(REQUEST_ID))
+        sender = Sender(send, {REQUEST_ID: exchange.id})
+        state, quiet = self.front.state, self.route in QUIET
+        with (Tracing() if quiet else state.tracing).request(f"{self.method} {self.route}", headers) as span:
+            await self._reply(scope, receive, sender, exchange)
+            span |= {
+                "http.route": self.route,
+                "http.response.status_code": sender.status,
+                "mllm_protector.outcome": exchange.outcome,
+                "mllm_protector.request_id": exchange.id,
+            }
+        seconds = time.perf_counter() - started
+        state.metrics.requests.labels(self.route, str(sender.status or "gone")).inc()
+        if self.route == CHAT:
+            state.took("all", seconds)
+        if not quiet:
+            facts = {"route": self.route, "status": sender.status, "seconds": round(seconds, 6)}
+            facts |= {"outcome": exchange.outcome, "model": exchange.model, "error": exchange.error}
+            told = {name: value for name, value in facts.items() if value is not None}
+            log.info("a request was answered" if sender.status else "a client left", extra={"fields": told})
+
+    async def _reply(self, scope: Scope, receive: Receive, sender: Sender, exchange: Exchange) -> None:
+        """Answer, whatever happens, unless the client has left."""
         try:
             try:
                 await self._answer(scope, receive, sender)
             except ApiError as error:
+                exchange.error = error.code
                 await sender.error(error)
             except (ClientGone, asyncio.CancelledError, OSError):
                 raise
             except Exception as error:
-                log.error("a request failed (%s at %s)", type(error).__name__, _place(error))
+                exchange.error = "internal_error"
+                log.error("a request failed (%s at %s)", type(error).__name__, place(error))
                 await sender.error(ApiError(500, "the guard's server failed", code="internal_error"))
         except (ClientGone, OSError):
-            metrics.clients_gone.inc()
-        seconds = time.perf_counter() - started
-        metrics.requests.labels(self.route, str(sender.status or "gone")).inc()
-        if self.route == CHAT:
-            metrics.seconds.labels("all").observe(seconds)
-            log.info("%s", json.dumps({"route": self.route, "status": sender.status, "seconds": seconds}))
+            self.front.state.metrics.clients_gone.inc()
 
     async def _answer(self, scope: Scope, receive: Receive, sender: Sender) -> None:
         allowed = {self.method, "HEAD"} if self.method == "GET" else {self.method}
@@ -229,11 +286,3 @@ class _Endpoint:
             headers = {"allow": self.method} if self.answer else {}
             raise ApiError(status, message, code="route_not_guarded", headers=headers)
         await self.answer(Headers(scope=scope), receive, sender)
-
-
-def _place(error: BaseException) -> str:
-    """Where an exception was raised; its own words may quote an answer."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "?" if trace is None else f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}"

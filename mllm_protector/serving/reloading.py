@@ -24,6 +24,7 @@ def front_settings(url: str, arguments: Mapping[str, Any]) -> FrontSettings:
         reconnect_s=arguments["reconnect_s"],
         grace_s=arguments["grace_s"],
         score_decimals=arguments["score_decimals"],
+        audit=arguments["audit"],
     )
 
 

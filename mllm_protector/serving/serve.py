@@ -12,8 +12,10 @@ from mllm_protector.config import reread
 from mllm_protector.errors import InputError
 from mllm_protector.protocols import MLLM
 from mllm_protector.ranges import Amount, Count
+from mllm_protector.serving import logs
 from mllm_protector.serving.reloading import front_settings
 from mllm_protector.serving.settings import (
+    AuditSettings,
     GuardSettings,
     LimitSettings,
     PolicySettings,
@@ -57,6 +59,7 @@ def serve(
     reconnect_s: Seconds,
     grace_s: Seconds,
     score_decimals: Amount,
+    audit: AuditSettings | None,
     mllm: Callable[[], MLLM],
 ) -> None:
     """Guard the model at ``url`` until SIGINT or SIGTERM; without one, serve and guard ``mllm`` itself.
@@ -78,6 +81,7 @@ def serve(
         ) from None
     from mllm_protector.serving.running import run
 
+    logs.configure("server")
     with ExitStack() as stack:
         if url is None:
             from mllm_protector.serving.demo import demo_server

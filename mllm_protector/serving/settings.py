@@ -206,11 +206,37 @@ class ApiKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSettings:
+    """Where each judged choice is recorded.
+
+    Attributes:
+        folder: of the files; each front has its own.
+        texts: whether question, answer and shown text stand in it, or only their hashes.
+        hash_key_env: the environment variable with the secret key of the hashes; ``None`` for plain sha256.
+        max_mb: of one file.
+        files: older files that are kept of each.
+        on_failure: what happens to an answer that cannot be recorded; ``refuse`` is a 503.
+    """
+
+    folder: str
+    texts: bool
+    hash_key_env: str | None
+    max_mb: Megabytes
+    files: Count
+    on_failure: Literal["refuse", "continue"]
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSettings:
     """All that a front worker needs beside the guard.
 
     Attributes:
         keys: of the clients that are let in; empty lets everyone in.
+        audit: ``None`` for no record.
         reconnect_s: the longest wait between two tries to reach the model worker.
         grace_s: the longest that requests under way may take when the front is told to stop.
         score_decimals: of scores in extension fields; 0 shows none.
@@ -220,13 +246,14 @@ class FrontSettings:
     limits: LimitSettings
     policy: PolicySettings
     keys: Sequence[ApiKey]
+    audit: AuditSettings | None
     reconnect_s: Seconds
     grace_s: Seconds
     score_decimals: Amount
 
     def __post_init__(self) -> None:
         """Check the values, and that every name of a key is one key's."""
-        _check(self, apart=("upstream", "limits", "policy", "keys"))
+        _check(self, apart=("upstream", "limits", "policy", "keys", "audit"))
         names = [key.name for key in self.keys]
         for name in names:
             if names.count(name) > 1:

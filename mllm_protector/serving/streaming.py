@@ -117,7 +117,7 @@ async def _hold_and_judge(
             held = _whole(state, await state.upstream.whole(response), response)
         else:
             held = await _assembled(state, response)
-    state.metrics.seconds.labels("upstream").observe(time.perf_counter() - started)
+    state.took("upstream", time.perf_counter() - started)
     try:
         choices = read_choices(held.completion, state.settings.limits.choices)
     except Unreadable as error:

@@ -11,22 +11,27 @@ import httpx
 
 from mllm_protector.errors import InputError
 from mllm_protector.serving.api_errors import ApiError
+from mllm_protector.serving.exchange import REQUEST_ID, current
 from mllm_protector.serving.metrics import Metrics
+from mllm_protector.serving.model_names import ModelNames
 from mllm_protector.serving.pools import Pools
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
+from mllm_protector.serving.tracing import Tracing
 
 PASSED_ON = (
     "openai-organization",
     "openai-project",
     "user-agent",
-    "x-request-id",
     "traceparent",
     "tracestate",
 )
 """Of a client's headers; all others stay here."""
 
-PASSED_BACK = ("x-request-id", "openai-processing-ms", "openai-version", "retry-after", "retry-after-ms")
+PASSED_BACK = ("openai-processing-ms", "openai-version", "retry-after", "retry-after-ms")
 """Of the upstream's headers, beside those of its rate limits."""
+
+UPSTREAM_ID = "x-upstream-request-id"
+"""The upstream's own id of a request; ``x-request-id`` is ours."""
 
 REACHED_S = 2.0
 """The longest that ``reachable`` waits."""
@@ -35,7 +40,7 @@ REACHED_S = 2.0
 class Upstream:
     """Asks the upstream; every failure is an ``ApiError`` for the client."""
 
-    def __init__(self, settings: FrontSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: FrontSettings, metrics: Metrics, tracing: Tracing | None = None) -> None:
         """Bind to the address; nothing is sent.
 
         Raises:
@@ -43,6 +48,8 @@ class Upstream:
         """
         self.settings = settings.upstream
         self.metrics = metrics
+        self.names = ModelNames()
+        self._tracing = tracing or Tracing()
         self.apply(settings)
         self._key: str | None = None
         if name := self.settings.api_key_env:
@@ -62,7 +69,8 @@ class Upstream:
         )
 
     def apply(self, settings: FrontSettings) -> None:
-        """Take over what other settings say of limits and keys; address and times stay."""
+        """Take over what other settings say of limits, keys and models; address and times stay."""
+        self.names.add(settings.policy.model_thresholds)
         self.most = int(settings.limits.answer_mb * MEGABYTE)
         self._keeps_keys = bool(settings.keys)
 
@@ -86,16 +94,16 @@ class Upstream:
             ApiError: there is no such answer, or it takes too long.
         """
         try:
-            async with (
-                self._pools.client() as client,
-                asyncio.timeout(self.settings.total_s),
-                client.stream(
-                    method, self.settings.url + path, content=body, headers=self._headers(headers)
-                ) as response,
-            ):
-                if response.status_code != 200:
-                    raise await self._refused(response)
-                yield response
+            with self._tracing.part("upstream") as traced:
+                sent = self._headers(headers) | traced
+                async with (
+                    self._pools.client() as client,
+                    asyncio.timeout(self.settings.total_s),
+                    client.stream(method, self.settings.url + path, content=body, headers=sent) as response,
+                ):
+                    if response.status_code != 200:
+                        raise await self._refused(response)
+                    yield response
         except (TimeoutError, httpx.TimeoutException, httpx.HTTPError, httpx.StreamError) as error:
             raise self._failed(error) from None
 
@@ -145,6 +153,8 @@ class Upstream:
                 answer = await client.get(self.settings.url + "/models", headers=self._headers(headers))
         except (TimeoutError, httpx.HTTPError):
             return False
+        if answer.status_code == 200:
+            self.names.learn(answer.content)
         return answer.status_code < 500
 
     def fault(self, kind: str, message: str, status: int = 502) -> ApiError:
@@ -154,7 +164,11 @@ class Upstream:
 
     def _headers(self, given: Mapping[str, str]) -> dict[str, str]:
         headers = {name: given[name] for name in PASSED_ON if name in given}
-        headers |= {"content-type": "application/json", "accept-encoding": "identity"}
+        headers |= {
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+            REQUEST_ID: current().id,
+        }
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         elif "authorization" in given and not self._keeps_keys:
@@ -191,6 +205,8 @@ class Upstream:
 def passed_back(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers of an upstream's answer that a client gets."""
     kept = {name: value for name, value in headers.items() if name.lower() in PASSED_BACK}
+    if REQUEST_ID in headers:
+        kept[UPSTREAM_ID] = headers[REQUEST_ID]
     return kept | {name: value for name, value in headers.items() if name.startswith("x-ratelimit-")}
 
 

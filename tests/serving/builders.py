@@ -1,8 +1,10 @@
 """Settings with the values of a test, each of which can be changed."""
 
+from pathlib import Path
 from typing import Any
 
 from mllm_protector.serving.settings import (
+    AuditSettings,
     FrontSettings,
     GuardSettings,
     LimitSettings,
@@ -55,12 +57,18 @@ def policy_settings(**changes: Any) -> PolicySettings:
     return PolicySettings(**values | changes)
 
 
+def audit_settings(folder: Path, **changes: Any) -> AuditSettings:
+    values: dict[str, Any] = {"folder": str(folder), "texts": False, "hash_key_env": None, "max_mb": 10}
+    return AuditSettings(**values | {"files": 3, "on_failure": "refuse"} | changes)
+
+
 def front_settings(**changes: Any) -> FrontSettings:
     values: dict[str, Any] = {
         "upstream": upstream_settings(),
         "limits": limit_settings(),
         "policy": policy_settings(),
         "keys": [],
+        "audit": None,
         "reconnect_s": 1,
         "grace_s": 5,
         "score_decimals": 4,

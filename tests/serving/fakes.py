@@ -34,6 +34,7 @@ class WordGuard:
         self.seconds = seconds
         self.asked: list[tuple[str, str, float | None]] = []
         self.ready = True
+        self.state: dict[str, Any] = {"threshold": 0.5, "promise": "a toy's promise", "metrics": ""}
 
     async def guard(
         self, query: str, answer: str, *, threshold: float | None = None, rewrite: bool = True
