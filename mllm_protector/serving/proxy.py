@@ -16,7 +16,6 @@ from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mllm_protector.errors import InputError
 from mllm_protector.records import Outcome
 from mllm_protector.serving import metrics as counting
 from mllm_protector.serving.api_errors import ApiError, ClientGone
@@ -30,6 +29,7 @@ from mllm_protector.serving.settings import MEGABYTE, FrontSettings
 from mllm_protector.serving.state import State
 from mllm_protector.serving.streaming import buffered, unguarded
 from mllm_protector.serving.upstream import Upstream, passed_back
+from mllm_protector.serving.windowed import windowed
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +51,8 @@ class Front:
         """Bind the parts; nothing is sent.
 
         Raises:
-            InputError: a policy that is not there yet, or the upstream's key is missing.
+            InputError: the upstream's key is missing.
         """
-        if settings.policy.streaming == "window":
-            raise InputError("policy.streaming=window: not available yet; choose buffer or off")
         metrics = metrics or Metrics()
         self.state = State(settings, guard, Upstream(settings, metrics), metrics)
         self._under_way = 0
@@ -133,6 +131,8 @@ class Front:
                 work = self._whole(request.body, headers, case, sender, decimals)
             elif settings.policy.streaming == "off":
                 work = unguarded(self.state, request.body, headers, sender)
+            elif settings.policy.streaming == "window" and not request.structured:  # half of JSON is useless
+                work = windowed(self.state, request, headers, case, sender, decimals)
             else:
                 work = buffered(self.state, request.body, headers, case, sender, decimals)
             await while_connected(receive, work)
