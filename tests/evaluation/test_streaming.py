@@ -110,8 +110,8 @@ def test_a_threshold_is_chosen_that_stops_few_harmless_answers(
     assert json.loads((folder / "streaming.json").read_text()) == result
     report_streaming((result, folder))
     shown = (folder / "streaming.md").read_text()
-    assert "At most 5 % of harmless answers stopped" in shown
-    assert "harmful text shown, %" in capsys.readouterr().out
+    assert "harmful text shown, %" in shown
+    assert "At most 5 % of harmless answers stopped" in capsys.readouterr().out
     assert (folder / "streaming.csv").read_text().count("harmful_shown") == 6
     assert "[harmful placeholder]" not in shown
 
