@@ -1,35 +1,18 @@
-"""Streams that are released behind a judged prefix.
-
-A window here is 16 bytes, and so is a piece of an answer. The upstream sends the next one when the guard has
-been asked about the last, so that nothing hangs on the speed of the machine.
-"""
-
-import json
-import math
-import random
-import threading
-import time
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+"""Streams that are released behind a judged prefix, where all goes well."""
 
 from openai import OpenAI
 
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.records import Outcome
 from mllm_protector.serving.guarding import Guarded
-from mllm_protector.serving.settings import FrontSettings
 from tests.serving.fakes import (
-    CUT,
     DONE,
     HARMFUL,
     HTTP,
     SAFE,
     USAGE,
     USAGE_CHUNK,
-    Asked,
     Piece,
-    Said,
     WordGuard,
     chunk,
     completion,
@@ -38,56 +21,9 @@ from tests.serving.fakes import (
     stream,
 )
 from tests.serving.test_faulty_upstream import leave
-from tests.serving.test_proxy import DETAILS, QUESTION, saying, to
+from tests.serving.test_proxy import DETAILS, QUESTION, saying
 from tests.serving.test_streaming import ask, ends, told, words
-
-END = chunk({}, end="stop")
-CUT_OFF = f"\n\n{REFUSAL}"
-
-
-def part(word: str) -> str:
-    """A word in a piece of 16 bytes."""
-    return word.ljust(16, "_")
-
-
-A, B, C, BAD = map(part, ("one", "two", "three", HARMFUL))
-
-
-def windows(**policy: Any) -> Callable[[str], FrontSettings]:
-    policy = {"streaming": "window", "window_tokens": 4, "window_hits": 2} | policy
-    return lambda url: to(url, policy=policy)
-
-
-def asked_for(guard: WordGuard, count: int) -> Callable[[], None]:
-    """Wait until the guard has been asked so often, or the front must have gone on without it."""
-
-    def wait() -> None:
-        end = time.monotonic() + 5
-        while len(guard.asked) < count and time.monotonic() < end:
-            time.sleep(0.002)
-
-    return wait
-
-
-def spoken(text: str) -> bytes:
-    """A chunk with the log probability of its text."""
-    event = json.loads(chunk({"content": text}).removeprefix(b"data: "))
-    event["choices"][0]["logprobs"] = {"content": [{"token": text}]}
-    return b"data: %s\n\n" % json.dumps(event).encode()
-
-
-def paced(guard: WordGuard, *texts: str, last: tuple[Piece, ...] = (END, DONE)) -> Said:
-    """A stream of texts, each of which is sent when the one before was judged; shorter ones never are."""
-    pieces: list[Piece] = []
-    for count, text in enumerate(texts, 1):
-        pieces.append(spoken(text))
-        if len(text) == len(A):
-            pieces.append(asked_for(guard, count))
-    return stream(*pieces, *last)
-
-
-def outcome(events: list[Any]) -> Any:
-    return events[-1]["mllm_protector"]["outcome"]
+from tests.serving.window_streams import BAD, CUT_OFF, END, A, B, C, asked_for, outcome, paced, part, windows
 
 
 def test_a_harmless_answer_comes_while_the_upstream_speaks() -> None:
@@ -240,98 +176,6 @@ def test_log_probabilities_wait_for_the_verdict_on_the_whole() -> None:
         assert given[-1]
 
 
-class Failing(WordGuard):
-    """Gives no usable score where a word says so."""
-
-    async def guard(
-        self, query: str, answer: str, *, threshold: float | None = None, rewrite: bool = True
-    ) -> Guarded:
-        made = await super().guard(query, answer, threshold=threshold, rewrite=rewrite)
-        return Guarded(made.outcome, answer, math.nan, 0.0) if "NAN" in answer else made
-
-
-def test_a_guard_that_fails_in_the_middle_lets_nothing_more_pass() -> None:
-    for word in ("DOWN", "BUG", "BUSY", "NAN"):
-        guard = Failing()
-        with served(saying(paced(guard, A, part(word), C, last=(30.0,))), windows(), guard) as on:
-            answer = ask(on)
-            events = told(answer)
-            assert (words(events), outcome(events)) == (A + CUT_OFF, "guard_error"), word
-            assert word not in answer.text.replace("_", "")
-            assert on.count("stream_cuts_total", outcome="guard_error", mode="enforce") == 1
-            assert on.count("unscanned_bytes_total") == 0
-        guard = Failing()
-        with served(
-            saying(paced(guard, A, part(word), C, last=(30.0,))), windows(on_error="error"), guard
-        ) as on:
-            events = told(ask(on))
-            assert words(events[:-1]) == A
-            assert events[-1]["error"]["code"] == "guard_unavailable"
-            assert on.upstream.gone.wait(1)
-
-
-def test_a_guard_that_fails_from_the_beginning_gives_a_refusal_and_once_harms_nobody() -> None:
-    guard = Failing()
-    with served(saying(paced(guard, part("DOWN"), A)), windows(), guard) as on:
-        answer = ask(on)
-        assert (answer.headers["x-mllm-protector"], words(told(answer))) == ("guard_error", REFUSAL)
-
-    class Once(WordGuard):
-        async def guard(self, query: str, answer: str, **more: Any) -> Guarded:
-            if len(self.asked) == 1:
-                self.asked.append((query, answer, None))
-                raise ZeroDivisionError
-            return await super().guard(query, answer, **more)
-
-    guard = Once()
-    with served(saying(paced(guard, A, B, C)), windows(), guard) as on:
-        assert words(told(ask(on))) == A + B + C
-
-
-def test_an_upstream_that_breaks_off_is_an_error_behind_what_was_judged() -> None:
-    error = b'data: {"error": {"message": "theirs"}}\n\n'
-    for last, code in (
-        ((chunk({"content": "rest"}), CUT), "upstream_cut"),
-        ((error,), None),
-        ((), "upstream_cut"),
-    ):
-        guard = WordGuard()
-        with served(saying(paced(guard, A, last=last)), windows(), guard) as on:
-            answer = ask(on)
-            events = told(answer)
-            assert words(events[:-1]) == A
-            assert events[-1]["error"].get("code") == code
-            assert "rest" not in answer.text
-    with served(saying(Said([b'{"error": {"message": "theirs"}}'], 429)), windows()) as on:
-        assert ask(on).status_code == 429
-
-
-def test_a_client_that_leaves_while_the_guard_works_stops_everything() -> None:
-    guard = WordGuard(30)
-    with served(saying(stream(chunk({"content": A}), 30.0)), windows(ping_s=0.05), guard) as on:
-        assert leave(on, stream=True, after=b": ping") < 1.0
-        end = time.monotonic() + 5
-        while on.count("requests_under_way") and time.monotonic() < end:
-            time.sleep(0.01)
-        assert on.count("requests_under_way") == 0
-        assert on.count("clients_gone_total") == 1
-
-
-def test_a_slow_guard_makes_longer_steps_and_the_upstream_is_read_on() -> None:
-    sent = threading.Event()
-    said = stream(*(chunk({"content": A}) for _ in range(40)), END, DONE, sent.set)
-    guard = WordGuard(0.5)
-    with served(saying(said), windows(), guard) as on:
-        started = time.monotonic()
-        answering = threading.Thread(target=ask, args=(on,))
-        answering.start()
-        assert sent.wait(5)
-        assert time.monotonic() - started < 0.5 * 40
-        answering.join()
-        assert len(guard.asked) <= 3
-        assert guard.asked[-1][1] == A * 40
-
-
 def test_shadow_mode_passes_every_event_at_once_and_counts_what_would_have_happened() -> None:
     guard = WordGuard()
     said = paced(guard, A, BAD, C)
@@ -359,46 +203,6 @@ def test_an_answer_that_must_be_json_or_is_no_stream_is_held() -> None:
         assert answer.headers["x-mllm-protector"] == "rewritten"
         events = told(answer)
         assert (words(events, 0), words(events, 1)) == (A * 3, SAFE)
-
-
-def test_comments_come_while_nothing_else_does() -> None:
-    guard = WordGuard()
-    said = paced(guard, A, B, last=(0.5, END, DONE))
-    with served(saying(said), windows(ping_s=0.1), guard) as on:
-        answer = ask(on)
-        assert answer.text.count(": ping\n\n") >= 2
-        assert words(told(answer)) == A + B
-
-
-def test_wherever_harm_stands_it_is_never_seen() -> None:
-    rng = random.Random(0)
-    answers = {}
-    for number in range(30):
-        letters = [rng.choice("abc ") for _ in range(rng.randrange(120))]
-        place = rng.randrange(len(letters) + 1)
-        answers[f"question {number}"] = ("".join(letters[:place]), HARMFUL + "".join(letters[place:]))
-
-    def script(asked: Asked) -> Said:
-        text = "".join(answers[asked.body["messages"][0]["content"]])
-        cuts = sorted(rng.sample(range(len(text)), min(8, len(text))))
-        borders = [0, *cuts, len(text)]
-        pieces: list[Piece] = []
-        for start, stop in pairwise(borders):
-            pieces += [chunk({"content": text[start:stop]}), rng.choice((0.0, 0.01))]
-        return stream(*pieces, END, DONE)
-
-    cut = 0
-    with served(script, windows(), WordGuard(0.002)) as on:
-        for question, answer in answers.items():
-            body = {"stream": True, "messages": [{"role": "user", "content": question}]}
-            events = told(HTTP.post(f"{on.url}/v1/chat/completions", json=body))
-            shown = words(events)
-            out = shown.removesuffix(CUT_OFF)
-            assert HARMFUL not in out
-            assert shown == SAFE or (out != shown and "".join(answer).startswith(out))
-            cut += shown != SAFE
-        assert 0 < cut < len(answers)
-        assert on.count("unscanned_bytes_total") == 0
 
 
 def test_the_official_client_reads_it() -> None:
