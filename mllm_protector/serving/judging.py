@@ -96,7 +96,9 @@ async def judge(
         ApiError: the guard failed or has too much to do, and the policy wants an error.
     """
     rewrite = policy.on_flag == "rewrite"
-    asked = [_verdict(each["message"], case, guard, rewrite, policy.shadow) for each in choices]
+    asked = [
+        verdict(each["message"], case, guard, rewrite=rewrite, busy_fails=policy.shadow) for each in choices
+    ]
     try:
         verdicts = await asyncio.gather(*asked)
     except Overloaded as busy:
@@ -109,30 +111,34 @@ async def judge(
     if policy.shadow:
         return Judged(content=dict(completion), verdicts=verdicts, case=case, raw=choices, shadow=True)
     if policy.on_error == "error" and any(each.outcome is Outcome.GUARD_ERROR for each in verdicts):
-        raise ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
+        raise guard_failed()
     content = {name: completion[name] for name in COMPLETION_FIELDS if name in completion}
     content["choices"] = [
-        _put_back(choice, verdict, case, policy) for choice, verdict in zip(choices, verdicts, strict=True)
+        _put_back(choice, made, case, policy) for choice, made in zip(choices, verdicts, strict=True)
     ]
     return Judged(content=content, verdicts=verdicts, case=case, raw=choices)
 
 
-def _put_back(
-    choice: Mapping[str, Any], verdict: Guarded, case: Case, policy: PolicySettings
-) -> dict[str, Any]:
-    if verdict.outcome is Outcome.ALLOWED:
+def guard_failed() -> ApiError:
+    """What a client is told where the policy wants errors."""
+    return ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
+
+
+def _put_back(choice: Mapping[str, Any], made: Guarded, case: Case, policy: PolicySettings) -> dict[str, Any]:
+    if made.outcome is Outcome.ALLOWED:
         return passed(choice)
-    rewritten = verdict.outcome is Outcome.REWRITTEN
+    rewritten = made.outcome is Outcome.REWRITTEN
     reason = "stop" if rewritten else policy.refused_finish_reason
-    return replaced(choice, verdict.text, reason, case.structured)
+    return replaced(choice, made.text, reason, case.structured)
 
 
-async def _verdict(
-    message: Mapping[str, Any], case: Case, guard: Guarding, rewrite: bool, shadow: bool
+async def verdict(
+    message: Mapping[str, Any], case: Case, guard: Guarding, *, rewrite: bool, busy_fails: bool
 ) -> Guarded:
     """The verdict on a message: the worse of those on its words and on its tool calls.
 
-    ``Overloaded`` is raised, but not in shadow mode.
+    Raises:
+        Overloaded: the guard has too much to do; with ``busy_fails`` that is a failure like others.
     """
     try:
         text, calls = text_of(message), calls_of(message)
@@ -145,7 +151,7 @@ async def _verdict(
     try:
         verdicts = await asyncio.gather(*(_ask(guard, case, answer, able) for answer, able in asked))
     except Overloaded:
-        if not shadow:
+        if not busy_fails:
             raise
         return FAILED
     order = [*SHOWN]

@@ -37,9 +37,16 @@ class Metrics:
         )
         self.seconds = Histogram(
             f"{prefix}_request_seconds",
-            "Seconds of a request: the upstream's answer, the guard, and all.",
+            "Seconds of a request: the upstream's answer, one window, the guard's last verdict, the first "
+            "byte of a stream, and all.",
             ["part"],
             buckets=SECONDS,
+            registry=registry,
+        )
+        self.stream_cuts = Counter(
+            f"{prefix}_stream_cuts",
+            "Streamed choices that ended, or would have (mode=shadow), after some of their words were out.",
+            ["outcome", "mode"],
             registry=registry,
         )
         self.upstream_errors = Counter(

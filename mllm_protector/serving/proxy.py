@@ -16,7 +16,6 @@ from starlette.datastructures import Headers
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from mllm_protector.errors import InputError
 from mllm_protector.records import Outcome
 from mllm_protector.serving import metrics as counting
 from mllm_protector.serving.api_errors import ApiError, ClientGone
@@ -36,6 +35,7 @@ from mllm_protector.serving.state import State
 from mllm_protector.serving.streaming import UNGUARDED, buffered, unguarded
 from mllm_protector.serving.tracing import Tracing, configured
 from mllm_protector.serving.upstream import Upstream, passed_back
+from mllm_protector.serving.windowed import windowed
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,8 @@ class Front:
         """Bind the parts; nothing is sent. ``tracing`` is as the environment says if it is not given.
 
         Raises:
-            InputError: a policy that is not there yet, a missing environment variable, or no audit log.
+            InputError: an environment variable is not set, or the audit log cannot be opened.
         """
-        if settings.policy.streaming == "window":
-            raise InputError("policy.streaming=window: not available yet; choose buffer or off")
         metrics = metrics or Metrics()
         tracing = tracing or configured()
         upstream = Upstream(settings, metrics, tracing)
@@ -160,6 +158,8 @@ class Front:
             elif settings.policy.streaming == "off":
                 current().outcome = UNGUARDED
                 work = unguarded(self.state, request.body, headers, sender)
+            elif settings.policy.streaming == "window" and not request.structured:  # half of JSON is useless
+                work = windowed(self.state, request, headers, case, sender, decimals)
             else:
                 work = buffered(self.state, request.body, headers, case, sender, decimals)
             await while_connected(receive, work)

@@ -58,12 +58,12 @@ class WordGuard:
 
 
 CUT: Literal["cut"] = "cut"
-Piece = bytes | float | Literal["cut"]
+Piece = bytes | float | Literal["cut"] | Callable[[], object]
 
 
 @dataclass
 class Said:
-    """An answer of the upstream: ``pieces`` are bytes to send, seconds to wait, or ``CUT``."""
+    """An answer of the upstream: ``pieces`` are bytes to send, seconds to wait, calls to make, or ``CUT``."""
 
     pieces: Sequence[Piece]
     status: int = 200
@@ -122,6 +122,8 @@ class Upstream:
                         return
                     if isinstance(piece, float):
                         self._wait(piece)
+                    elif callable(piece):
+                        piece()
                     else:
                         self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                 self.wfile.write(b"0\r\n\r\n")

@@ -165,7 +165,8 @@ def test_a_process_logs_json_to_its_standard_error_and_nothing_of_httpx() -> Non
 
 
 def test_only_names_that_the_upstream_or_the_config_gives_are_known() -> None:
-    names = ModelNames(policy_settings(model_thresholds={"mine": 0.5}).model_thresholds)
+    names = ModelNames()
+    names.add(policy_settings(model_thresholds={"mine": 0.5}).model_thresholds)
     names.learn(b'{"data": [{"id": "org/name:7b"}, {"id": "a sentence"}, {"id": 7}, "x"]}')
     for odd in (b"[]", b"{", b'{"data": 3}', b"\xff"):
         names.learn(odd)
