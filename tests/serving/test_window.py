@@ -31,7 +31,7 @@ def test_a_harmless_answer_comes_while_the_upstream_speaks() -> None:
     with served(saying(stream(chunk({"content": A}), 30.0, END, DONE)), windows(), guard) as on:
         assert leave(on, stream=True, after=A.encode()) < 1.0
         assert on.count("unscanned_bytes_total") == 0 < on.count("released_bytes_total")
-        assert on.count("seconds_count", part="first_byte") == 1
+        assert on.count("request_seconds_count", part="first_byte") == 1
 
 
 def test_all_of_a_harmless_answer_comes_behind_its_verdicts() -> None:
