@@ -26,6 +26,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.guard.rows import Row
 from mllm_protector.serving.guard_queues import GuardQueues
+from mllm_protector.serving.loading import load
 from mllm_protector.serving.queueing import ExpiredError, FullError
 from mllm_protector.serving.settings import MEGABYTE, GuardSettings, QueueSettings
 
@@ -188,17 +189,6 @@ def _request(content: dict[str, Any]) -> Request:
     if not isinstance(rewrite, bool):
         raise InputError("rewrite: must be true or false")
     return Request(op, Row(content["query"], content["answer"]), threshold, rewrite, float(within))
-
-
-def load(settings: GuardSettings) -> Protector:
-    """The protector that the settings describe."""
-    return Protector.from_pretrained(
-        settings.detector,
-        settings.detoxifier,
-        base=settings.base,
-        device=settings.device,
-        max_answer_tokens=settings.max_answer_tokens,
-    )
 
 
 def main(arguments: Sequence[str], load: Callable[[GuardSettings], Protector] = load) -> int:
