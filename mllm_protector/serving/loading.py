@@ -1,5 +1,7 @@
 """The guard that settings describe, each of its parts in this process or behind an existing engine."""
 
+from typing import Any
+
 from mllm_protector.guard.protector import Protector, Refusal
 from mllm_protector.protocols import Corrector
 from mllm_protector.serving.settings import GuardSettings
@@ -47,7 +49,7 @@ def _corrector(settings: GuardSettings) -> Corrector:
         if folder is None:
             return Refusal()
         return load_detoxifier(folder, base=settings.base, device=settings.device)
-    given = {"timeout_s": settings.detoxifier_timeout_s, "api_key_env": settings.api_key_env}
+    given: dict[str, Any] = {"timeout_s": settings.detoxifier_timeout_s, "api_key_env": settings.api_key_env}
     if folder is None:
         return ChatDetoxifier(url, model, **given)
     return load_remote_detoxifier(folder, url, model, **given)

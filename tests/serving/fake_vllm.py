@@ -1,11 +1,11 @@
-"""What vLLM does with a model of ours, as docs/serving.md says, over the model itself; and what it does wrong."""
+"""What vLLM does with a model of ours, as docs/serving.md says, over the model itself; and its faults."""
 
 import json
 import math
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -84,13 +84,19 @@ class FakeServer:
 
 
 class FakeVllm(FakeServer):
-    """``/classify``: ``values`` makes of the logits what a faulty server sends; ``extra`` tokens are added."""
+    """``/classify``.
+
+    Attributes:
+        values: makes of logits what a faulty server sends.
+        extra: tokens that it adds.
+        refused: the error status of each row of ids that it does not take.
+    """
 
     def __init__(self, detector: HarmDetector, values: Values | None = None, *, extra: int = 0) -> None:
         self.detector = detector
         self.values: Values = values or (lambda logits: logits)
         self.extra = extra
-        self.refuses: Callable[[Sequence[int]], int | None] = lambda ids: None
+        self.refused: dict[tuple[int, ...], int] = {}
         super().__init__()
 
     @property
@@ -103,8 +109,8 @@ class FakeVllm(FakeServer):
             return 404
         rows = body["input"]
         for row in rows:
-            if (status := self.refuses(row)) is not None:
-                return status
+            if tuple(row) in self.refused:
+                return self.refused[tuple(row)]
         logits = score_logits(self.detector.model, self.detector.encoder, rows, limit=self.detector.limit)
         if body.get("use_activation", True):
             logits = [1 / (1 + math.exp(-logit)) for logit in logits]

@@ -70,8 +70,8 @@ def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 
 def test_scores_are_those_of_the_detector_here(folder: Path, local: HarmDetector) -> None:
     texts = pairs(2 * ROWS + 5)
-    texts["queries"] += ["", "</s> <pad>", "A long one?", "Ｗｈａｔ is this?"]  # noqa: RUF001 - read twice
-    texts["answers"] += ["", "Mix <s> flour \n", 400 * "A red square. ", "Ｎｏ\u200bthing"]  # noqa: RUF001
+    texts["queries"] += ["", "</s> <pad>", "A long one?", "Ｗｈａｔ is this?"]
+    texts["answers"] += ["", "Mix <s> flour \n", 400 * "A red square. ", "Ｎｏ\u200bthing"]
     expected = local.score(**texts)
     assert max(expected) - min(expected) > 0.5
     assert any(len(rows) > 1 for rows in local.encoder.windows(**texts))
@@ -145,7 +145,7 @@ def test_an_export_without_known_answers_or_with_another_tokenizer_is_refused(
     known = content.pop("known")
     (copied / "guard.json").write_text(json.dumps(content))
     load_detector(copied, device="cpu")
-    with pytest.raises(InputError, match="no known answers .* export the detector again"):
+    with pytest.raises(InputError, match=r"no known answers .* export the detector again"):
         load_remote_detector(copied, ["http://127.0.0.1:1"])
     known[0]["ids"] = known[0]["ids"][1:]
     (copied / "guard.json").write_text(json.dumps({**content, "known": known}))
@@ -158,7 +158,7 @@ def test_no_address_and_no_message_may_hold_a_secret(folder: Path) -> None:
         load_remote_detector(folder, ["http://me:secret@127.0.0.1:1"])
     assert "secret" not in str(refused.value)
     for wrong in ([], ["127.0.0.1:8000"]):
-        with pytest.raises(InputError, match="^detector_urls: "):
+        with pytest.raises(InputError, match=r"^detector_urls: "):
             load_remote_detector(folder, wrong)
 
 
@@ -177,33 +177,39 @@ def test_a_server_that_dies_is_left_out_and_asked_for_the_known_answers_before_i
 ) -> None:
     caplog.set_level(logging.INFO)
     expected = pytest.approx(local.score(**pairs(3)), abs=1e-5)
-    with FakeVllm(local) as one, FakeVllm(local) as other:
-        with remote(folder, one, other, check_s=CHECK_S) as detector:
-            one.stop()
-            for _ in range(4):
-                assert detector.score(**pairs(3)) == expected
-            assert f"detector_urls: {one.url} is not used" in caplog.text
-            one.values = lambda logits: [logit + 3 for logit in logits]
-            one.start()
-            eventually(lambda: "serves another model" in caplog.text)
-            for _ in range(4):
-                assert detector.score(**pairs(3)) == expected
-            one.values = lambda logits: logits
-            eventually(lambda: caplog.text.count(f"{one.url} is used") == 2)
-            other.stop()
+    with (
+        FakeVllm(local) as one,
+        FakeVllm(local) as other,
+        remote(folder, one, other, check_s=CHECK_S) as detector,
+    ):
+        one.stop()
+        for _ in range(4):
             assert detector.score(**pairs(3)) == expected
+        assert f"detector_urls: {one.url} is not used" in caplog.text
+        one.values = lambda logits: [logit + 3 for logit in logits]
+        one.start()
+        eventually(lambda: "serves another model" in caplog.text)
+        for _ in range(4):
+            assert detector.score(**pairs(3)) == expected
+        one.values = lambda logits: logits
+        eventually(lambda: caplog.text.count(f"{one.url} is used") == 2)
+        other.stop()
+        assert detector.score(**pairs(3)) == expected
 
 
 def test_a_slow_server_costs_one_wait_and_then_none(folder: Path, local: HarmDetector) -> None:
-    with FakeVllm(local) as one, FakeVllm(local) as other:
-        with remote(folder, one, other, timeout_s=2.0) as detector:
-            one.seconds = 1000.0
-            scores = [detector.score(**pairs(3)) for _ in range(2)]
-            assert scores == [pytest.approx(local.score(**pairs(3)), abs=1e-5)] * 2
-            before = time.monotonic()
-            for _ in range(3):
-                detector.score(**pairs(3))
-            assert time.monotonic() - before < 2.0
+    with (
+        FakeVllm(local) as one,
+        FakeVllm(local) as other,
+        remote(folder, one, other, timeout_s=2.0) as detector,
+    ):
+        one.seconds = 1000.0
+        scores = [detector.score(**pairs(3)) for _ in range(2)]
+        assert scores == [pytest.approx(local.score(**pairs(3)), abs=1e-5)] * 2
+        before = time.monotonic()
+        for _ in range(3):
+            detector.score(**pairs(3))
+        assert time.monotonic() - before < 2.0
 
 
 def test_with_all_servers_down_every_answer_is_refused_at_once(
@@ -224,7 +230,7 @@ def test_a_text_that_no_server_takes_costs_its_own_answer_only(folder: Path, loc
         with FakeVllm(local) as one, FakeVllm(local) as other, remote(folder, one, other) as detector:
             [[poison]] = local.encoder.windows(queries=["Why?"], answers=["poison"])
             for server in (one, other):
-                server.refuses = lambda ids, status=status: status if ids == poison else None  # type: ignore[misc]
+                server.refused[tuple(poison)] = status
             texts = {"queries": ["Why?"] * 3, "answers": ["fine", "poison", "good"]}
             for _ in range(3):
                 replies = Protector(detector, Refusal(), 1.0).guard(**texts)
