@@ -27,6 +27,9 @@ PASSED_ON = (
 PASSED_BACK = ("x-request-id", "openai-processing-ms", "openai-version", "retry-after", "retry-after-ms")
 """Of the upstream's headers, beside those of its rate limits."""
 
+AWAY = (502, 503, 504)
+"""Statuses that say that nobody answers; ``transformers serve`` has 500 for its list of models at times."""
+
 REACHED_S = 2.0
 """The longest that ``reachable`` waits."""
 
@@ -138,7 +141,7 @@ class Upstream:
                 answer = await self._client.get(self.settings.url + "/models", headers=self._headers(headers))
         except (TimeoutError, httpx.HTTPError):
             return False
-        return answer.status_code < 500
+        return answer.status_code not in AWAY
 
     def fault(self, kind: str, message: str, status: int = 502) -> ApiError:
         """A failure of the upstream, counted by its kind."""
