@@ -1,5 +1,6 @@
 """A detector behind vLLM scores as the same detector here, and a server that is not one is refused."""
 
+import asyncio
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ from mllm_protector.records import Outcome
 from mllm_protector.serving.remote_detector import ROWS, RemoteDetector, load_remote_detector
 from tests.models.fixtures import LORA
 from tests.serving.fake_vllm import FakeVllm, Values
+from tests.serving.stubs import running
 
 CHECK_S = 0.05
 CANARY = "CANARY-51c8"
@@ -80,6 +82,19 @@ def test_scores_are_those_of_the_detector_here(folder: Path, local: HarmDetector
         assert detector.threshold == local.threshold
         assert abs(one.rows - other.rows) <= ROWS, "the rows of one batch are not spread over the servers"
         assert detector.score(queries=[], answers=[]) == []
+
+
+def test_the_model_worker_runs_on_it_unchanged(folder: Path, local: HarmDetector) -> None:
+    texts = pairs(40)
+
+    async def scores(detector: RemoteDetector) -> list[Any]:
+        async with running(detector, patience_ms=50) as guard:
+            asked = zip(texts["queries"], texts["answers"], strict=True)
+            return await asyncio.gather(*(guard.client.score(*pair) for pair in asked))
+
+    with FakeVllm(local) as server, remote(folder, server) as detector:
+        assert asyncio.run(scores(detector)) == pytest.approx(local.score(**texts), abs=1e-5)
+        assert len(server.asked) < 20, "concurrent answers are sent one at a time"
 
 
 def test_the_folder_needs_no_weights(folder: Path, local: HarmDetector, tmp_path: Path) -> None:
