@@ -24,17 +24,36 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardSettings:
-    """The guard that the model worker loads; keys as of ``Protector.from_pretrained``."""
+    """The guard that the model worker loads; keys as of ``Protector.from_pretrained``.
+
+    Attributes:
+        detector_urls: the servers of the exported detector; empty: it is computed here.
+        detoxifier_url: the server of the detoxifier; ``None``: it is computed here.
+        detoxifier_model: its name there; without ``detoxifier``, the name of a chat model.
+        api_key_env: the environment variable with the key of these servers.
+        detector_timeout_s: the longest that one request to the detector may take.
+        detoxifier_timeout_s: the longest that one rewrite may take.
+        tolerance: by how much a server's logits of known answers may differ from the export's.
+    """
 
     detector: str
     detoxifier: str | None
     base: str | None
     device: str | None
     max_answer_tokens: Count
+    detector_urls: Sequence[str]
+    detoxifier_url: str | None
+    detoxifier_model: str | None
+    api_key_env: str | None
+    detector_timeout_s: Seconds
+    detoxifier_timeout_s: Seconds
+    tolerance: Annotated[float, Interval(ge=0, le=100), AllowInfNan(False)]
 
     def __post_init__(self) -> None:
         """Check the values."""
         _check(self)
+        if (self.detoxifier_url is None) != (self.detoxifier_model is None):
+            raise InputError("detoxifier_model: give it with detoxifier_url, and only then")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,9 @@ PASSED_BACK = ("openai-processing-ms", "openai-version", "retry-after", "retry-a
 UPSTREAM_ID = "x-upstream-request-id"
 """The upstream's own id of a request; ``x-request-id`` is ours."""
 
+AWAY = (502, 503, 504)
+"""Statuses that say that nobody answers; ``transformers serve`` has 500 for its list of models at times."""
+
 REACHED_S = 2.0
 """The longest that ``reachable`` waits."""
 
@@ -155,7 +158,7 @@ class Upstream:
             return False
         if answer.status_code == 200:
             self.names.learn(answer.content)
-        return answer.status_code < 500
+        return answer.status_code not in AWAY
 
     def fault(self, kind: str, message: str, status: int = 502) -> ApiError:
         """A failure of the upstream, counted by its kind."""

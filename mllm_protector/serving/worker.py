@@ -29,6 +29,7 @@ from mllm_protector.guard.protector import Protector
 from mllm_protector.guard.rows import Row
 from mllm_protector.serving import logs
 from mllm_protector.serving.guard_queues import GuardQueues
+from mllm_protector.serving.loading import load
 from mllm_protector.serving.queueing import ExpiredError, FullError
 from mllm_protector.serving.settings import MEGABYTE, GuardSettings, QueueSettings
 from mllm_protector.serving.worker_metrics import WorkerMetrics, count_start
@@ -198,17 +199,6 @@ def promise_of(protector: Protector) -> str | None:
     """How the detector's threshold was chosen, in one sentence; ``None`` where it has no ``guard.json``."""
     how: str | None = getattr(getattr(protector.detector, "guard", None), "threshold_how", None)
     return how
-
-
-def load(settings: GuardSettings) -> Protector:
-    """The protector that the settings describe."""
-    return Protector.from_pretrained(
-        settings.detector,
-        settings.detoxifier,
-        base=settings.base,
-        device=settings.device,
-        max_answer_tokens=settings.max_answer_tokens,
-    )
 
 
 def main(arguments: Sequence[str], load: Callable[[GuardSettings], Protector] = load) -> int:

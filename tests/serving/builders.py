@@ -16,8 +16,10 @@ from mllm_protector.serving.settings import (
 
 
 def guard_settings(**changes: Any) -> GuardSettings:
-    values = {"detector": "d", "detoxifier": None, "base": None, "device": "cpu", "max_answer_tokens": 32_768}
-    return GuardSettings(**values | changes)
+    values: dict[str, Any] = {"detector": "d", "detoxifier": None, "base": None, "device": "cpu"}
+    values |= {"detector_urls": [], "detoxifier_url": None, "detoxifier_model": None, "api_key_env": None}
+    values |= {"detector_timeout_s": 10, "detoxifier_timeout_s": 60, "tolerance": 0.02}
+    return GuardSettings(**values | {"max_answer_tokens": 32_768} | changes)
 
 
 def queue_settings(**changes: Any) -> QueueSettings:

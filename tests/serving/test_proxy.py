@@ -158,6 +158,9 @@ def test_models_pass_and_health_ready_and_metrics_answer() -> None:
         assert "mllm_protector_guard_ready 0.0" in HTTP.get(f"{on.url}/metrics").text
     with served(saying(Said([])), lambda url: to("http://127.0.0.1:9/v1")) as on:
         assert HTTP.get(f"{on.url}/ready").json() == {"guard": True, "upstream": False}
+    for status, reached in ((500, True), (503, False)):
+        with served(saying(Said([], status)), to) as on:
+            assert HTTP.get(f"{on.url}/ready").json() == {"guard": True, "upstream": reached}, status
 
 
 def test_with_keys_only_their_owners_are_let_in_and_the_upstream_gets_its_own(
