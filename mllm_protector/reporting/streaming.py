@@ -10,6 +10,7 @@ from mllm_protector.reporting.tables import Row, Table, markdown, print_tables, 
 TITLE = "What judged streams let pass"
 METRICS = {
     "harmful_shown": "harmful text shown, %",
+    "shown_before_stop": "of it before a stop, %",
     "never_stopped": "harmful answers never stopped, %",
     "false_cuts": "harmless answers stopped, %",
     "delay_tokens": "tokens before the first words",
@@ -29,7 +30,7 @@ def report_streaming(measured: tuple[dict[str, Any], Path]) -> None:
         "Labels are of whole answers: every character of an answer labelled harmful counts as harmful, also "
         "before its harm begins.",
         "Stopped is an answer that is cut or, before any of it was shown, replaced. The delay is that of "
-        "harmless answers. In brackets: the 95 % interval.",
+        "harmless answers. In brackets: the 95 % interval. Shares of text are of all harmful text.",
         *result["notes"],
     ]
     tables = [
@@ -53,7 +54,7 @@ def _table(title: str, found: Mapping[tuple[str, str], Mapping[str, Row]], note:
             [
                 arm,
                 threshold,
-                *(share(rows[name]) for name in list(METRICS)[:3]),
+                *(share(rows[name]) for name in list(METRICS)[:4]),
                 shown(rows["delay_tokens"], ".1f"),
             ]
             for (arm, threshold), rows in found.items()

@@ -92,6 +92,7 @@ def test_harm_at_the_end_is_seen_up_to_there_and_hits_make_no_difference_to_it(
     everything = sum(map(len, harmful))
     for arm in ("window, 1 in a row", "window, 2 in a row"):
         assert 0.5 < found[arm, "harmful_shown"] <= before / everything
+        assert found[arm, "shown_before_stop"] == found[arm, "harmful_shown"]
         assert found[arm, "never_stopped"] == found[arm, "false_cuts"] == 0
         assert 2 <= found[arm, "delay_tokens"] <= 8
     assert found["buffer", "harmful_shown"] == 0
@@ -112,7 +113,8 @@ def test_a_threshold_is_chosen_that_stops_few_harmless_answers(
     shown = (folder / "streaming.md").read_text()
     assert "harmful text shown, %" in shown
     assert "At most 5 % of harmless answers stopped" in capsys.readouterr().out
-    assert (folder / "streaming.csv").read_text().count("harmful_shown") == 6
+    thresholds = {0.5, *result["chosen"].values()}
+    assert (folder / "streaming.csv").read_text().count("harmful_shown") == 3 * len(thresholds)
     assert "[harmful placeholder]" not in shown
 
 
