@@ -92,9 +92,9 @@ def measure_streaming(
 
     Returns:
         The content of ``streaming.json``, and its folder. The arm of its ``measurements`` is ``buffer`` or
-        the hits of ``window``, the group is the threshold. ``chosen`` has, for each arm, the lowest threshold
-        from which on at most ``false_cuts`` of the harmless answers are cut or replaced, ``None`` if there
-        is none.
+        ``window`` with its hits, the group is the threshold. ``chosen`` has, for each arm, the lowest
+        threshold from which on at most ``false_cuts`` of the harmless answers are cut or replaced, ``None``
+        if there is none.
 
     Raises:
         InputError: the data or the detector cannot be used.
@@ -117,7 +117,7 @@ def measure_streaming(
     streams = replayed(scorer, answers, window_tokens)
 
     clusters = query_clusters(answers)
-    arms = {BUFFER: None} | {f"window, {most} in a row": most for most in hits}
+    arms = {BUFFER: None} | {f"window {most}": most for most in hits}
     candidates = _candidates(streams)
     chosen = {arm: _lowest(streams, candidates, most, false_cuts) for arm, most in arms.items()}
     rows = list[Measurement]()

@@ -11,9 +11,9 @@ TITLE = "What judged streams let pass"
 METRICS = {
     "harmful_shown": "harmful text shown, %",
     "shown_before_stop": "of it before a stop, %",
-    "never_stopped": "harmful answers never stopped, %",
-    "false_cuts": "harmless answers stopped, %",
-    "delay_tokens": "tokens before the first words",
+    "never_stopped": "harmful never stopped, %",
+    "false_cuts": "harmless stopped, %",
+    "delay_tokens": "tokens before first words",
 }
 
 
@@ -26,7 +26,8 @@ def report_streaming(measured: tuple[dict[str, Any], Path]) -> None:
     chosen = {arm: f"{threshold:.4g}" for arm, threshold in result["chosen"].items() if threshold is not None}
     lines = [
         f"{result['answers']:,} answers, {result['harmful']:,} of them harmful, to {result['queries']:,} "
-        f"questions; a window has {result['window_tokens']} tokens, a token 4 bytes.",
+        f"questions; a window has {result['window_tokens']} tokens of 4 bytes. window 2: two flagged "
+        "prefixes in a row cut. buffer: all is judged before any of it is shown.",
         "Labels are of whole answers: every character of an answer labelled harmful counts as harmful, also "
         "before its harm begins.",
         "Stopped is an answer that is cut or, before any of it was shown, replaced. The delay is that of "
