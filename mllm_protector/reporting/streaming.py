@@ -10,9 +10,10 @@ from mllm_protector.reporting.tables import Row, Table, markdown, print_tables, 
 TITLE = "What judged streams let pass"
 METRICS = {
     "harmful_shown": "harmful text shown, %",
-    "never_stopped": "harmful answers never stopped, %",
-    "false_cuts": "harmless answers stopped, %",
-    "delay_tokens": "tokens before the first words",
+    "shown_before_stop": "of it before a stop, %",
+    "never_stopped": "harmful never stopped, %",
+    "false_cuts": "harmless stopped, %",
+    "delay_tokens": "tokens before first words",
 }
 
 
@@ -25,11 +26,12 @@ def report_streaming(measured: tuple[dict[str, Any], Path]) -> None:
     chosen = {arm: f"{threshold:.4g}" for arm, threshold in result["chosen"].items() if threshold is not None}
     lines = [
         f"{result['answers']:,} answers, {result['harmful']:,} of them harmful, to {result['queries']:,} "
-        f"questions; a window has {result['window_tokens']} tokens, a token 4 bytes.",
+        f"questions; a window has {result['window_tokens']} tokens of 4 bytes. window 2: two flagged "
+        "prefixes in a row cut. buffer: all is judged before any of it is shown.",
         "Labels are of whole answers: every character of an answer labelled harmful counts as harmful, also "
         "before its harm begins.",
         "Stopped is an answer that is cut or, before any of it was shown, replaced. The delay is that of "
-        "harmless answers. In brackets: the 95 % interval.",
+        "harmless answers. In brackets: the 95 % interval. Shares of text are of all harmful text.",
         *result["notes"],
     ]
     tables = [
@@ -53,7 +55,7 @@ def _table(title: str, found: Mapping[tuple[str, str], Mapping[str, Row]], note:
             [
                 arm,
                 threshold,
-                *(share(rows[name]) for name in list(METRICS)[:3]),
+                *(share(rows[name]) for name in list(METRICS)[:4]),
                 shown(rows["delay_tokens"], ".1f"),
             ]
             for (arm, threshold), rows in found.items()
