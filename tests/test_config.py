@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from mllm_protector.calls import check_call, construct
+from mllm_protector.commands import COMMANDS
 from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.errors import InputError, RunError, Stop
 from mllm_protector.helping import flat
@@ -27,10 +28,10 @@ from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
 from mllm_protector.training import settings
 from mllm_protector.training.settings import FitConfig
 
-SCRIPTS = {path.stem: path for path in sorted((CONFIGS.parent / "scripts").glob("*.py"))}
+TARGETS = {command.config: command.target for command in COMMANDS.values()}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    name: pydoc.locate(re.findall(r'"((?:mllm_protector|speed)\.[\w.]+)"', path.read_text())[0])  # type: ignore[misc]
-    for name, path in SCRIPTS.items()
+    name: pydoc.locate(target)  # type: ignore[misc]
+    for name, target in {**TARGETS, "benchmark": "speed.run.run_benchmark"}.items()
 }
 """A script's name -> the function that it calls."""
 WITH_EXPERIMENTS = ("train_detector", "train_detoxifier", "eval_mmsafety")
@@ -372,7 +373,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """What ``prepare_data.py`` says to a command line that it cannot follow."""
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *given])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPTS["prepare_data"]), run_name="__main__")
+        runpy.run_path(str(CONFIGS.parent / "scripts" / "prepare_data.py"), run_name="__main__")
     assert stopped.value.code == 2
     return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
 

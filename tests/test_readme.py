@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mllm_protector.calls import check_call
-from mllm_protector.config import as_hydra_reads
+from mllm_protector.command_line import quoted
 from mllm_protector.errors import InputError
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
@@ -112,9 +112,7 @@ def test_every_command_of_the_docs_is_accepted_by_its_script() -> None:
                 continue  # my_set is an option that the reader writes
             found += 1
             try:
-                content = OmegaConf.to_container(
-                    filled_in(composed(name, *as_hydra_reads(overrides))), resolve=True
-                )
+                content = OmegaConf.to_container(filled_in(composed(name, *quoted(overrides))), resolve=True)
                 check_call("", FUNCTIONS[name], content)  # type: ignore[arg-type]
             except (HydraException, OmegaConfBaseException, InputError, KeyError) as error:
                 raise AssertionError(f"{page.name}: {name}.py{arguments}: {error}") from error
