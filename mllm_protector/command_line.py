@@ -1,4 +1,4 @@
-"""What is typed behind a command, as hydra reads it: overrides of a root YAML, options of ours and of the user."""
+"""What is typed behind a command, as hydra reads it: overrides, and options of ours and of the user."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -49,7 +49,7 @@ class CommandLine:
             InputError: a flag is unknown, or ``--config-dir`` is no folder or has an option of ours.
         """
         parser = get_args_parser()
-        parser.error = _refuse  # type: ignore[method-assign]
+        parser.error = _refuse
         found = parser.parse_intermixed_args(arguments)
         flags = list(arguments)
         for override in found.overrides:

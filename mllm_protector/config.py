@@ -1,7 +1,7 @@
 """From a command line and YAML to one call, and from exceptions to one clear line.
 
-Only ``command_line`` knows hydra besides. The signatures of the functions and constructors that a config names are its only
-schema, and they are checked before anything is built.
+Besides this module only ``command_line`` knows hydra. The signatures of the functions and constructors that a
+config names are its only schema, and they are checked before anything is built.
 """
 
 import logging
@@ -27,6 +27,7 @@ from mllm_protector.errors import InputError, RunError, Stop, stoppable, system_
 from mllm_protector.files import expand
 from mllm_protector.helping import help_text, version_line
 from mllm_protector.outputs import claim_output_dir, is_first
+from mllm_protector.plugins import DATA, declared
 
 __all__ = ["CONFIGS", "build", "clear_errors", "launch", "quiet_libraries", "recorded_data", "run"]
 
@@ -73,11 +74,13 @@ def launch(usage: str, target: str, then: str | None = None, *, config: str) -> 
 def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword arguments of a script's function: every ``_target_`` constructed, other values unchanged.
 
-    People share YAML files, so a file may name constructors of this package and nothing else.
+    People share YAML files, so a file may name constructors of this package, and what other packages that
+    the user has installed declare for it (``plugins``). Nothing else.
 
     Raises:
-        InputError: a key is missing or unknown, a value does not fit the signature, a ``_target_`` is not a
-            constructor of this package, or a constructor refuses its values. The message begins with the key.
+        InputError: a key is missing or unknown, a value does not fit the signature, a ``_target_`` is
+            neither a constructor of this package nor declared for it, or a constructor refuses its values. The
+            message begins with the key.
     """
     if missing := sorted(OmegaConf.missing_keys(cfg), key=len):
         raise InputError(f"{missing[0]} has no value; give {missing[0]}=...")
@@ -108,7 +111,7 @@ def recorded_data(folder: Path, fingerprint: str | None) -> Any:
     """The ``Splits`` that a part was trained with, as the ``config.yaml`` in its folder says; writes no file.
 
     Raises:
-        InputError: the file is missing, names no data source of this package, or the data cannot be read or
+        InputError: the file is missing, names no source of data, or the data cannot be read or
             have another fingerprint now.
     """
     path = folder / "config.yaml"
@@ -119,7 +122,7 @@ def recorded_data(folder: Path, fingerprint: str | None) -> Any:
         source = str(data["_target_"])
     except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException):
         raise InputError(f"{path}: names no data") from None
-    if not source.startswith("mllm_protector.data."):
+    if not source.startswith("mllm_protector.data.") and declared(source, DATA) is None:
         raise InputError(f"{path}: data._target_={source}: not a source of data")
     with TemporaryDirectory() as scratch:  # instead of the file that the training wrote
         data = _with_quarantine(data, str(Path(scratch) / "quarantine.jsonl"))

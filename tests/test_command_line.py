@@ -188,7 +188,7 @@ def test_options_of_the_users_own_are_listed_explained_checked_and_used(own: Pat
         (mine, "benchmarks.my_set.path has no value; give benchmarks.my_set.path=..."),
         (
             (*mine, "benchmarks.my_set.pth=a"),
-            "benchmarks.my_set.pth: unknown config key (did you mean path?)",
+            "benchmarks.my_set.pth: unknown config key (did you mean pa",
         ),
         (("list-questions", *mine[1:], "benchmarks.my_set.path=none.csv"), "none.csv: no such file"),
         ((*mine, "path=a"), "path: unknown config key; give benchmarks.my_set.path=..."),

@@ -170,7 +170,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *overrides: str, root: str = "
     return line.removeprefix("error: ")
 
 
-NOT_OURS = "not a constructor of mllm_protector; no others are allowed"
+NOT_OURS = "not a constructor of mllm_protector, and no installed package declares it"
 MISTAKES = {
     "train_detector": {
         "nope=1": "nope: unknown config key",
