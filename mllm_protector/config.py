@@ -78,9 +78,8 @@ def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
     the user has installed declare for it (``plugins``). Nothing else.
 
     Raises:
-        InputError: a key is missing or unknown, a value does not fit the signature, a ``_target_`` is
-            neither a constructor of this package nor declared for it, or a constructor refuses its values. The
-            message begins with the key.
+        InputError: a key is missing or unknown, a value does not fit the signature, a ``_target_`` may not be
+            named, or a constructor refuses its values. The message begins with the key.
     """
     if missing := sorted(OmegaConf.missing_keys(cfg), key=len):
         raise InputError(f"{missing[0]} has no value; give {missing[0]}=...")
