@@ -25,7 +25,7 @@ from mllm_protector.calls import check, check_call, construct
 from mllm_protector.command_line import CONFIGS, CommandLine, config_error
 from mllm_protector.errors import InputError, RunError, Stop, stoppable, system_error
 from mllm_protector.files import expand
-from mllm_protector.helping import help_text, version_line
+from mllm_protector.helping import help_text, missing_extra, version_line
 from mllm_protector.outputs import claim_output_dir, is_first
 from mllm_protector.plugins import DATA, declared
 
@@ -157,7 +157,8 @@ def clear_errors() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         _stop(config_error(error), InputError.exit_code)
     except Exception as error:
-        if (message := system_error(error)) is None:
+        absent = missing_extra(error.name) if isinstance(error, ModuleNotFoundError) else None
+        if (message := absent or system_error(error)) is None:
             raise
         _stop(message, RunError.exit_code)
     except Stop as error:

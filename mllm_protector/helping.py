@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,15 @@ def help_text(
 def version_line() -> str:
     """The answer to ``--version``."""
     return f"mllm-protector {version('mllm-protector')}\n"
+
+
+def missing_extra(module: str | None) -> str | None:
+    """Advice for a module that is not installed, if an optional part of this package brings it."""
+    for requirement in requires("mllm-protector") or ():
+        found = re.match(r"([\w-]+).*; extra == .(\w+).$", requirement)
+        if found and found[1].replace("-", "_") == module:
+            return f"{module} is not installed; it comes with: pip install 'mllm-protector[{found[2]}]'"
+    return None
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

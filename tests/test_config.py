@@ -292,6 +292,21 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(capsys: pytest.Captu
         _ = 1 / 0
 
 
+def test_a_module_of_an_extra_is_named_with_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = ["tqdm>=4", 'starlette>=0.45; extra == "serve"', 'prometheus-client>=0.20; extra == "serve"']
+    monkeypatch.setattr("mllm_protector.helping.requires", lambda name: needed)
+    with pytest.raises(SystemExit) as stopped, clear_errors():
+        raise ModuleNotFoundError(name="prometheus_client")
+    assert stopped.value.code == 1
+    line = "error: prometheus_client is not installed; it comes with: pip install 'mllm-protector[serve]'\n"
+    assert capsys.readouterr().err == line
+    for other in ("tqdm", "mllm_protector.nope"):  # a broken installation, or a fault of ours
+        with pytest.raises(ModuleNotFoundError), clear_errors():
+            raise ModuleNotFoundError(name=other)
+
+
 def claimed(folder: Path, *overrides: str, trained: bool = True) -> DictConfig:
     """A training in this folder, up to its weights or only to its first step."""
     cfg = composed("train_detector", f"output_dir={folder}", *overrides)
