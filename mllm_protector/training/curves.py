@@ -41,6 +41,8 @@ def draw_training(metrics: Path, names: Sequence[str], kept: int) -> None:
             axes.axvline(kept, color=INK, linestyle=":", label=f"kept: step {kept:,}")
             axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
         below.set_xlabel("step")
+        below.set_xlim(left=0)
+        below.locator_params(axis="x", integer=True)
         write_bytes(metrics.with_name(IMAGE), as_png(figure))
 
 

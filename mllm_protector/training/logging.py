@@ -125,7 +125,6 @@ class MetricLogger:
         self._done, self._validated, self._total = done, validated, total
         self._active = active
         self._tokens, self._seconds = 0, 0.0
-        self._progress = Progress("training", "step", total, done=done, active=active)
 
     def __enter__(self) -> "MetricLogger":
         if self._active:
@@ -133,6 +132,7 @@ class MetricLogger:
                 write_text(self.path, "".join(self._lines_to_keep()))
             settings = {"fit": asdict(self._config), **self._facts}
             self._tracker.start(str(self.path.parent), settings, resumed=self._done > 0)
+        self._progress = Progress("training", "step", self._total, done=self._done, active=self._active)
         return self
 
     def __exit__(
