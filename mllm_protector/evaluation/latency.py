@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from mllm_protector.data.sources import Source
 from mllm_protector.data.tokens import encode_texts
@@ -18,6 +17,7 @@ from mllm_protector.evaluation.measurements import Measurement, as_rows
 from mllm_protector.files import expand, write_json, writing
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.shared import load_parts
+from mllm_protector.progress import followed
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import labelled_answers
 
@@ -120,7 +120,7 @@ def _of_length(detector: HarmDetector, records: Sequence[Pair], length: int, cou
 
 def _timed(arm: str, length: int, run: Callable[[str, str], None], rows: Sequence[Pair]) -> list[Measurement]:
     times = []
-    for query, answer in tqdm(rows, desc=f"{arm}, {length} tokens", unit="answer", disable=None):
+    for query, answer in followed(rows, f"{arm}, {length} tokens", "answer"):
         begun = time.perf_counter()
         run(query, answer)
         times.append(1000 * (time.perf_counter() - begun))
