@@ -108,7 +108,7 @@ def test_every_command_of_the_docs_is_accepted_by_its_script() -> None:
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
         text = "".join(blocks).replace("\\\n", " ")
         typed = re.findall(r"scripts/(\w+)\.py([^\n`#|]*)", text)
-        commands = re.findall(r"mllm[-_]protector ([a-z][\w-]*)([^\n`#|]*)", text)
+        commands = re.findall(r"mllm[-_]protector ([a-z][\w-]*)(?![\w=-])([^\n`#|]*)", text)
         for name, arguments in [*typed, *((COMMANDS[name].config, rest) for name, rest in commands)]:
             overrides = [each for each in shlex.split(arguments) if "=" in each and "..." not in each]
             if name not in FUNCTIONS or not overrides or "my_set" in arguments:
