@@ -96,21 +96,31 @@ async def judge(
     try:
         verdicts = await asyncio.gather(*asked)
     except Overloaded as busy:
-        raise ApiError(
-            503,
-            "the guard has too much to do; ask again later",
-            code="guard_overloaded",
-            retry_after=str(math.ceil(busy.retry_after)),
-        ) from None
+        raise overloaded(busy) from None
     if policy.shadow:
         return Judged(content=dict(completion), verdicts=verdicts, shadow=True)
     if policy.on_error == "error" and any(each.outcome is Outcome.GUARD_ERROR for each in verdicts):
-        raise ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
+        raise unavailable()
     content = {name: completion[name] for name in COMPLETION_FIELDS if name in completion}
     content["choices"] = [
         _put_back(choice, verdict, case, policy) for choice, verdict in zip(choices, verdicts, strict=True)
     ]
     return Judged(content=content, verdicts=verdicts)
+
+
+def overloaded(busy: Overloaded) -> ApiError:
+    """What a client gets if the guard has too much to do."""
+    return ApiError(
+        503,
+        "the guard has too much to do; ask again later",
+        code="guard_overloaded",
+        retry_after=str(math.ceil(busy.retry_after)),
+    )
+
+
+def unavailable() -> ApiError:
+    """What a client gets if a verdict is missing."""
+    return ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
 
 
 def _put_back(
@@ -139,7 +149,7 @@ async def _verdict(
     if calls:
         asked.append((calls, False))
     try:
-        verdicts = await asyncio.gather(*(_ask(guard, case, answer, able) for answer, able in asked))
+        verdicts = await asyncio.gather(*(ask(guard, case, answer, able) for answer, able in asked))
     except Overloaded:
         if not shadow:
             raise
@@ -151,7 +161,12 @@ async def _verdict(
     return Guarded(worst.outcome, worst.text, max(scores, default=None), seconds)
 
 
-async def _ask(guard: Guarding, case: Case, answer: str, rewrite: bool) -> Guarded:
+async def ask(guard: Guarding, case: Case, answer: str, rewrite: bool) -> Guarded:
+    """The verdict on one text; ``FAILED`` if there is none.
+
+    Raises:
+        Overloaded: the guard has too much to do.
+    """
     try:
         made = await guard.guard(case.query, answer, threshold=case.threshold, rewrite=rewrite)
         return made if _is_sound(made, answer) else FAILED

@@ -22,6 +22,9 @@ from mllm_protector.serving import metrics as counting
 from mllm_protector.serving.api_errors import ApiError, ClientGone
 from mllm_protector.serving.chat import read_request
 from mllm_protector.serving.choices import Unreadable, read_choices
+from mllm_protector.serving.gateways.asking import Asking
+from mllm_protector.serving.gateways.questions import Questions
+from mllm_protector.serving.gateways.routes import GATEWAYS, Translate, read_object
 from mllm_protector.serving.guarding import Guarding
 from mllm_protector.serving.judging import Case, judge
 from mllm_protector.serving.metrics import Metrics
@@ -35,7 +38,7 @@ log = logging.getLogger(__name__)
 
 DETAILS = "x-mllm-protector-details"
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
-SERVED = f"POST {CHAT}, GET {MODELS}, GET /health, GET /ready, GET /metrics"
+SERVED = f"POST {CHAT}, GET {MODELS}, GET /health, GET /ready, GET /metrics, POST {', POST '.join(GATEWAYS)}"
 
 Answer = Callable[[Headers, Receive, Sender], Awaitable[None]]
 
@@ -58,6 +61,7 @@ class Front:
         metrics = metrics or Metrics()
         self.state = State(settings, guard, Upstream(settings, metrics), metrics)
         self._under_way = 0
+        self._questions = Questions()
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -73,6 +77,7 @@ class Front:
             ("/health", "GET", self._health),
             ("/ready", "GET", self._ready),
             ("/metrics", "GET", self._metrics),
+            *((path, "POST", self._gateway(translate)) for path, translate in GATEWAYS.items()),
         )
         routes = [Route(path, _Endpoint(self, path, answer, method)) for path, method, answer in table]
         app = Starlette(routes=routes, lifespan=lifespan)
@@ -108,20 +113,42 @@ class Front:
         if not settings.keys:
             return None
         kind, _, secret = headers.get("authorization", "").partition(" ")
-        key = settings.key_of(secret.strip()) if kind.lower() == "bearer" else None
+        given = secret.strip() if kind.lower() == "bearer" else headers.get("x-api-key")
+        key = None if given is None else settings.key_of(given)
         if key is None:
             told = {"www-authenticate": "Bearer"}
             raise ApiError(401, "the API key is missing or unknown", code="invalid_api_key", headers=told)
         return key.name
 
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """The body of a request, which must be JSON."""
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the content type must be application/json", code="unsupported_type")
+        limits = self.state.settings.limits
+        most = int(limits.body_mb * MEGABYTE)
+        return await read_body(headers, receive, most=most, seconds=limits.body_s)
+
+    def _gateway(self, translate: Translate) -> Answer:
+        """What answers another gateway."""
+
+        async def answer(headers: Headers, receive: Receive, sender: Sender) -> None:
+            async with self._slot():
+                name = self._key(headers)
+                body = read_object(await self._body(headers, receive))
+                asking = Asking(state=self.state, key=name, questions=self._questions)
+
+                async def work() -> None:
+                    await sender.json(200, await translate(body, asking))
+
+                await while_connected(receive, work())
+
+        return answer
+
     async def _chat(self, headers: Headers, receive: Receive, sender: Sender) -> None:
         async with self._slot():
             settings = self.state.settings
             name = self._key(headers)
-            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise ApiError(415, "the content type must be application/json", code="unsupported_type")
-            most, seconds = int(settings.limits.body_mb * MEGABYTE), settings.limits.body_s
-            raw = await read_body(headers, receive, most=most, seconds=seconds)
+            raw = await self._body(headers, receive)
             request = read_request(raw, choices=settings.limits.choices)
             case = Case(
                 query=request.query,
