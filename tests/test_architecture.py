@@ -22,6 +22,7 @@ FLOORS = (
     ("reporting",),
     ("generation",),
     ("serving",),
+    ("integrations",),
 )
 """From the lowest up; below them are the modules of the package itself, above them its ``__init__``."""
 APART = ("training", "evaluation")

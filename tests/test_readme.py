@@ -110,9 +110,13 @@ def test_every_command_of_the_docs_is_accepted_by_its_script() -> None:
         typed = re.findall(r"scripts/(\w+)\.py([^\n`#|]*)", text)
         commands = re.findall(r"mllm[-_]protector ([a-z][\w-]*)(?![\w=-])([^\n`#|]*)", text)
         for name, arguments in [*typed, *((COMMANDS[name].config, rest) for name, rest in commands)]:
-            overrides = [each for each in shlex.split(arguments) if "=" in each and "..." not in each]
-            if name not in FUNCTIONS or not overrides or "my_set" in arguments:
-                continue  # my_set is an option that the reader writes
+            overrides = [
+                each
+                for each in shlex.split(arguments)
+                if "=" in each and "..." not in each and each[0] != "-"
+            ]
+            if name not in FUNCTIONS or not overrides or "my_set" in arguments or "local=mine" in arguments:
+                continue  # my_set and local=mine are options that the reader writes
             found += 1
             try:
                 content = OmegaConf.to_container(filled_in(composed(name, *quoted(overrides))), resolve=True)

@@ -79,16 +79,16 @@ class AuditLog:
             ApiError: the disk failed, and by the settings nothing is answered that is not on record.
         """
         now, exchange = datetime.now(UTC).isoformat(timespec="milliseconds"), current()
-        threshold = own_threshold if judged.case.threshold is None else judged.case.threshold
         facts = {
             "time": now,
             "request_id": exchange.id,
             "key": exchange.key,
             "model": exchange.model,
             "mode": "shadow" if judged.shadow else "enforce",
-            "threshold": threshold,
         }
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._write, judged, facts)
+        work = asyncio.get_running_loop().run_in_executor(
+            self._thread, self._write, judged, facts, own_threshold
+        )
         try:
             await asyncio.wait_for(work, WRITTEN_S)
         except (OSError, TimeoutError) as error:
@@ -104,17 +104,18 @@ class AuditLog:
         self._file.close()
         os.close(self._lock)
 
-    def _write(self, judged: Judged, facts: Mapping[str, Any]) -> None:
-        shown = judged.content["choices"]
-        for place, (raw, verdict, seen) in enumerate(zip(judged.raw, judged.verdicts, shown, strict=True)):
+    def _write(self, judged: Judged, facts: Mapping[str, Any], own_threshold: float | None) -> None:
+        choices = zip(judged.cases, judged.raw, judged.verdicts, judged.content["choices"], strict=True)
+        for place, (case, raw, verdict, seen) in enumerate(choices):
             line = {
                 **facts,
                 "choice": place,
                 "outcome": verdict.outcome.value,
                 "score": verdict.score,
+                "threshold": own_threshold if case.threshold is None else case.threshold,
                 "hash": "hmac-sha256" if self._key else "sha256",
             }
-            texts = {"question": judged.case.query, "answer": _words(raw), "shown": _words(seen)}
+            texts = {"question": case.query, "answer": _words(raw), "shown": _words(seen)}
             for name, text in texts.items():
                 line |= {f"{name}_hash": self._hash(text), f"{name}_length": len(text)}
             if self._settings.texts:

@@ -109,7 +109,7 @@ def query_of(messages: Sequence[Mapping[str, Any]], most: int = QUERY_CHARACTERS
     return capped("\n\n".join(f"{speaker}: {text}" for speaker, text in turns), most)
 
 
-def capped(text: str, most: int) -> str:
+def capped(text: str, most: int = QUERY_CHARACTERS) -> str:
     """A text as it is, or its head and tail with a mark between them, as the encoder cuts questions."""
     if len(text) <= most:
         return text

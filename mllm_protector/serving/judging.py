@@ -50,14 +50,14 @@ class Judged:
     Attributes:
         content: what the client gets.
         verdicts: of its choices.
-        case: how they were judged.
+        cases: how each of them was judged.
         raw: the choices as the upstream gave them.
         shadow: whether the verdicts changed nothing.
     """
 
     content: dict[str, Any]
     verdicts: Sequence[Guarded]
-    case: Case
+    cases: Sequence[Case]
     raw: Sequence[Mapping[str, Any]]
     shadow: bool = False
 
@@ -102,25 +102,31 @@ async def judge(
     try:
         verdicts = await asyncio.gather(*asked)
     except Overloaded as busy:
-        raise ApiError(
-            503,
-            "the guard has too much to do; ask again later",
-            code="guard_overloaded",
-            retry_after=str(math.ceil(busy.retry_after)),
-        ) from None
+        raise overloaded(busy) from None
+    cases = [case] * len(choices)
     if policy.shadow:
-        return Judged(content=dict(completion), verdicts=verdicts, case=case, raw=choices, shadow=True)
+        return Judged(content=dict(completion), verdicts=verdicts, cases=cases, raw=choices, shadow=True)
     if policy.on_error == "error" and any(each.outcome is Outcome.GUARD_ERROR for each in verdicts):
         raise guard_failed()
     content = {name: completion[name] for name in COMPLETION_FIELDS if name in completion}
     content["choices"] = [
         _put_back(choice, made, case, policy) for choice, made in zip(choices, verdicts, strict=True)
     ]
-    return Judged(content=content, verdicts=verdicts, case=case, raw=choices)
+    return Judged(content=content, verdicts=verdicts, cases=cases, raw=choices)
+
+
+def overloaded(busy: Overloaded) -> ApiError:
+    """What a client gets if the guard has too much to do."""
+    return ApiError(
+        503,
+        "the guard has too much to do; ask again later",
+        code="guard_overloaded",
+        retry_after=str(math.ceil(busy.retry_after)),
+    )
 
 
 def guard_failed() -> ApiError:
-    """What a client is told where the policy wants errors."""
+    """What a client gets if a verdict is missing, where the policy wants errors."""
     return ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
 
 
@@ -149,7 +155,7 @@ async def verdict(
     if calls:
         asked.append((calls, False))
     try:
-        verdicts = await asyncio.gather(*(_ask(guard, case, answer, able) for answer, able in asked))
+        verdicts = await asyncio.gather(*(ask(guard, case, answer, able) for answer, able in asked))
     except Overloaded:
         if not busy_fails:
             raise
@@ -161,7 +167,12 @@ async def verdict(
     return Guarded(worst.outcome, worst.text, max(scores, default=None), seconds)
 
 
-async def _ask(guard: Guarding, case: Case, answer: str, rewrite: bool) -> Guarded:
+async def ask(guard: Guarding, case: Case, answer: str, rewrite: bool) -> Guarded:
+    """The verdict on one text; ``FAILED`` if there is none.
+
+    Raises:
+        Overloaded: the guard has too much to do.
+    """
     try:
         made = await guard.guard(case.query, answer, threshold=case.threshold, rewrite=rewrite)
         return made if _is_sound(made, answer) else FAILED

@@ -4,28 +4,30 @@ Pure ASGI: each request watches its client, and work for a client that left is c
 listed here is denied, because another route of the upstream would answer without the guard.
 """
 
-import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive
 
 from mllm_protector.records import Outcome
 from mllm_protector.serving import metrics as counting
-from mllm_protector.serving.api_errors import ApiError, ClientGone
+from mllm_protector.serving.api_errors import ApiError
 from mllm_protector.serving.audit import AuditLog
 from mllm_protector.serving.chat import read_request
 from mllm_protector.serving.choices import Unreadable, read_choices
-from mllm_protector.serving.exchange import REQUEST_ID, Exchange, begin, current
+from mllm_protector.serving.endpoint import Answer, Endpoint
+from mllm_protector.serving.exchange import current
+from mllm_protector.serving.gateways.asking import Asking
+from mllm_protector.serving.gateways.questions import Questions
+from mllm_protector.serving.gateways.routes import GATEWAYS, Translate, read_object
 from mllm_protector.serving.guarding import Guarding
 from mllm_protector.serving.judging import Case, judge
-from mllm_protector.serving.logs import place
 from mllm_protector.serving.metrics import Metrics
 from mllm_protector.serving.overview import Overview
 from mllm_protector.serving.page import page
@@ -41,11 +43,10 @@ log = logging.getLogger(__name__)
 
 DETAILS = "x-mllm-protector-details"
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
-SERVED = f"POST {CHAT}, GET {MODELS}, GET /, GET /state, GET /health, GET /ready, GET /metrics"
-QUIET = ("/", "/state", "/health", "/ready", "/metrics")
-"""Routes that machines ask all the time: they have no line in the log, and no span."""
-
-Answer = Callable[[Headers, Receive, Sender], Awaitable[None]]
+SERVED = (
+    f"POST {CHAT}, GET {MODELS}, GET /, GET /state, GET /health, GET /ready, GET /metrics, "
+    f"POST {', POST '.join(GATEWAYS)}"
+)
 
 
 class Front:
@@ -74,6 +75,7 @@ class Front:
         self.state = State(settings, guard, upstream, metrics, tracing, audit)
         self._overview = Overview(self.state)
         self._under_way = 0
+        self._questions = Questions()
 
     def apply(self, settings: FrontSettings) -> None:
         """Go by other settings from now on; those of the upstream stay."""
@@ -96,11 +98,14 @@ class Front:
             ("/health", "GET", self._health),
             ("/ready", "GET", self._ready),
             ("/metrics", "GET", self._metrics),
+            *((path, "POST", self._gateway(translate)) for path, translate in GATEWAYS.items()),
         )
-        routes = [Route(path, _Endpoint(self, path, answer, method)) for path, method, answer in table]
+        routes = [
+            Route(path, Endpoint(self.state, SERVED, path, answer, method)) for path, method, answer in table
+        ]
         app = Starlette(routes=routes, lifespan=lifespan)
         app.router.redirect_slashes = False
-        app.router.default = _Endpoint(self, "other", None, "")
+        app.router.default = endpoint("other", None, "")
         return app
 
     @asynccontextmanager
@@ -131,20 +136,42 @@ class Front:
         if not settings.keys:
             return None
         kind, _, secret = headers.get("authorization", "").partition(" ")
-        key = settings.key_of(secret.strip()) if kind.lower() == "bearer" else None
+        given = secret.strip() if kind.lower() == "bearer" else headers.get("x-api-key")
+        key = None if given is None else settings.key_of(given)
         if key is None:
             told = {"www-authenticate": "Bearer"}
             raise ApiError(401, "the API key is missing or unknown", code="invalid_api_key", headers=told)
         return key.name
 
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """The body of a request, which must be JSON."""
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "the content type must be application/json", code="unsupported_type")
+        limits = self.state.settings.limits
+        most = int(limits.body_mb * MEGABYTE)
+        return await read_body(headers, receive, most=most, seconds=limits.body_s)
+
+    def _gateway(self, translate: Translate) -> Answer:
+        """What answers another gateway."""
+
+        async def answer(headers: Headers, receive: Receive, sender: Sender) -> None:
+            async with self._slot():
+                name = current().key = self._key(headers)
+                body = read_object(await self._body(headers, receive))
+                asking = Asking(state=self.state, key=name, questions=self._questions)
+
+                async def work() -> None:
+                    await sender.json(200, await translate(body, asking))
+
+                await while_connected(receive, work())
+
+        return answer
+
     async def _chat(self, headers: Headers, receive: Receive, sender: Sender) -> None:
         async with self._slot():
             settings = self.state.settings
             name = current().key = self._key(headers)
-            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise ApiError(415, "the content type must be application/json", code="unsupported_type")
-            most, seconds = int(settings.limits.body_mb * MEGABYTE), settings.limits.body_s
-            raw = await read_body(headers, receive, most=most, seconds=seconds)
+            raw = await self._body(headers, receive)
             request = read_request(raw, choices=settings.limits.choices)
             current().model = self.state.upstream.names.known(request.model)
             case = Case(
@@ -223,66 +250,3 @@ class Front:
         if guard.ready:
             body += str(guard.state.get("metrics", "")).encode()
         await sender.whole(200, body, {}, kind=counting.CONTENT_TYPE)
-
-
-class _Endpoint:
-    """One route as an ASGI application: every error becomes an answer, and every answer a line in the log."""
-
-    def __init__(self, front: Front, route: str, answer: Answer | None, method: str) -> None:
-        self.front = front
-        self.route = route
-        self.answer = answer
-        self.method = method
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1000})
-            return
-        headers, started = Headers(scope=scope), time.perf_counter()
-        exchange = begin(headers.get(REQUEST_ID))
-        sender = Sender(send, {REQUEST_ID: exchange.id})
-        state, quiet = self.front.state, self.route in QUIET
-        with (Tracing() if quiet else state.tracing).request(f"{self.method} {self.route}", headers) as span:
-            await self._reply(scope, receive, sender, exchange)
-            span |= {
-                "http.route": self.route,
-                "http.response.status_code": sender.status,
-                "mllm_protector.outcome": exchange.outcome,
-                "mllm_protector.request_id": exchange.id,
-            }
-        seconds = time.perf_counter() - started
-        state.metrics.requests.labels(self.route, str(sender.status or "gone")).inc()
-        if self.route == CHAT:
-            state.took("all", seconds)
-        if not quiet:
-            facts = {"route": self.route, "status": sender.status, "seconds": round(seconds, 6)}
-            facts |= {"outcome": exchange.outcome, "model": exchange.model, "error": exchange.error}
-            told = {name: value for name, value in facts.items() if value is not None}
-            log.info("a request was answered" if sender.status else "a client left", extra={"fields": told})
-
-    async def _reply(self, scope: Scope, receive: Receive, sender: Sender, exchange: Exchange) -> None:
-        """Answer, whatever happens, unless the client has left."""
-        try:
-            try:
-                await self._answer(scope, receive, sender)
-            except ApiError as error:
-                exchange.error = error.code
-                await sender.error(error)
-            except (ClientGone, asyncio.CancelledError, OSError):
-                raise
-            except Exception as error:
-                exchange.error = "internal_error"
-                log.error("a request failed (%s at %s)", type(error).__name__, place(error))
-                await sender.error(ApiError(500, "the guard's server failed", code="internal_error"))
-        except (ClientGone, OSError):
-            self.front.state.metrics.clients_gone.inc()
-
-    async def _answer(self, scope: Scope, receive: Receive, sender: Sender) -> None:
-        allowed = {self.method, "HEAD"} if self.method == "GET" else {self.method}
-        if self.answer is None or scope["method"] not in allowed:
-            status = 404 if self.answer is None else 405
-            name = f"{scope['method']} {scope['path'][:200]}"
-            message = f"{name} is not served, because it is not guarded. Served are: {SERVED}"
-            headers = {"allow": self.method} if self.answer else {}
-            raise ApiError(status, message, code="route_not_guarded", headers=headers)
-        await self.answer(Headers(scope=scope), receive, sender)

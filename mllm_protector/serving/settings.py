@@ -182,6 +182,7 @@ class PolicySettings:
         threshold: scores at or above it are flagged; ``None`` for the detector's own.
         model_thresholds: instead of ``threshold``, by the name of the upstream's model.
         key_thresholds: instead of both, by the name of the client's API key.
+        answer_only_threshold: instead of all three where another gateway does not tell the question.
     """
 
     streaming: Literal["buffer", "window", "off"]
@@ -195,6 +196,7 @@ class PolicySettings:
     threshold: Share | None
     model_thresholds: Mapping[str, Share]
     key_thresholds: Mapping[str, Share]
+    answer_only_threshold: Share | None
 
     def __post_init__(self) -> None:
         """Check the values."""

@@ -211,7 +211,7 @@ class _Stream:
             if self._policy.shadow
             else {**top, "choices": [each for each, _ in parts]},
             verdicts=[made for _, made in parts],
-            case=self._case,
+            cases=[self._case] * len(raw),
             raw=raw,
             shadow=self._policy.shadow,
         )

@@ -55,6 +55,7 @@ def policy_settings(**changes: Any) -> PolicySettings:
         "threshold": None,
         "model_thresholds": {},
         "key_thresholds": {},
+        "answer_only_threshold": None,
     }
     return PolicySettings(**values | changes)
 
