@@ -100,9 +100,8 @@ class Front:
             ("/metrics", "GET", self._metrics),
             *((path, "POST", self._gateway(translate)) for path, translate in GATEWAYS.items()),
         )
-        routes = [
-            Route(path, Endpoint(self.state, SERVED, path, answer, method)) for path, method, answer in table
-        ]
+        endpoint = partial(Endpoint, self.state, SERVED)
+        routes = [Route(path, endpoint(path, answer, method)) for path, method, answer in table]
         app = Starlette(routes=routes, lifespan=lifespan)
         app.router.redirect_slashes = False
         app.router.default = endpoint("other", None, "")
