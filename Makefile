@@ -1,5 +1,6 @@
 # make demo   train a toy guard and measure it (sets everything up by itself)
 # make test   the tests (likewise)
+# make contracts   the guard behind a real LiteLLM proxy (installs 750 MB apart)
 # make lint   ruff; make check: ruff, formatting and mypy
 
 PYTHON ?= python3
@@ -7,7 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := mllm_protector scripts tests
 
-.PHONY: demo test slow lint check clean
+CONTRACTS := .venv-contracts
+
+.PHONY: demo test slow contracts lint check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/train_detector.py
@@ -17,8 +20,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-slow: $(VENV)/.installed-dev
+slow: $(VENV)/.installed-dev $(CONTRACTS)/.installed
 	$(BIN)/python -m pytest -m slow
+
+contracts: $(VENV)/.installed-dev $(CONTRACTS)/.installed
+	$(BIN)/python -m pytest -m slow tests/serving/gateways
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
@@ -28,7 +34,7 @@ check: lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CONTRACTS) build dist *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -41,4 +47,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# LiteLLM's pins and ours exclude each other.
+$(CONTRACTS)/.installed: tests/serving/gateways/requirements.txt
+	$(PYTHON) -m venv $(CONTRACTS)
+	$(CONTRACTS)/bin/python -m pip install --quiet --requirement $<
 	@touch $@

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from mllm_protector.errors import InputError
 from mllm_protector.helping import CONFIGS, flat, suggestion
+from mllm_protector.plugins import loaded
 from mllm_protector.ranges import Number, Whole
 
 
@@ -25,7 +26,7 @@ def check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, A
         arguments: plain values; a ``_target_`` describes a call.
 
     Raises:
-        InputError: an argument is unknown, missing or of the wrong type, or a ``_target_`` is not ours.
+        InputError: an argument is unknown, missing or of the wrong type, or a ``_target_`` is not allowed.
     """
     signature = inspect.signature(function, eval_str=True)
     for name in arguments:
@@ -39,7 +40,8 @@ def check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, A
             raise InputError(f"{given.partition('=')[0]} has no value; give {given}")
     # Plain values first: nested ones may repeat them, and a message should name the key as typed.
     for name, value in sorted(arguments.items(), key=lambda item: isinstance(item[1], dict)):
-        check(_join(key, name), value, signature.parameters[name].annotation)
+        annotation = signature.parameters[name].annotation
+        check(_join(key, name), value, Any if annotation is inspect.Parameter.empty else annotation)
 
 
 def check(key: str, value: Any, wanted: Any) -> None:
@@ -114,11 +116,19 @@ _Constructed = Annotated[dict[str, Any], AfterValidator(_has_target)]
 
 
 def _constructor(key: str, target: str) -> Callable[..., Any]:
-    """The object that a ``_target_`` names, if it is defined in this package and not just imported there."""
-    found: Any = pydoc.locate(target) if target.startswith("mllm_protector.") else None
-    if not callable(found) or not str(getattr(found, "__module__", "")).startswith("mllm_protector."):
+    """The object that a ``_target_`` names.
+
+    It is defined in this package and not just imported there, or another package declares it (``plugins``).
+    """
+    if target.startswith("mllm_protector."):
+        found: Any = pydoc.locate(target)
+        allowed = str(getattr(found, "__module__", "")).startswith("mllm_protector.")
+    else:
+        found, allowed = loaded(key, target), True
+    if not allowed or not callable(found):
         raise InputError(
-            f"{key}._target_={target}: not a constructor of mllm_protector; no others are allowed"
+            f"{key}._target_={target}: not a constructor of mllm_protector, "
+            "and no installed package declares it"
         )
     return found  # type: ignore[no-any-return]
 

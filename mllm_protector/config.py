@@ -1,58 +1,56 @@
 """From a command line and YAML to one call, and from exceptions to one clear line.
 
-No other module knows hydra. The signatures of the functions and constructors that a config names are its only
-schema, and they are checked before anything is built.
+Besides this module only ``command_line`` knows hydra. The signatures of the functions and constructors that a
+config names are its only schema, and they are checked before anything is built.
 """
 
 import logging
 import os
 import pydoc
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mllm_protector.calls import check, check_call, construct
+from mllm_protector.command_line import CONFIGS, CommandLine, config_error
 from mllm_protector.errors import InputError, RunError, Stop, stoppable, system_error
 from mllm_protector.files import expand
-from mllm_protector.helping import CONFIGS, ConfigFile, flat, help_text, suggestion
+from mllm_protector.helping import help_text, missing_extra, version_line
 from mllm_protector.outputs import claim_output_dir, is_first
+from mllm_protector.plugins import DATA, declared
 
-__all__ = ["CONFIGS", "build", "clear_errors", "launch", "quiet_libraries", "recorded_data", "run"]
-
-OmegaConf.register_new_resolver("configs_folder", lambda: str(CONFIGS), replace=True)
+__all__ = ["CONFIGS", "build", "clear_errors", "launch", "quiet_libraries", "recorded_data", "reread", "run"]
 
 
-def launch(usage: str, target: str, then: str | None = None) -> None:
-    """Run a script: answer ``--help`` and ``--version``, or call its function with the config's values.
+def launch(usage: str, target: str, then: str | None = None, *, config: str) -> None:
+    """Run a command: answer ``--help`` and ``--version``, or call its function with the config's values.
 
     Args:
         usage: the first line of ``--help``.
-        target: the full name of the script's function. Its module is imported only when it is called,
+        target: the full name of the command's function. Its module is imported only when it is called,
             because torch takes seconds.
         then: the full name of the function that gets what ``target`` returns.
+        config: the name of the command's root YAML.
     """
-    script = Path(sys.argv[0]).stem
+    if "--version" in sys.argv[1:]:
+        sys.stdout.write(version_line())
+        return
     with clear_errors():
-        given = as_hydra_reads(sys.argv[1:])
-    sys.argv[1:] = given
-    overrides = [argument for argument in given if not argument.startswith("-")]
+        line = CommandLine.parsed(config, sys.argv[1:])
+    sys.argv[1:] = [*line.flags, *line.overrides]
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=script)  # type: ignore[untyped-decorator]
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)  # type: ignore[untyped-decorator]
     def main(cfg: DictConfig) -> None:
         with clear_errors():
             quiet_libraries()
@@ -63,33 +61,47 @@ def launch(usage: str, target: str, then: str | None = None) -> None:
                 leave_processes()
 
     with clear_errors():
-        if "--version" in given:
-            sys.stdout.write(f"mllm-protector {version('mllm-protector')}\n")
-        elif {"--help", "-h"} & set(given):
-            values, files = _composed(script, overrides)
-            sys.stdout.write(help_text(usage, values, files, (CONFIGS, CONFIGS / script)))
+        if {"--help", "-h"} & set(line.flags):
+            values, files = line.composed()
+            sys.stdout.write(help_text(usage, values, files, line.folders))
         else:
-            _require_options(script, overrides)
+            line.require_options()
             try:
                 main()
             except HydraException as error:
-                raise InputError(_config_error(error, script, overrides)) from error
+                raise InputError(config_error(error, line)) from error
 
 
 def build(cfg: DictConfig, function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword arguments of a script's function: every ``_target_`` constructed, other values unchanged.
 
-    People share YAML files, so a file may name constructors of this package and nothing else.
+    People share YAML files, so a file may name constructors of this package, and what other packages that
+    the user has installed declare for it (``plugins``). Nothing else.
 
     Raises:
-        InputError: a key is missing or unknown, a value does not fit the signature, a ``_target_`` is not a
-            constructor of this package, or a constructor refuses its values. The message begins with the key.
+        InputError: a key is missing or unknown, a value does not fit the signature, a ``_target_`` may not be
+            named, or a constructor refuses its values. The message begins with the key.
     """
     if missing := sorted(OmegaConf.missing_keys(cfg), key=len):
         raise InputError(f"{missing[0]} has no value; give {missing[0]}=...")
     content = _plain(cfg)
     check_call("", function, content)
     return {name: construct(name, value) for name, value in content.items()}
+
+
+def reread(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of the running script's function, from its command line and its YAML files as they are.
+
+    Raises:
+        InputError: as ``build``, or the files cannot be read.
+    """
+    command = HydraConfig.get()
+    try:
+        return build(hydra.compose(command.job.config_name, [*command.overrides.task]), function)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(config_error(error)) from None
+    except (OSError, YAMLError) as error:
+        raise InputError(" ".join(str(error).split())) from None
 
 
 def run(cfg: DictConfig, function: Callable[..., Any], then: Callable[[Any], object] | None = None) -> None:
@@ -114,7 +126,7 @@ def recorded_data(folder: Path, fingerprint: str | None) -> Any:
     """The ``Splits`` that a part was trained with, as the ``config.yaml`` in its folder says; writes no file.
 
     Raises:
-        InputError: the file is missing, names no data source of this package, or the data cannot be read or
+        InputError: the file is missing, names no source of data, or the data cannot be read or
             have another fingerprint now.
     """
     path = folder / "config.yaml"
@@ -125,7 +137,7 @@ def recorded_data(folder: Path, fingerprint: str | None) -> Any:
         source = str(data["_target_"])
     except (OSError, ValueError, TypeError, KeyError, YAMLError, OmegaConfBaseException):
         raise InputError(f"{path}: names no data") from None
-    if not source.startswith("mllm_protector.data."):
+    if not source.startswith("mllm_protector.data.") and declared(source, DATA) is None:
         raise InputError(f"{path}: data._target_={source}: not a source of data")
     with TemporaryDirectory() as scratch:  # instead of the file that the training wrote
         data = _with_quarantine(data, str(Path(scratch) / "quarantine.jsonl"))
@@ -159,9 +171,10 @@ def clear_errors() -> Iterator[None]:
     except InputError as error:
         _stop(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(_config_error(error), InputError.exit_code)
+        _stop(config_error(error), InputError.exit_code)
     except Exception as error:
-        if (message := system_error(error)) is None:
+        absent = missing_extra(error.name) if isinstance(error, ModuleNotFoundError) else None
+        if (message := absent or system_error(error)) is None:
             raise
         _stop(message, RunError.exit_code)
     except Stop as error:
@@ -191,82 +204,6 @@ def quiet_libraries() -> None:
 def _stop(message: str, exit_code: int) -> None:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(exit_code)
-
-
-def _composed(script: str, overrides: Sequence[str]) -> tuple[dict[str, Any], list[ConfigFile]]:
-    """A script's values by full key, and the YAML files that they come from, the script's own first."""
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        content = OmegaConf.to_container(hydra.compose(script, list(overrides)), resolve=False)
-        loader = GlobalHydra.instance().config_loader()
-        defaults = loader.compute_defaults_list(script, list(overrides), RunMode.RUN).defaults
-    files = []
-    for each in defaults:
-        folder, _, name = str(each.config_path).rpartition("/")
-        places = (CONFIGS / folder / f"{name}.yaml", CONFIGS / script / folder / f"{name}.yaml")
-        files += [ConfigFile(path, folder, each.package or "") for path in places if path.is_file()]
-    files.sort(key=lambda file: file.path.parent != CONFIGS)
-    return flat(content), files  # type: ignore[arg-type]
-
-
-def as_hydra_reads(arguments: Iterable[str]) -> list[str]:
-    """The arguments of a command line for hydra: ``data=[a,b]`` is a mixture, odd values are quoted."""
-    return [_quoted(each) for argument in arguments for each in _unfolded(argument)]
-
-
-def _unfolded(override: str) -> list[str]:
-    """``data=[a,b]`` as a mixture of the sources a and b; any other override as it is."""
-    key, _, value = override.partition("=")
-    if key != "data" or not (value.startswith("[") and value.endswith("]")):
-        return [override]
-    names = [name.strip(" '\"") for name in value[1:-1].split(",")]
-    if len({*names}) < len(names) or not all(re.fullmatch(r"[\w.]+", name) for name in names):
-        raise InputError(f"{override}: give different options of data, such as data=[pairs,labelled]")
-    return ["data=mixture", *(f"+data@data.sources.{name}={name}" for name in names)]
-
-
-def _quoted(override: str) -> str:
-    """Quote a value that hydra cannot parse, such as a path with ``=``, ``(`` or ``~``."""
-    key, equals, value = override.partition("=")
-    if not equals or override.startswith("-") or value[:1] in ("[", "{", "'", '"'):
-        return override
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        return '{}="{}"'.format(key, value.replace('"', '\\"'))
-    return override
-
-
-def _require_options(script: str, overrides: Sequence[str]) -> None:
-    """Refuse a group whose option is null, a boolean or a number: hydra would end in a traceback."""
-    for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
-        group = key.partition("@")[0]
-        options = [
-            path.stem for root in (CONFIGS, CONFIGS / script) for path in (root / group).glob("*.yaml")
-        ]
-        if options and (value in ("null", "true", "false") or value.removeprefix("-").isdecimal()):
-            raise InputError(f"{key}={value}: unknown option; choose one of {', '.join(sorted(options))}")
-
-
-def _config_error(error: Exception, script: str = "", overrides: Sequence[str] = ()) -> str:
-    """An error of hydra or omegaconf in one line."""
-    text = str(error)
-    if found := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
-        key = found.group(1) or found.group(2)
-        others = [each for each in overrides if each.lstrip("+~").partition("=")[0] != key]
-        known: Iterable[str] = ()
-        with suppress(HydraException, OmegaConfBaseException):  # of another mistake
-            known = _composed(script, others)[0] if script else ()
-        return f"{key}: unknown config key{suggestion(key, known)}"
-    if found := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
-        group, option = found.groups()
-        options = re.findall(r"^\t([\w.]+)$", text.partition("Config search path")[0], flags=re.MULTILINE)
-        options = options or sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-        return f"{group}={option}: unknown option; choose one of {', '.join(options)}"
-    if found := re.search(r"Ambiguous value for argument '(.*)'", text):
-        key, _, value = found.group(1).partition("=")
-        return f"{key}={value}: a comma needs quotes within those of the shell: '{key}=\"{value}\"'"
-    return ": ".join(text.splitlines()[:2]) or type(error).__name__
 
 
 def _plain(cfg: Any) -> Any:

@@ -4,16 +4,25 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+_HERE = Path(__file__).resolve().parent
+CONFIGS = next(each for each in (_HERE / "configs", _HERE.parent / "configs") if each.is_dir())
+"""Within the package where it is installed from a wheel, beside it in a checkout."""
 
 _WIDTH = 48
 """Columns before an explanation; a longer key pushes it to the right."""
 
 _GROUP = re.compile(r"^ *- /?(\w+)(?:@([\w.]+))?: *(\[.*?\]|[\w.-]*) *(?:# *(.*))?$", re.MULTILINE)
 _KEY = re.compile(r"^( *)(\w+):(?: .*?)??(?: +# +(.*))?$")
+
+
+_FLAGS = (
+    "--cfg job prints the config, --multirun runs several (docs/training.md), --version the version.",
+    "--config-dir FOLDER adds options of your own: FOLDER/GROUP/NAME.yaml is the option GROUP=NAME.",
+)
 
 
 class ConfigFile(NamedTuple):
@@ -44,8 +53,21 @@ def help_text(
     lines += _groups(files, folders)
     lines += ["", "Keys of these options: change one with key=value", ""]
     lines += _keys(values, files)
-    more = "--cfg job prints the config, --multirun runs several (docs/training.md), --version the version."
-    return "\n".join([*lines, "", more, ""])
+    return "\n".join([*lines, "", *_FLAGS, ""])
+
+
+def version_line() -> str:
+    """The answer to ``--version``."""
+    return f"mllm-protector {version('mllm-protector')}\n"
+
+
+def missing_extra(module: str | None) -> str | None:
+    """Advice for a module that is not installed, if an optional part of this package brings it."""
+    for requirement in requires("mllm-protector") or ():
+        found = re.match(r"([\w-]+).*; extra == .(\w+).$", requirement)
+        if found and found[1].replace("-", "_") == module:
+            return f"{module} is not installed; it comes with: pip install 'mllm-protector[{found[2]}]'"
+    return None
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,6 +101,7 @@ def suggestion(key: str, known: Iterable[str] = ()) -> str:
         if path.parent.name != "accelerate"
         for word in re.findall(r"^\s*(\w+):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     }
+    words.update(part for each in known for part in each.split("."))
     close = difflib.get_close_matches(name, sorted(words - {name}), n=1)
     return f" (did you mean {close[0]}?)" if close else "; --help lists the keys"
 
@@ -94,8 +117,9 @@ def _groups(files: Sequence[ConfigFile], folders: Sequence[Path]) -> Iterator[st
             ]
             name = f"{group}@{place}" if package else group
             yield _line(f"{name}={','.join(chosen) or default}", comment)
-            options = sorted(path for folder in folders for path in (folder / group).glob("*.yaml"))
-            yield from (_line(f"    {path.stem}", _first_sentence(path)) for path in options)
+            options = (path for folder in folders for path in (folder / group).glob("*.yaml"))
+            for path in sorted(options, key=lambda each: each.stem):
+                yield _line(f"    {path.stem}", _first_sentence(path))
 
 
 def _keys(values: Mapping[str, Any], files: Sequence[ConfigFile]) -> Iterator[str]:

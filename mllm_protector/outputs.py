@@ -25,7 +25,7 @@ CONFIG = "config.yaml"
 _MODEL = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
 """What ``save_pretrained`` writes for a model, its tokenizer and its processor."""
 _TRAINING = (*_MODEL, "metrics.jsonl", "last", "checkpoints")
-_PART = (*_TRAINING, "README.md", CONFIG, "data_report.*", "wandb", "wandb_run_id.txt")
+_PART = (*_TRAINING, "training.png", "README.md", CONFIG, "data_report.*", "wandb", "wandb_run_id.txt")
 
 WRITES: Mapping[str, tuple[str, ...]] = {
     "train_detector": _PART,
@@ -40,6 +40,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     ),
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
     "measure_latency": ("latency.json", "latency.md"),
+    "measure_streaming": ("streaming.json", "streaming.csv", "streaming.md"),
     "list_questions": ("questions.jsonl",),
     "compare": ("compare.*",),
     "prepare_data": ("data_report.*", "train.jsonl", "validation.jsonl"),

@@ -3,4 +3,4 @@
 from mllm_protector.config import launch
 
 if __name__ == "__main__":
-    launch(__doc__, "speed.run.run_benchmark")
+    launch(__doc__, "speed.run.run_benchmark", config="benchmark")

@@ -1,6 +1,6 @@
 """Choose a detector's threshold: ``python scripts/calibrate_detector.py [key=value ...]``, see ``--help``."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.training.recalibration.calibrate_detector")
+    run_script("calibrate_detector")

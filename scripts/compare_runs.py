@@ -1,6 +1,6 @@
 """Compare runs: ``python scripts/compare_runs.py runs=[outputs/a,outputs/b]``, ``--help`` for the keys."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.reporting.compare.compare")
+    run_script("compare_runs")

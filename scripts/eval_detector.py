@@ -1,10 +1,6 @@
 """Measure a saved detector: ``python scripts/eval_detector.py [key=value ...]``, ``--help`` for the keys."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(
-        __doc__,
-        "mllm_protector.evaluation.detector.eval_detector",
-        "mllm_protector.reporting.parts.report_detector",
-    )
+    run_script("eval_detector")

@@ -1,6 +1,6 @@
 """Measure a guard on MM-SafetyBench: ``python scripts/eval_mmsafety.py [key=value ...]`` (``--help``)."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.evaluation.run.evaluate", "mllm_protector.reporting.report.report")
+    run_script("eval_mmsafety")

@@ -1,6 +1,6 @@
 """Let a model write training pairs: ``python scripts/generate_pairs.py [key=value ...]`` (``--help``)."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.generation.run.generate_pairs")
+    run_script("generate_pairs")

@@ -1,6 +1,6 @@
 """List the questions of benchmarks with ids: ``python scripts/list_questions.py benchmark=[mmsafety]``."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.evaluation.items.list_questions")
+    run_script("list_questions")

@@ -1,10 +1,6 @@
 """Time what a guard adds to an answer: ``python scripts/measure_latency.py [key=value ...]``, ``--help``."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(
-        __doc__,
-        "mllm_protector.evaluation.latency.measure_latency",
-        "mllm_protector.reporting.latency.report_latency",
-    )
+    run_script("measure_latency")

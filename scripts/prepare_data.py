@@ -1,6 +1,6 @@
 """Say what a training would learn from: ``python scripts/prepare_data.py data=... [key=value ...]``."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.data.preparation.prepare_data")
+    run_script("prepare_data")

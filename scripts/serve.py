@@ -1,6 +1,6 @@
 """Guard a served model: ``python scripts/serve.py [url=http://...] [key=value ...]``, ``--help``."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.serving.serve.serve")
+    run_script("serve")

@@ -1,6 +1,6 @@
 """Train the harm detector: ``python scripts/train_detector.py [key=value ...]``, ``--help`` for the keys."""
 
-from mllm_protector.config import launch
+from mllm_protector.commands import run_script
 
 if __name__ == "__main__":
-    launch(__doc__, "mllm_protector.training.detector.train_detector")
+    run_script("train_detector")

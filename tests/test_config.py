@@ -20,17 +20,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from mllm_protector.calls import check_call, construct
+from mllm_protector.commands import COMMANDS
 from mllm_protector.config import CONFIGS, build, clear_errors
 from mllm_protector.errors import InputError, RunError, Stop
 from mllm_protector.helping import flat
 from mllm_protector.outputs import WITHOUT_INFLUENCE, claim_output_dir
+from mllm_protector.serving.settings import UpstreamSettings
 from mllm_protector.training import settings
 from mllm_protector.training.settings import FitConfig
 
-SCRIPTS = {path.stem: path for path in sorted((CONFIGS.parent / "scripts").glob("*.py"))}
+TARGETS = {command.config: command.target for command in COMMANDS.values()}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    name: pydoc.locate(re.findall(r'"((?:mllm_protector|speed)\.[\w.]+)"', path.read_text())[0])  # type: ignore[misc]
-    for name, path in SCRIPTS.items()
+    name: pydoc.locate(target)  # type: ignore[misc]
+    for name, target in {**TARGETS, "benchmark": "speed.run.run_benchmark"}.items()
 }
 """A script's name -> the function that it calls."""
 WITH_EXPERIMENTS = ("train_detector", "train_detoxifier", "eval_mmsafety")
@@ -96,7 +98,8 @@ def test_every_option_binds_to_its_constructor() -> None:
         arguments = build(filled_in(composed(root, *inside, f"{group}={option}")), FUNCTIONS[root])
         for value in (*arguments.values(), *arguments.get("judges", {}).values()):
             if isinstance(value, functools.partial):
-                inspect.signature(value.func).bind(*value.args, **value.keywords)
+                later = {"url": "http://127.0.0.1:1/v1"} if value.func is UpstreamSettings else {}
+                inspect.signature(value.func).bind(*value.args, **value.keywords, **later)
 
 
 def test_every_yaml_is_reached_by_those_tests() -> None:
@@ -169,7 +172,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *overrides: str, root: str = "
     return line.removeprefix("error: ")
 
 
-NOT_OURS = "not a constructor of mllm_protector; no others are allowed"
+NOT_OURS = "not a constructor of mllm_protector, and no installed package declares it"
 MISTAKES = {
     "train_detector": {
         "nope=1": "nope: unknown config key",
@@ -291,6 +294,21 @@ def test_what_a_user_can_cause_is_one_line_and_an_exit_code(capsys: pytest.Captu
         _ = 1 / 0
 
 
+def test_a_module_of_an_extra_is_named_with_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = ["tqdm>=4", 'starlette>=0.45; extra == "serve"', 'prometheus-client>=0.20; extra == "serve"']
+    monkeypatch.setattr("mllm_protector.helping.requires", lambda name: needed)
+    with pytest.raises(SystemExit) as stopped, clear_errors():
+        raise ModuleNotFoundError(name="prometheus_client")
+    assert stopped.value.code == 1
+    line = "error: prometheus_client is not installed; it comes with: pip install 'mllm-protector[serve]'\n"
+    assert capsys.readouterr().err == line
+    for other in ("tqdm", "mllm_protector.nope"):  # a broken installation, or a fault of ours
+        with pytest.raises(ModuleNotFoundError), clear_errors():
+            raise ModuleNotFoundError(name=other)
+
+
 def claimed(folder: Path, *overrides: str, trained: bool = True) -> DictConfig:
     """A training in this folder, up to its weights or only to its first step."""
     cfg = composed("train_detector", f"output_dir={folder}", *overrides)
@@ -372,7 +390,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     """What ``prepare_data.py`` says to a command line that it cannot follow."""
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *given])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(SCRIPTS["prepare_data"]), run_name="__main__")
+        runpy.run_path(str(CONFIGS.parent / "scripts" / "prepare_data.py"), run_name="__main__")
     assert stopped.value.code == 2
     return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
 

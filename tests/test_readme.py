@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mllm_protector.calls import check_call
-from mllm_protector.config import as_hydra_reads
+from mllm_protector.command_line import quoted
+from mllm_protector.commands import COMMANDS
 from mllm_protector.errors import InputError
 from mllm_protector.models.detector import HarmDetector
 from mllm_protector.models.detoxifier import Detoxifier
@@ -106,15 +107,19 @@ def test_every_command_of_the_docs_is_accepted_by_its_script() -> None:
     for page in pages:
         blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
         text = "".join(blocks).replace("\\\n", " ")
-        for name, arguments in re.findall(r"scripts/(\w+)\.py([^\n`#|]*)", text):
-            overrides = [each for each in shlex.split(arguments) if "=" in each and "..." not in each]
-            if name not in FUNCTIONS or not overrides or "my_set" in arguments:
-                continue  # my_set is an option that the reader writes
+        typed = re.findall(r"scripts/(\w+)\.py([^\n`#|]*)", text)
+        commands = re.findall(r"mllm[-_]protector ([a-z][\w-]*)(?![\w=-])([^\n`#|]*)", text)
+        for name, arguments in [*typed, *((COMMANDS[name].config, rest) for name, rest in commands)]:
+            overrides = [
+                each
+                for each in shlex.split(arguments)
+                if "=" in each and "..." not in each and each[0] != "-"
+            ]
+            if name not in FUNCTIONS or not overrides or "my_set" in arguments or "local=mine" in arguments:
+                continue  # my_set and local=mine are options that the reader writes
             found += 1
             try:
-                content = OmegaConf.to_container(
-                    filled_in(composed(name, *as_hydra_reads(overrides))), resolve=True
-                )
+                content = OmegaConf.to_container(filled_in(composed(name, *quoted(overrides))), resolve=True)
                 check_call("", FUNCTIONS[name], content)  # type: ignore[arg-type]
             except (HydraException, OmegaConfBaseException, InputError, KeyError) as error:
                 raise AssertionError(f"{page.name}: {name}.py{arguments}: {error}") from error

@@ -102,8 +102,9 @@ def test_a_training_reports_its_data_progress_and_result_and_writes_weights_metr
         assert [row["kind"] for row in map(json.loads, lines)] == ["train", "validation"]
         said = read(home / "said.json")[f"train_{part}"]
         assert "data: toy data: read 1,200 = kept 1,200" in said
-        assert "step 1 of 4: loss " in said
+        assert "training: step 1 of 4, " in said
         assert "step 4 of 4: validation " in said
+        assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
         assert f"written: outputs/{part} " in said
 
 

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 from rapidfuzz.fuzz import partial_ratio_alignment
 from rensa import RMinHash
-from tqdm import tqdm
 
 from mllm_protector.data.queries import digest, query_key, words
 from mllm_protector.data.table import in_batches
 from mllm_protector.errors import InputError
+from mllm_protector.progress import Progress, followed
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 THRESHOLD = 0.85
@@ -115,8 +115,7 @@ def near_duplicates(texts: Sequence[str], *, threshold: float) -> NDArray[np.int
     def words_of(row: int) -> list[str]:
         return words(texts[row])
 
-    progress = tqdm(texts, desc="comparing texts", unit="text", disable=None)
-    for row, text in enumerate(progress):
+    for row, text in enumerate(followed(texts, "comparing texts", "text")):
         others = equal[proposals[row]]
         if equal[row] != row or not (others := others[others != row]).size:
             continue
@@ -137,7 +136,7 @@ def _read(texts: Sequence[str]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """
     bands, digests = np.empty((_BANDS, len(texts)), np.uint32), np.empty(len(texts), np.uint64)
     start = 0
-    with tqdm(total=len(texts), desc="reading texts", unit="text", disable=None) as bar:
+    with Progress("reading texts", "text", len(texts)) as bar:
         for batch in in_batches(texts):
             rows, end = list(map(words, batch)), start + len(batch)
             pairs = list(map(_word_pairs, rows))

@@ -18,7 +18,6 @@ import transformers
 from datasets import List
 from numpy.typing import NDArray
 from pyarrow.compute import list_value_length
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import prompts
@@ -36,6 +35,7 @@ from mllm_protector.data.table import (
 )
 from mllm_protector.errors import InputError
 from mllm_protector.files import content_key, file_digest
+from mllm_protector.progress import Progress
 from mllm_protector.records import LabelledAnswer
 
 log = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def lengths_digest(lengths: Sequence[int]) -> str:
 
 
 def _encoded(encoder: Encoder[R_contra, E], records: Iterable[R_contra]) -> Iterator[E]:
-    with tqdm(desc="tokenising", unit="row", disable=None) as bar:
+    with Progress("tokenising", "row") as bar:
         for some in in_batches(records):
             yield from encoder.encode_records(some)
             bar.update(len(some))

@@ -144,7 +144,7 @@ class JoinedPrompt:
         Raises:
             InputError: not even one token of each text fits, or the pad id occurs in a text.
         """
-        pairs = zip(_token_texts(self.tokenizer, queries), _token_texts(self.tokenizer, answers), strict=True)
+        pairs = zip(token_texts(self.tokenizer, queries), token_texts(self.tokenizer, answers), strict=True)
         return (self._windows(query, answer, window, overlap) for query, answer in pairs)
 
     def _windows(
@@ -177,7 +177,7 @@ def fill(prompt: str, query: str, answer: str) -> str:
     return "".join(literal + texts[field] for literal, field in prompts.pieces(prompt))
 
 
-def _token_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[str]]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[str]]:
     """Users' texts, each cut at the borders of its tokens: joined again, the pieces are the text.
 
     Of a character that takes several tokens, the last one has it and the others are empty.

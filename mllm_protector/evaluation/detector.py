@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from mllm_protector.data.mixture import Mixture
@@ -121,7 +122,7 @@ def eval_detector(
     scorer = load_detector(expand(detector), base=base, device=device)
     group_of = {} if group_file in (None, SCENARIO) else read_groups(expand(group_file))
     sources = data.sources if isinstance(data, Mixture) else {None: data}
-    loaded = [_load(name, source, split, group_of, group_file) for name, source in sources.items()]
+    loaded = [load_set(name, source, split, group_of, group_file) for name, source in sources.items()]
 
     log.info("teaching the baseline")
     trained = taught_as(scorer.guard, expand(detector), [each.splits for each in loaded], baseline_data)
@@ -138,7 +139,7 @@ def eval_detector(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Set:
+class MeasuredSet:
     """Answers to measure on; ``groups`` are theirs, or ``None`` each."""
 
     name: str | None
@@ -149,9 +150,14 @@ class _Set:
     groups: Sequence[str | None]
 
 
-def _load(
-    name: str | None, source: Source, split: Split, group_of: Mapping[str, str], group_file: str | None
-) -> _Set:
+def load_set(
+    name: str | None,
+    source: Source,
+    split: Split,
+    group_of: Mapping[str, str] = MappingProxyType({}),
+    group_file: str | None = None,
+) -> MeasuredSet:
+    """Load what a detector is measured on; arguments and errors as of ``eval_detector``."""
     splits = source.load()
     log.info("data: %s", splits.account)
     if split == "auto":
@@ -165,13 +171,13 @@ def _load(
     if group_file is not None and not any(groups):
         lacks = "the data have none" if group_file == SCENARIO else "has none of the queries of the data"
         raise InputError(f"{group_file}: {lacks}")
-    return _Set(name=name, splits=splits, split=split, records=records, answers=answers, groups=groups)
+    return MeasuredSet(name=name, splits=splits, split=split, records=records, answers=answers, groups=groups)
 
 
 def _measure(
     scorer: HarmDetector,
     detector: str,
-    measured: _Set,
+    measured: MeasuredSet,
     trained: Taught | str,
     folder: Path,
     *,
@@ -180,7 +186,7 @@ def _measure(
 ) -> MeasuredDetector:
     """Score one set; ``trained`` is the baseline, or why there is none."""
     answers, groups = measured.answers, measured.groups
-    notes = _notes(scorer, measured.splits, measured.split)
+    notes = notes_of(scorer, measured.splits, measured.split)
     baselines = compared(trained, answers, notes)
     for note in notes:
         log.warning("%s", note)
@@ -249,7 +255,7 @@ def _measure(
     )
 
 
-def _notes(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]:
+def notes_of(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]:
     """Whether the detector has seen these answers, as its own file says."""
     trained, notes = scorer.guard.data, []
     same_split = trained.get("fingerprint") == splits.fingerprint

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mllm_protector.data.sources import Source
 from mllm_protector.data.tokens import encode_texts
@@ -18,6 +17,7 @@ from mllm_protector.evaluation.timing import in_milliseconds
 from mllm_protector.files import expand, write_json, writing
 from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.models.shared import load_parts
+from mllm_protector.progress import followed
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import labelled_answers
 
@@ -119,7 +119,7 @@ def _of_length(detector: HarmDetector, records: Sequence[Pair], length: int, cou
 
 def _timed(arm: str, length: int, run: Callable[[str, str], None], rows: Sequence[Pair]) -> list[Measurement]:
     seconds = []
-    for query, answer in tqdm(rows, desc=f"{arm}, {length} tokens", unit="answer", disable=None):
+    for query, answer in followed(rows, f"{arm}, {length} tokens", "answer"):
         begun = time.perf_counter()
         run(query, answer)
         seconds.append(time.perf_counter() - begun)

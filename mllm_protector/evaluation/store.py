@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from mllm_protector.errors import InputError, RecordError, RunError
+from mllm_protector.progress import Progress, short
 from mllm_protector.reading import text_field
 from mllm_protector.rows import parse_json_line
 
@@ -195,9 +194,7 @@ def fill(
     for key, item in wanted:
         items.setdefault(key, item)
     missing = [key for key in items if key not in store]
-    with tqdm(
-        total=len(items), initial=len(items) - len(missing), desc=title, unit="row", disable=None
-    ) as bar:
+    with Progress(title, "row", len(items), done=len(items) - len(missing)) as bar:
         for first in range(0, len(missing), batch_size):
             keys = missing[first : first + batch_size]
             rows = work([items[key] for key in keys])
@@ -211,7 +208,7 @@ def fill(
     line = f"{title}: {done.rows:,} rows, {done.rows - done.new:,} already there"
     if done.new:
         rate = done.new / max(seconds, 1e-9)
-        line += f", {done.new:,} new in {_short(seconds)} s ({_short(rate)}/s)"
+        line += f", {done.new:,} new in {short(seconds)} s ({short(rate)}/s)"
     if done.failed:
         shown = [f"{count:,} x {reason}" for reason, count in reasons.most_common(REASONS_SHOWN)]
         shown += ["and others"] if len(reasons) > REASONS_SHOWN else []
@@ -228,7 +225,3 @@ def _count_failures(title: str, rows: Sequence[Mapping[str, Any]], reasons: Coun
             if reason not in reasons and len(reasons) < REASONS_SHOWN:
                 log.warning("%s: %s: %s", title, row.get("question", "a row"), row[FAILED])
             reasons[reason] += 1
-
-
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"

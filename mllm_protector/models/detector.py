@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from mllm_protector import normalisation
 from mllm_protector.arguments import require_texts
@@ -28,6 +27,7 @@ from mllm_protector.models.backbone import Backbone, inference, pick_device, to_
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.parts import adapter_weights, add_adapter, part_backbone, save_part
 from mllm_protector.models.probe import load_probe
+from mllm_protector.progress import Progress
 from mllm_protector.protocols import Card
 from mllm_protector.records import LabelledAnswer
 
@@ -111,7 +111,7 @@ def logits_of(detector: HarmDetector, records: Sequence[LabelledAnswer]) -> list
         RunError: one is not a number.
     """
     logits: list[float] = []
-    with tqdm(total=len(records), desc="scoring", unit="answer", disable=None) as bar:
+    with Progress("scoring", "answer", len(records)) as bar:
         for start in range(0, len(records), AT_ONCE):
             part = records[start : start + AT_ONCE]
             logits += detector.logits(

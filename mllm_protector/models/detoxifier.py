@@ -80,7 +80,7 @@ class Detoxifier:
         prompts = self.encoder.encode(queries=queries, answers=answers, reserve=self.max_new_tokens)
         if cut := self.encoder.truncated - before:
             log.warning("%d of %d answers were too long: their head and tail were read", cut, len(prompts))
-        seeds = [_seed(*row, attempt) for row in zip(queries, answers, strict=True)]
+        seeds = [seed_of(*row, attempt) for row in zip(queries, answers, strict=True)]
         texts = [""] * len(prompts)
         with inference(self.model):
             for chosen in by_length([len(ids) for ids in prompts], MicroBatchLimit(examples=self.batch_size)):
@@ -136,7 +136,8 @@ class NucleusSampling(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(-1, order.gather(-1, place), 0.0)
 
 
-def _seed(query: str, answer: str, attempt: int) -> int:
+def seed_of(query: str, answer: str, attempt: int) -> int:
+    """The seed of a row's sampled attempt: 256 bits."""
     content = json.dumps([query, answer, attempt])  # escapes what is not Unicode, such as half surrogates
     return int.from_bytes(hashlib.sha256(content.encode()).digest())
 

@@ -20,12 +20,20 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData
 
+from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import fill, special_affixes
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import write_text
-from mllm_protector.models.detector import HarmDetector, detector_encoder, load_classifier, load_detector
+from mllm_protector.models.detector import (
+    HarmDetector,
+    detector_encoder,
+    load_classifier,
+    load_detector,
+    score_logits,
+)
 from mllm_protector.models.guard_file import FILE_NAME, GuardFile, Scale, loaded_files, read_guard_file
+from mllm_protector.models.known import KnownAnswer
 from mllm_protector.models.parts import adapter_weights, part_backbone, save_part
 
 log = logging.getLogger(__name__)
@@ -36,6 +44,9 @@ PROBES = (
     ("Why?", "Because it is so. Ask a baker, twice if need be!"),
 )
 """Ordinary pairs, on which two ways to the same score are compared."""
+
+KNOWN = (*PROBES, ("What is in the picture?", 20 * "A red square. "))
+"""What a server of the export is asked, to compare its logits (see ``known``)."""
 
 CARD = "README.md"
 
@@ -96,6 +107,7 @@ def export_detector(
         tuning="full",
         temperature=left.temperature,
         offset=left.offset,
+        known=known_answers(model, trained.encoder, guard.window),
         base={"name": _public_name(guard.base["name"]), "revision": guard.base.get("revision")},
     )
     save_part(model, tokenizer, whole, folder)
@@ -142,6 +154,17 @@ def model_card(guard: GuardFile, encoder: DetectorEncoder, *, plain_text: bool) 
         facts=_fenced(json.dumps(facts, indent=2, ensure_ascii=False), "json"),
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def known_answers(model: torch.nn.Module, encoder: DetectorEncoder, window: int | None) -> list[KnownAnswer]:
+    """``KNOWN`` with the ids of each pair (the first window) and their logit."""
+    queries, answers = zip(*KNOWN, strict=True)
+    rows = [each[0] for each in encoder.windows(queries=queries, answers=answers, window=window)]
+    logits = score_logits(model, encoder, rows, limit=MicroBatchLimit(examples=1))
+    return [
+        KnownAnswer(query=query, answer=answer, ids=ids, logit=logit)
+        for (query, answer), ids, logit in zip(KNOWN, rows, logits, strict=True)
+    ]
 
 
 def renders_alike(encoder: DetectorEncoder) -> bool:

@@ -26,6 +26,7 @@ from mllm_protector import prompts
 from mllm_protector.errors import InputError
 from mllm_protector.files import file_digest, read_json, write_json
 from mllm_protector.models.backbone import Backbone
+from mllm_protector.models.known import KnownAnswer
 from mllm_protector.models.tuning import Quantization, TuningKind
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ LOADED = (
 
 MEASURED = (
     *("threshold", "threshold_how", "group_thresholds", "temperature", "offset", "calibration"),
-    *("metrics", "versions", "weights", "files", "prompt_sha256", "base_fingerprint", "pretrained"),
+    *("metrics", "versions", "weights", "files", "prompt_sha256", "base_fingerprint", "pretrained", "known"),
 )
 """What is only known when a part is saved, or is no setting of a training."""
 
@@ -128,6 +129,7 @@ class GuardFile:
         metrics: of exactly these weights on the validation split.
         weights: file name to sha256.
         files: the same for configuration and tokenizer; empty in a file of an earlier release.
+        known: of an exported detector; the file of any other part has no such key.
     """
 
     kind: Kind
@@ -152,6 +154,7 @@ class GuardFile:
     versions: dict[str, str]
     weights: dict[str, Hash] = field(default_factory=dict)
     files: dict[str, Hash] = field(default_factory=dict)
+    known: list[KnownAnswer] = field(default_factory=list)
     prompt_sha256: str = ""
     schema: Annotated[int, Field(ge=UNHASHED, le=SCHEMA)] = SCHEMA
     harm_convention: Annotated[str, Field(pattern="^positive logit = harmful;")] = HARM_CONVENTION
@@ -197,11 +200,15 @@ class GuardFile:
             "schema": SCHEMA,
             "harm_convention": HARM_CONVENTION,
         }
-        write_json(folder / FILE_NAME, content)
+        write_json(
+            folder / FILE_NAME, {name: content[name] for name in content if name != "known" or self.known}
+        )
 
 
-def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
+def read_guard_file(folder: Path, kind: Kind, *, served: bool = False) -> GuardFile:
     """Read and check ``guard.json``; what a user must know of an intact part is logged, once per folder.
+
+    The weights of a part that is ``served`` elsewhere are not looked for.
 
     Raises:
         InputError: no such folder or file, another kind or schema, an impossible value, an edited prompt, or
@@ -217,7 +224,7 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
         raise InputError(f"{path}: not of schema {SCHEMA}; it was written by another release")
     if content.get("kind") != kind:
         raise InputError(f"{folder}: holds a {content.get('kind')}, but a {kind} is wanted")
-    missing = [each.name for each in fields(GuardFile) if each.name not in content]
+    missing = [each.name for each in fields(GuardFile) if each.name not in (*content, "known")]
     if content["schema"] == SCHEMA and missing:
         raise InputError(f"{path}: {missing[0]} is missing; copy the file again or retrain")
     prompt = content.get("prompt")
@@ -232,7 +239,7 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
         problem = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
         problem = f"{key} is missing" if first["type"] == "missing" else f"{key}={value}: {problem}"
         raise InputError(f"{path}: {problem}; copy the file again or retrain") from None
-    _require_whole(guard, folder)
+    _require_whole(guard, folder, served)
     if guard.group_thresholds:
         instead = f"threshold={guard.threshold} holds for all answers"
         _warn_once(f"{folder}: its group_thresholds are no longer used; {instead}")
@@ -241,7 +248,7 @@ def read_guard_file(folder: Path, kind: Kind) -> GuardFile:
     return guard
 
 
-def _require_whole(guard: GuardFile, folder: Path) -> None:
+def _require_whole(guard: GuardFile, folder: Path, served: bool) -> None:
     """Refuse a folder whose files are not those that its ``guard.json`` was written for."""
     path = folder / FILE_NAME
     if guard.kind == "detector" and guard.threshold is None:
@@ -251,7 +258,7 @@ def _require_whole(guard: GuardFile, folder: Path) -> None:
     held = {"lora": ADAPTER_FILES[1], "probe": PROBE_FILE}
     if any((name in guard.weights) != (guard.tuning == tuning) for tuning, name in held.items()):
         raise InputError(f"{path}: tuning={guard.tuning} does not fit {', '.join(guard.weights)}")
-    found, wanted = weight_hashes(folder), guard.weights
+    found, wanted = ({}, {}) if served else (weight_hashes(folder), guard.weights)
     if guard.schema == SCHEMA or guard.files:
         found, wanted = found | _hashes(folder, LOADED), wanted | guard.files
     else:

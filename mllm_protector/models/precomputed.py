@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import EncodedAnswer, padded
@@ -30,6 +29,7 @@ from mllm_protector.files import content_key
 from mllm_protector.models.backbone import inference, pick_device, to_device
 from mllm_protector.models.packing import body, pretrained
 from mllm_protector.models.tuning import blocks_of
+from mllm_protector.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def precompute(
         states = np.lib.format.open_memmap(folder / FILE, "w+", np.float32, (tokens, width))
         starts = np.cumsum([0, *map(len, different)])
         model.to(pick_device())
-        with tqdm(total=tokens, desc="frozen blocks", unit="token", disable=None) as bar, inference(model):
+        with Progress("frozen blocks", "token", tokens) as bar, inference(model):
             for chosen in by_length([len(row) for row in different], limit):
                 batch = padded([different[index] for index in chosen], pad_id, side="right")
                 entered = _entering(model, stack[len(stack) - blocks], to_device(batch, model))

@@ -1,20 +1,14 @@
-"""Plots: rates by scenario, the trade-off over thresholds, the effect of images, and a detector's curves.
+"""Plots: rates by scenario, the trade-off over thresholds, the effect of images, and a detector's curves."""
 
-The same numbers give the same bytes. A name is never read as a formula, and letters are drawn as outlines, so
-that a plot looks the same everywhere.
-"""
-
-import io
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from textwrap import fill, shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mllm_protector.drawing import COLOURS, INK, MARKERS, as_png, as_svg, empty_figure, frame, style
 from mllm_protector.evaluation.statistics import share_limits
 from mllm_protector.metrics import calibration_bins
 from mllm_protector.reporting.pivots import Pivot, pivot
@@ -24,10 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart; grey first, for no guard."""
-
-MARKERS, INK = ("o", "s", "^", "D", "v", "P"), "#333333"
 WIDTH = 5.2
 """Inches, so that letters can still be read where a phone shows all of it."""
 
@@ -39,23 +29,21 @@ def asr_plot(result: Mapping[str, Any]) -> bytes:
     """``asr.png``: the bars of the first benchmark by the first judge."""
     name, judge = next(iter(result["benchmarks"])), next(iter(result["judges"]), "")
     note = result["judges"][judge]["note"] if judge else None
-    out = io.BytesIO()
-    with _style():
+    with style():
         figure = _bars(pivot(result, name), name, judge, 8, [*([note] if note else []), *result["notes"]])
-        figure.savefig(out, format="png", dpi=150)
-    return out.getvalue()
+        return as_png(figure)
 
 
 def plots(data: Pivot, name: str, thresholds: Mapping[str, float]) -> dict[str, bytes]:
     """Every plot of a benchmark by its first judge: title -> SVG; ``thresholds`` are those of the arms."""
     judge = next(iter(data.judges), "")
-    with _style():
+    with style():
         figures = {
             "Attack success rate by scenario": _bars(data, name, judge, WIDTH),
             "Attack success and harmless answers flagged": _trade_off(data, judge, thresholds),
             "Effect of the image on the attack success rate": _image_effect(data, judge),
         }
-        return {title: _svg(figure) for title, figure in figures.items() if figure is not None}
+        return {title: as_svg(figure) for title, figure in figures.items() if figure is not None}
 
 
 def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, marks: Marks) -> dict[str, bytes]:
@@ -71,19 +59,19 @@ def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, mark
     points = {name: mark[1:] for name, mark in marks.items()}
     chance = [float(np.mean(labels))] * 2
     steps = {"drawstyle": "steps-post"}
-    with _style():
+    with style():
         figures = {
             "ROC curve": _square("false positive rate", "recall", [0, 1], roc, rates),
             "Precision and recall": _square("recall", "precision", chance, recalls, points, **steps),
             "Reliability": _reliability(labels, {**scores, **uncalibrated}),
         }
-        return {title: _svg(figure) for title, figure in figures.items()}
+        return {title: as_svg(figure) for title, figure in figures.items()}
 
 
 def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, float]]) -> bytes:
     """A row for each set: the detector's F1 with its interval among those of published guards, as SVG."""
-    with _style():
-        figure = _figure(WIDTH, 1.6 + 0.42 * len(own))
+    with style():
+        figure = empty_figure(WIDTH, 1.6 + 0.42 * len(own))
         axes = figure.add_subplot()
         known = [(n, value) for n, name in enumerate(own) for value in published.get(name, {}).values()]
         if known:
@@ -93,9 +81,9 @@ def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, f
         _errorbars(axes, shares, [*range(len(own))], 0, color=COLOURS[2], label="this detector")
         axes.set_yticks(range(len(own)), [_label(name) for name in own])
         axes.invert_yaxis()
-        _frame(axes, "F1 in %, with 95% intervals")
+        frame(axes, "F1 in %, with 95% intervals")
         _legend(figure, axes, "F1 at the detector's own threshold")
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str] = ()) -> "Figure":
@@ -105,7 +93,7 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
     for number, (group, scenarios) in enumerate(data.groups.items()):
         for metric, each in [*(("asr", scenario) for scenario in scenarios), ("macro_asr", group)]:
             lines.append((len(lines) + number / 2, metric, each))
-    figure = _figure(width, 2 + 0.1 * len(lines) * (len(data.arms) + 1))
+    figure = empty_figure(width, 2 + 0.1 * len(lines) * (len(data.arms) + 1))
     axes = figure.add_subplot()
     thickness = 0.8 / max(1, len(data.arms))
     for number, arm in enumerate(data.arms):
@@ -130,7 +118,7 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
     axes.set_ylim(max((place for place, _, _ in lines), default=0.0) + 0.6, -0.6)
     axes.set_xlim(0, 107)
     axes.set_xticks(range(0, 101, 20))
-    _frame(axes, "attack success rate in % with its 95% interval")
+    frame(axes, "attack success rate in % with its 95% interval")
     shown = f"{_label(name)}; judge: {_label(data.judge(judge), 60)}; questions: {_label(in_words(variant))}"
     _legend(figure, axes, f"Attack success rate by scenario, lower is better\n{shown}")
     figure.supxlabel("\n".join(fill(showable(note), 140) for note in notes), fontsize=6.5, color=INK)
@@ -143,7 +131,7 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
     points = [row for row in data.select(metric="threshold_asr", judge=judge) if row["group"] in flagged]
     if not points:
         return None
-    figure = _figure(WIDTH, 4.2)
+    figure = empty_figure(WIDTH, 4.2)
     axes = figure.add_subplot()
     thresholds = np.array([float(point["group"]) for point in points])
     across = [100 * flagged[point["group"]] for point in points]
@@ -162,7 +150,7 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     lower = "in %, lower is better"
-    _frame(axes, f"harmless answers flagged {lower}", f"attack success rate {lower}")
+    frame(axes, f"harmless answers flagged {lower}", f"attack success rate {lower}")
     _legend(figure, axes, "Costs and benefits of a threshold")
     return figure
 
@@ -174,7 +162,7 @@ def _image_effect(data: Pivot, judge: str) -> "Figure | None":
     if not groups:
         return None
     variants, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "arm"))
-    figure = _figure(WIDTH, 1.5 + len(groups) * (0.5 + 0.12 * len(variants) * (len(arms) + 1)))
+    figure = empty_figure(WIDTH, 1.5 + len(groups) * (0.5 + 0.12 * len(variants) * (len(arms) + 1)))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     for axes, group in zip(panels, groups, strict=True):
         for number, arm in enumerate(arms):
@@ -187,7 +175,7 @@ def _image_effect(data: Pivot, judge: str) -> "Figure | None":
         axes.set_yticks(range(len(variants)), [_label(in_words(variant)) for variant in variants])
         axes.set_ylim(len(variants) - 0.5, -0.5)
         axes.set_title(_label(group, 60), fontsize=8, loc="left")
-        _frame(axes)
+        frame(axes)
     panels[-1].set_xlabel("percentage points, with 95% intervals")
     _legend(figure, panels[0], "Attack success rate with an image minus that of the same questions as text")
     return figure
@@ -197,7 +185,7 @@ def _square(
     across: str, up: str, reference: Sequence[float], lines: Mapping[str, Any], marks: Marks, **look: Any
 ) -> "Figure":
     """Lines in the unit square, with a dotted reference and the thresholds in use as marks."""
-    figure = _figure(4.4, 4.4)
+    figure = empty_figure(4.4, 4.4)
     axes = figure.add_subplot()
     axes.plot([0, 1], reference, color="#bbbbbb", linewidth=1, linestyle=":")
     for number, (name, (xs, ys)) in enumerate(lines.items()):
@@ -210,7 +198,7 @@ def _square(
     axes.set_xlim(-0.02, 1.02)  # a line on the edge can be seen
     axes.set_ylim(-0.02, 1.02)
     axes.set_aspect("equal")
-    _frame(axes, across, up)
+    frame(axes, across, up)
     title = "the mark is the threshold in use" if marks else "bars: 95% intervals if answers were independent"
     _legend(figure, axes, title)
     return figure
@@ -230,31 +218,6 @@ def _reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
     low, high = share_limits(counts[:, 0], counts[:, 1])
     figure.axes[0].vlines(lines[first][0], low, high, color=COLOURS[2], linewidth=0.9)
     return figure
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """How plots look; figures are made and written within it."""
-    import matplotlib
-
-    settings = {"font.size": 8, "text.parse_math": False, "svg.hashsalt": "mllm_protector"}
-    with matplotlib.rc_context({**settings, "svg.fonttype": "path"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # drawn as an empty box
-        yield
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """An empty figure in inches; pyplot, which keeps figures and wants a screen, is left alone."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: "Figure") -> bytes:
-    """The figure as an SVG file without a date."""
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
 
 
 def _legend(figure: "Figure", axes: "Axes", title: str) -> None:
@@ -289,11 +252,3 @@ def _errorbars(
     value, low, high = shares
     reach = np.maximum(0.0, [value - low, high - value])
     axes.errorbar(value, at, xerr=reach, fmt=MARKERS[number % len(MARKERS)], capsize=2, **look)
-
-
-def _frame(axes: "Axes", across: str = "", up: str = "") -> None:
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.grid(color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

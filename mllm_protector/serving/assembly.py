@@ -4,9 +4,10 @@ A stream is put together before anything of it is judged: a value of a tool call
 choices may be mixed. What is judged is what is released.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from mllm_protector.guard.windows import size_of
 from mllm_protector.serving.choices import COMPLETION_FIELDS, TEXT_FIELDS, Unreadable
 
 CHARACTERS = 4_000
@@ -28,6 +29,7 @@ class Assembly:
         self._top: dict[str, Any] = {}
         self._choices: dict[int, dict[str, Any]] = {}
         self._texts: dict[int, dict[str, list[str]]] = {}
+        self._sizes: dict[int, int] = {}
 
     @property
     def is_finished(self) -> bool:
@@ -61,13 +63,26 @@ class Assembly:
         for part in choices:
             self._add(part)
 
+    @property
+    def top(self) -> Mapping[str, Any]:
+        """What is not of one choice, such as the id."""
+        return self._top
+
+    @property
+    def sizes(self) -> Mapping[int, int]:
+        """The bytes of all texts of each choice so far, by its index."""
+        return self._sizes
+
+    def texts(self, index: int) -> dict[str, str]:
+        """The texts of a choice so far, by their field."""
+        return {name: "".join(pieces) for name, pieces in self._texts[index].items()}
+
     def completion(self) -> dict[str, Any]:
         """The whole as an answer that is no stream, choices in order."""
         choices = []
         for index in sorted(self._choices):
-            texts = {name: "".join(pieces) for name, pieces in self._texts[index].items()}
             choice = self._choices[index]
-            choices.append({**choice, "message": {**choice["message"], **texts}})
+            choices.append({**choice, "message": {**choice["message"], **self.texts(index)}})
         return {**self._top, "object": "chat.completion", "choices": choices}
 
     def _add(self, part: Any) -> None:
@@ -77,6 +92,7 @@ class Assembly:
         empty = {"index": index, "message": {"role": "assistant"}, "finish_reason": None}
         choice = self._choices.setdefault(index, empty)
         self._texts.setdefault(index, {})
+        self._sizes.setdefault(index, 0)
         for name in ("finish_reason", "stop_reason"):
             if part.get(name) is not None:
                 choice[name] = part[name]
@@ -89,29 +105,30 @@ class Assembly:
         for name in TEXT_FIELDS:
             if value := _text(name, delta.get(name)):
                 self._texts[index].setdefault(name, []).append(value)
+                self._sizes[index] += size_of(value)
         for call in _listed(delta.get("tool_calls")):
             _merge(_place(message.setdefault("tool_calls", []), call), call)
         if isinstance(delta.get("function_call"), dict):
             _merge(message.setdefault("function_call", {}), delta["function_call"])
 
 
-def chunks(completion: Mapping[str, Any], *, alone: bool, null: bool) -> Iterator[dict[str, Any]]:
+def chunks(
+    completion: Mapping[str, Any], *, alone: bool, null: bool, begun: Collection[int] = ()
+) -> Iterator[dict[str, Any]]:
     """A completion as chunks: role, texts, calls, finish; then its usage, in the shape of the upstream.
 
     Args:
         completion: what is released.
         alone: the usage is a chunk of its own, or else part of the last one.
         null: chunks before have an empty usage.
+        begun: the indices of choices whose beginning was released before.
     """
-    top = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
-    top["object"] = "chat.completion.chunk"
+    top = _top(completion, null)
     usage = completion.get("usage")
-    if null:
-        top["usage"] = None
     last = len(completion["choices"]) - 1
     for place, choice in enumerate(completion["choices"]):
         given = choice.get("logprobs")
-        for delta in _deltas(choice["message"]):
+        for delta in _deltas(choice["message"], choice.get("index") in begun):
             logprobs, given = (given, None) if "role" not in delta else (None, given)
             yield {**top, "choices": [_part(choice, delta, None, logprobs)]}
         end = {**top, "choices": [_part(choice, {}, choice.get("finish_reason"), given)]}
@@ -124,8 +141,22 @@ def chunks(completion: Mapping[str, Any], *, alone: bool, null: bool) -> Iterato
         yield {**top, "choices": [], "usage": usage}
 
 
-def _deltas(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    yield {"role": "assistant", "content": ""}
+def some_chunks(
+    top: Mapping[str, Any], index: int, texts: Mapping[str, str], *, null: bool, begun: bool
+) -> Iterator[dict[str, Any]]:
+    """More texts of one choice as chunks, in the middle of a stream; ``null`` as of ``chunks``."""
+    for delta in _deltas(texts, begun):
+        yield {**_top(top, null), "choices": [_part({"index": index}, delta, None, None)]}
+
+
+def _top(completion: Mapping[str, Any], null: bool) -> dict[str, Any]:
+    top = {name: value for name, value in completion.items() if name not in ("choices", "usage")}
+    return top | {"object": "chat.completion.chunk"} | ({"usage": None} if null else {})
+
+
+def _deltas(message: Mapping[str, Any], begun: bool) -> Iterator[dict[str, Any]]:
+    if not begun:
+        yield {"role": "assistant", "content": ""}
     for name in TEXT_FIELDS:
         value = message.get(name)
         if isinstance(value, str):

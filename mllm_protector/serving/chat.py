@@ -33,6 +33,7 @@ class ChatRequest:
     Attributes:
         body: what is sent to the upstream.
         model: the name of its model, or empty.
+        choices: how many answers are asked for.
         stream: whether the answer is a stream.
         structured: whether the answer must be JSON, which a replacement is not.
         query: the question as the guard reads it.
@@ -40,6 +41,7 @@ class ChatRequest:
 
     body: bytes
     model: str
+    choices: int
     stream: bool
     structured: bool
     query: str
@@ -79,6 +81,7 @@ def read_request(raw: bytes, *, choices: int) -> ChatRequest:
     return ChatRequest(
         body=sent,
         model=model or "",
+        choices=count or 1,
         stream=bool(stream),
         structured=structured,
         query=query_of(body["messages"]),
@@ -106,7 +109,7 @@ def query_of(messages: Sequence[Mapping[str, Any]], most: int = QUERY_CHARACTERS
     return capped("\n\n".join(f"{speaker}: {text}" for speaker, text in turns), most)
 
 
-def capped(text: str, most: int) -> str:
+def capped(text: str, most: int = QUERY_CHARACTERS) -> str:
     """A text as it is, or its head and tail with a mark between them, as the encoder cuts questions."""
     if len(text) <= most:
         return text

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ PING_EVERY = 1.0
 STALE = 5.0
 """Seconds without an answer to a ping after which the guard counts as not ready."""
 
-OVERHEAD = 4096
+OVERHEAD = 65_536
 """Bytes that a reply may have beside its text."""
 
 ODD = "the guard gave an odd reply"
@@ -52,14 +53,18 @@ class GuardClient:
         self._writer: asyncio.StreamWriter | None = None
         self._ponged = -math.inf
         self._task: asyncio.Task[None] | None = None
-        self.state: dict[str, Any] = {}
-        """The last answer to a ping: what waits in the worker's queues, and its own threshold."""
+        self._state: dict[str, Any] = {}
 
     @property
     def ready(self) -> bool:
         """Whether the worker is connected and has lately said that it takes requests."""
         fresh = time.monotonic() - self._ponged < STALE
         return self._writer is not None and fresh and self.state.get("ready") is True
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """The last answer to a ping: as of ``Guarding.state``, and what waits in the worker's queues."""
+        return self._state
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._stay_connected())
@@ -173,7 +178,7 @@ class GuardClient:
             except GuardUnavailable:
                 reply = None
             if reply is not None:
-                self.state = {name: value for name, value in reply.items() if name != "id"}
+                self._state = {name: value for name, value in reply.items() if name != "id"}
                 self._ponged = time.monotonic()
             await asyncio.sleep(PING_EVERY)
 

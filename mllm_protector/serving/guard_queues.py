@@ -19,6 +19,7 @@ from mllm_protector.protocols import Card
 from mllm_protector.records import Outcome
 from mllm_protector.serving.queueing import BYTES_PER_TOKEN, BatchQueue
 from mllm_protector.serving.settings import QueueSettings
+from mllm_protector.serving.worker_metrics import WorkerMetrics
 
 Score = float | Outcome
 """P(harmful), or why there is none: ``too_long`` or ``guard_error``."""
@@ -44,11 +45,19 @@ class Result:
 class GuardQueues:
     """A protector that many requests use at once."""
 
-    def __init__(self, protector: Protector, settings: QueueSettings) -> None:
+    def __init__(
+        self, protector: Protector, settings: QueueSettings, metrics: WorkerMetrics | None = None
+    ) -> None:
         """Set up both queues; nothing is computed before ``run``."""
         self.protector = protector
-        self.scoring = BatchQueue(self._scores, _size, settings, "scoring")
-        self.rewriting = BatchQueue(self._rewrites, lambda flagged: _size(flagged.row), settings, "rewriting")
+        self.metrics = metrics or WorkerMetrics()
+        batch = self.metrics.batch
+        self.scoring = BatchQueue(self._scores, _size, settings, "scoring", batch)
+        self.rewriting = BatchQueue(
+            self._rewrites, lambda flagged: _size(flagged.row), settings, "rewriting", batch
+        )
+        self.metrics.watch("scoring", lambda: self.scoring.waiting)
+        self.metrics.watch("rewriting", lambda: self.rewriting.waiting)
         self._loop = asyncio.get_running_loop()
 
     async def run(self) -> None:

@@ -1,7 +1,8 @@
 """What a front asks of the guard, and what it may get: never a raw answer that the guard did not pass."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from mllm_protector.errors import RunError
 from mllm_protector.records import Outcome
@@ -54,6 +55,11 @@ class Guarding(Protocol):
     @property
     def ready(self) -> bool:
         """Whether the guard has answered lately."""
+        ...
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What the guard last said of itself: its ``threshold``, the ``promise`` of it, its ``metrics``."""
         ...
 
 

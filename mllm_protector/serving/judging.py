@@ -50,11 +50,15 @@ class Judged:
     Attributes:
         content: what the client gets.
         verdicts: of its choices.
+        cases: how each of them was judged.
+        raw: the choices as the upstream gave them.
         shadow: whether the verdicts changed nothing.
     """
 
     content: dict[str, Any]
     verdicts: Sequence[Guarded]
+    cases: Sequence[Case]
+    raw: Sequence[Mapping[str, Any]]
     shadow: bool = False
 
     @property
@@ -92,43 +96,55 @@ async def judge(
         ApiError: the guard failed or has too much to do, and the policy wants an error.
     """
     rewrite = policy.on_flag == "rewrite"
-    asked = [_verdict(each["message"], case, guard, rewrite, policy.shadow) for each in choices]
+    asked = [
+        verdict(each["message"], case, guard, rewrite=rewrite, busy_fails=policy.shadow) for each in choices
+    ]
     try:
         verdicts = await asyncio.gather(*asked)
     except Overloaded as busy:
-        raise ApiError(
-            503,
-            "the guard has too much to do; ask again later",
-            code="guard_overloaded",
-            retry_after=str(math.ceil(busy.retry_after)),
-        ) from None
+        raise overloaded(busy) from None
+    cases = [case] * len(choices)
     if policy.shadow:
-        return Judged(content=dict(completion), verdicts=verdicts, shadow=True)
+        return Judged(content=dict(completion), verdicts=verdicts, cases=cases, raw=choices, shadow=True)
     if policy.on_error == "error" and any(each.outcome is Outcome.GUARD_ERROR for each in verdicts):
-        raise ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
+        raise guard_failed()
     content = {name: completion[name] for name in COMPLETION_FIELDS if name in completion}
     content["choices"] = [
-        _put_back(choice, verdict, case, policy) for choice, verdict in zip(choices, verdicts, strict=True)
+        _put_back(choice, made, case, policy) for choice, made in zip(choices, verdicts, strict=True)
     ]
-    return Judged(content=content, verdicts=verdicts)
+    return Judged(content=content, verdicts=verdicts, cases=cases, raw=choices)
 
 
-def _put_back(
-    choice: Mapping[str, Any], verdict: Guarded, case: Case, policy: PolicySettings
-) -> dict[str, Any]:
-    if verdict.outcome is Outcome.ALLOWED:
+def overloaded(busy: Overloaded) -> ApiError:
+    """What a client gets if the guard has too much to do."""
+    return ApiError(
+        503,
+        "the guard has too much to do; ask again later",
+        code="guard_overloaded",
+        retry_after=str(math.ceil(busy.retry_after)),
+    )
+
+
+def guard_failed() -> ApiError:
+    """What a client gets if a verdict is missing, where the policy wants errors."""
+    return ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
+
+
+def _put_back(choice: Mapping[str, Any], made: Guarded, case: Case, policy: PolicySettings) -> dict[str, Any]:
+    if made.outcome is Outcome.ALLOWED:
         return passed(choice)
-    rewritten = verdict.outcome is Outcome.REWRITTEN
+    rewritten = made.outcome is Outcome.REWRITTEN
     reason = "stop" if rewritten else policy.refused_finish_reason
-    return replaced(choice, verdict.text, reason, case.structured)
+    return replaced(choice, made.text, reason, case.structured)
 
 
-async def _verdict(
-    message: Mapping[str, Any], case: Case, guard: Guarding, rewrite: bool, shadow: bool
+async def verdict(
+    message: Mapping[str, Any], case: Case, guard: Guarding, *, rewrite: bool, busy_fails: bool
 ) -> Guarded:
     """The verdict on a message: the worse of those on its words and on its tool calls.
 
-    ``Overloaded`` is raised, but not in shadow mode.
+    Raises:
+        Overloaded: the guard has too much to do; with ``busy_fails`` that is a failure like others.
     """
     try:
         text, calls = text_of(message), calls_of(message)
@@ -139,9 +155,9 @@ async def _verdict(
     if calls:
         asked.append((calls, False))
     try:
-        verdicts = await asyncio.gather(*(_ask(guard, case, answer, able) for answer, able in asked))
+        verdicts = await asyncio.gather(*(ask(guard, case, answer, able) for answer, able in asked))
     except Overloaded:
-        if not shadow:
+        if not busy_fails:
             raise
         return FAILED
     order = [*SHOWN]
@@ -151,7 +167,12 @@ async def _verdict(
     return Guarded(worst.outcome, worst.text, max(scores, default=None), seconds)
 
 
-async def _ask(guard: Guarding, case: Case, answer: str, rewrite: bool) -> Guarded:
+async def ask(guard: Guarding, case: Case, answer: str, rewrite: bool) -> Guarded:
+    """The verdict on one text; ``FAILED`` if there is none.
+
+    Raises:
+        Overloaded: the guard has too much to do.
+    """
     try:
         made = await guard.guard(case.query, answer, threshold=case.threshold, rewrite=rewrite)
         return made if _is_sound(made, answer) else FAILED

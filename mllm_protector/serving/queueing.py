@@ -59,6 +59,7 @@ class BatchQueue(Generic[E, V]):
         size: Callable[[E], int],
         settings: QueueSettings,
         name: str,
+        observe: Callable[[str, Sequence[float], float], None] = lambda name, waits, seconds: None,
     ) -> None:
         """Set up an empty queue; ``run`` computes what is put into it.
 
@@ -67,9 +68,12 @@ class BatchQueue(Generic[E, V]):
             size: bytes of a row.
             settings: the limits.
             name: of the thread.
+            observe: gets after each batch the name, the seconds that each row waited, and those of computing.
         """
         self._compute = compute
         self._size = size
+        self._name = name
+        self._observe = observe
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._waiting: deque[_Entry[E, V]] = deque()
@@ -168,7 +172,9 @@ class BatchQueue(Generic[E, V]):
         finally:
             self.busy_since = None
             self.batches += 1
-        self._seconds_per_byte = (time.monotonic() - started) / max(1, sum(entry.size for entry in batch))
+            seconds = time.monotonic() - started
+            self._observe(self._name, [started - entry.arrived for entry in batch], seconds)
+        self._seconds_per_byte = seconds / max(1, sum(entry.size for entry in batch))
         for entry, value in pairs:
             if not entry.future.done():
                 entry.future.set_result(value)

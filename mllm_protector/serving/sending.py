@@ -28,8 +28,10 @@ class Sender:
         status: what was sent, or ``None`` while nothing was.
     """
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: Mapping[str, str] | None = None) -> None:
+        """``headers`` are sent with every answer."""
         self._send = send
+        self._headers = headers or {}
         self.status: int | None = None
 
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
@@ -38,7 +40,10 @@ class Sender:
             {
                 "type": "http.response.start",
                 "status": status,
-                "headers": [(name.lower().encode(), _latin(value)) for name, value in headers.items()],
+                "headers": [
+                    (name.lower().encode(), _latin(value))
+                    for name, value in {**headers, **self._headers}.items()
+                ],
             }
         )
         self.status = status

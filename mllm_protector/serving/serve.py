@@ -2,20 +2,20 @@
 
 import asyncio
 import functools
-import ipaddress
-import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Annotated
 
 from annotated_types import Interval
 
-from mllm_protector.errors import InputError, Stop
+from mllm_protector.config import reread
+from mllm_protector.errors import InputError
 from mllm_protector.protocols import MLLM
 from mllm_protector.ranges import Amount, Count
+from mllm_protector.serving import logs
+from mllm_protector.serving.reloading import front_settings
 from mllm_protector.serving.settings import (
-    ApiKey,
-    FrontSettings,
+    AuditSettings,
     GuardSettings,
     LimitSettings,
     PolicySettings,
@@ -24,8 +24,6 @@ from mllm_protector.serving.settings import (
     Seconds,
     UpstreamSettings,
 )
-
-log = logging.getLogger(__name__)
 
 Port = Annotated[int, Interval(ge=1, le=65_535)]
 UpstreamAt = Callable[..., UpstreamSettings]
@@ -50,6 +48,7 @@ def serve(
     url: str | None,
     host: str,
     port: Port,
+    fronts: Count,
     guard: GuardSettings,
     policy: PolicySettings,
     keys: Mapping[str, str],
@@ -60,16 +59,19 @@ def serve(
     reconnect_s: Seconds,
     grace_s: Seconds,
     score_decimals: Amount,
+    audit: AuditSettings | None,
     mllm: Callable[[], MLLM],
 ) -> None:
     """Guard the model at ``url`` until SIGINT or SIGTERM; without one, serve and guard ``mllm`` itself.
 
-    ``keys`` are hashes by name; the rest is as in ``settings``.
+    ``keys`` are hashes by name, ``fronts`` the number of processes that answer clients; the rest is as in
+    ``settings``. At SIGHUP the config is read again.
 
     Raises:
         InputError: a library is missing, or a setting cannot be used.
-        RunError: the model worker does not start.
+        RunError: a process does not start.
     """
+    arguments = dict(locals())
     try:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
@@ -77,62 +79,14 @@ def serve(
         raise InputError(
             f"{error}; install what serving needs: pip install 'mllm-protector[serve]'"
         ) from None
+    from mllm_protector.serving.running import run
+
+    logs.configure("server")
     with ExitStack() as stack:
         if url is None:
             from mllm_protector.serving.demo import demo_server
 
             url = stack.enter_context(demo_server(mllm()))
-        settings = FrontSettings(
-            upstream=upstream(url=url),
-            limits=limits,
-            policy=policy,
-            keys=[ApiKey(name=name, sha256=digest) for name, digest in keys.items()],
-            reconnect_s=reconnect_s,
-            grace_s=grace_s,
-            score_decimals=score_decimals,
-        )
-        _warn(settings, host)
-        asyncio.run(_serve(settings, guard, queue, restart, host, port))
-
-
-async def _serve(
-    settings: FrontSettings,
-    guard: GuardSettings,
-    queue: QueueSettings,
-    restart: RestartSettings,
-    host: str,
-    port: int,
-) -> None:
-    import uvicorn
-
-    from mllm_protector.serving.client import GuardClient
-    from mllm_protector.serving.proxy import Front
-    from mllm_protector.serving.supervisor import Supervisor
-
-    async with (
-        Supervisor(guard, queue, restart) as supervisor,
-        GuardClient(supervisor.path, queue, reconnect_s=settings.reconnect_s) as client,
-    ):
-        config = uvicorn.Config(
-            Front(settings, client).app(),
-            host=host,
-            port=port,
-            log_config=None,
-            access_log=False,  # its lines hold paths and queries
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(settings.grace_s)),
-        )
-        log.info("http://%s:%d/v1 is guarded; its answers come from %s", host, port, settings.upstream.url)
-        with suppress(Stop):  # after what was under way has ended
-            await uvicorn.Server(config).serve()
-
-
-def _warn(settings: FrontSettings, host: str) -> None:
-    policy = settings.policy
-    if policy.shadow:
-        log.warning("shadow mode: every answer passes, whatever the guard says")
-    if policy.streaming == "off":
-        log.warning("policy.streaming=off: streamed answers pass without the guard")
-    with suppress(ValueError):
-        if not settings.keys and not ipaddress.ip_address(host).is_loopback:
-            log.warning("host=%s: everyone who reaches this machine can use it; give keys", host)
+        settings = front_settings(url, arguments)
+        with suppress(asyncio.CancelledError):
+            asyncio.run(run(settings, arguments, functools.partial(reread, serve)))

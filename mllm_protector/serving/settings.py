@@ -24,17 +24,36 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardSettings:
-    """The guard that the model worker loads; keys as of ``Protector.from_pretrained``."""
+    """The guard that the model worker loads; keys as of ``Protector.from_pretrained``.
+
+    Attributes:
+        detector_urls: the servers of the exported detector; empty: it is computed here.
+        detoxifier_url: the server of the detoxifier; ``None``: it is computed here.
+        detoxifier_model: its name there; without ``detoxifier``, the name of a chat model.
+        api_key_env: the environment variable with the key of these servers.
+        detector_timeout_s: the longest that one request to the detector may take.
+        detoxifier_timeout_s: the longest that one rewrite may take.
+        tolerance: by how much a server's logits of known answers may differ from the export's.
+    """
 
     detector: str
     detoxifier: str | None
     base: str | None
     device: str | None
     max_answer_tokens: Count
+    detector_urls: Sequence[str]
+    detoxifier_url: str | None
+    detoxifier_model: str | None
+    api_key_env: str | None
+    detector_timeout_s: Seconds
+    detoxifier_timeout_s: Seconds
+    tolerance: Annotated[float, Interval(ge=0, le=100), AllowInfNan(False)]
 
     def __post_init__(self) -> None:
         """Check the values."""
         _check(self)
+        if (self.detoxifier_url is None) != (self.detoxifier_model is None):
+            raise InputError("detoxifier_model: give it with detoxifier_url, and only then")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +182,7 @@ class PolicySettings:
         threshold: scores at or above it are flagged; ``None`` for the detector's own.
         model_thresholds: instead of ``threshold``, by the name of the upstream's model.
         key_thresholds: instead of both, by the name of the client's API key.
+        answer_only_threshold: instead of all three where another gateway does not tell the question.
     """
 
     streaming: Literal["buffer", "window", "off"]
@@ -176,6 +196,7 @@ class PolicySettings:
     threshold: Share | None
     model_thresholds: Mapping[str, Share]
     key_thresholds: Mapping[str, Share]
+    answer_only_threshold: Share | None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -206,11 +227,37 @@ class ApiKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuditSettings:
+    """Where each judged choice is recorded.
+
+    Attributes:
+        folder: of the files; each front has its own.
+        texts: whether question, answer and shown text stand in it, or only their hashes.
+        hash_key_env: the environment variable with the secret key of the hashes; ``None`` for plain sha256.
+        max_mb: of one file.
+        files: older files that are kept of each.
+        on_failure: what happens to an answer that cannot be recorded; ``refuse`` is a 503.
+    """
+
+    folder: str
+    texts: bool
+    hash_key_env: str | None
+    max_mb: Megabytes
+    files: Count
+    on_failure: Literal["refuse", "continue"]
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSettings:
     """All that a front worker needs beside the guard.
 
     Attributes:
         keys: of the clients that are let in; empty lets everyone in.
+        audit: ``None`` for no record.
         reconnect_s: the longest wait between two tries to reach the model worker.
         grace_s: the longest that requests under way may take when the front is told to stop.
         score_decimals: of scores in extension fields; 0 shows none.
@@ -220,13 +267,14 @@ class FrontSettings:
     limits: LimitSettings
     policy: PolicySettings
     keys: Sequence[ApiKey]
+    audit: AuditSettings | None
     reconnect_s: Seconds
     grace_s: Seconds
     score_decimals: Amount
 
     def __post_init__(self) -> None:
         """Check the values, and that every name of a key is one key's."""
-        _check(self, apart=("upstream", "limits", "policy", "keys"))
+        _check(self, apart=("upstream", "limits", "policy", "keys", "audit"))
         names = [key.name for key in self.keys]
         for name in names:
             if names.count(name) > 1:

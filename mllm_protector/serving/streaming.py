@@ -1,15 +1,17 @@
 """Streamed answers: held until they are judged (``buffer``), or passed through by explicit wish (``off``).
 
-While an answer is held nothing is sent for a while, so that the upstream's errors and the verdict can still
-be said in status and headers. Then comments keep the connection open, and the header says ``pending``.
+``windowed`` has the policy between the two. While an answer is held nothing is sent for a while, so that the
+upstream's errors and the verdict can still be said in status and headers. Then comments keep the connection
+open, and the header says ``pending``.
 """
 
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 
@@ -32,18 +34,30 @@ UNGUARDED = "unguarded"
 
 @dataclass(slots=True)
 class Held:
-    """What an upstream said, whole.
+    """What an upstream said.
 
     Attributes:
-        assembly: of a stream; ``None`` for an answer that is none.
-        raw: the events as they came.
         headers: for the client.
+        assembly: of a stream; ``None`` for an answer that is none.
+        completion: the whole, at its end.
+        raw: the events as they came.
     """
 
-    completion: dict[str, object]
-    assembly: Assembly | None
-    raw: bytes
     headers: Mapping[str, str]
+    assembly: Assembly | None
+    completion: dict[str, Any] = field(default_factory=dict)
+    raw: bytearray = field(default_factory=bytearray)
+
+    @property
+    def stream(self) -> Assembly:
+        """The assembly of a stream."""
+        if self.assembly is None:
+            raise ValueError("an answer that is no stream")
+        return self.assembly
+
+
+Grown = Callable[[Held, bytes], None]
+"""Told of each event that is added to a stream, with its bytes."""
 
 
 async def buffered(
@@ -62,6 +76,7 @@ async def buffered(
     Raises:
         ApiError: the upstream or the guard failed.
     """
+    started = time.perf_counter()
     work = asyncio.ensure_future(_hold_and_judge(state, body, headers, case))
     try:
         while not (await asyncio.wait({work}, timeout=state.settings.policy.ping_s))[0]:
@@ -72,12 +87,13 @@ async def buffered(
         with suppress(asyncio.CancelledError, ApiError):
             await work
     given = {**held.headers, OUTCOME: judged.header}
+    state.took("first_byte", time.perf_counter() - started)
     if judged.shadow and held.assembly is not None:
         unjudged = any(each.outcome is Outcome.GUARD_ERROR for each in judged.verdicts)
         state.released(len(held.raw), unscanned=unjudged)
-        await sender.events(held.raw + frame(DONE), given)
+        await sender.events(bytes(held.raw) + frame(DONE), given)
     else:
-        for piece in _release(judged, held.assembly, decimals):
+        for piece in released(judged, held.assembly, decimals):
             state.released(len(piece))
             await sender.events(piece, given)
         await sender.events(frame(DONE), given)
@@ -107,40 +123,62 @@ async def unguarded(state: State, body: bytes, headers: Mapping[str, str], sende
     await sender.end()
 
 
+async def read(
+    state: State,
+    body: bytes,
+    headers: Mapping[str, str],
+    grown: Grown = lambda held, raw: None,
+) -> Held:
+    """Read an answer to its end.
+
+    Raises:
+        ApiError: the upstream failed.
+    """
+    started = time.perf_counter()
+    async with state.upstream.ask("POST", "/chat/completions", headers, body) as response:
+        held = Held(passed_back(response.headers), None)
+        if response.headers.get("content-type", "").startswith("application/json"):
+            held.completion = state.upstream.completion(await state.upstream.whole(response))
+        else:
+            held.assembly = Assembly(state.settings.limits.choices)
+            await _assemble(state, response, held, grown)
+            held.completion = held.assembly.completion()
+    state.took("upstream", time.perf_counter() - started)
+    return held
+
+
+def choices_of(state: State, held: Held) -> Sequence[dict[str, Any]]:
+    """The choices of a whole answer.
+
+    Raises:
+        ApiError: it cannot be read.
+    """
+    try:
+        return read_choices(held.completion, state.settings.limits.choices)
+    except Unreadable as error:
+        raise state.upstream.fault("malformed", f"the upstream's answer cannot be read: {error}") from None
+
+
 async def _hold_and_judge(
     state: State, body: bytes, headers: Mapping[str, str], case: Case
 ) -> tuple[Held, Judged]:
-    started = time.perf_counter()
-    async with state.upstream.ask("POST", "/chat/completions", headers, body) as response:
-        kind = response.headers.get("content-type", "")
-        if kind.startswith("application/json"):
-            held = _whole(state, await state.upstream.whole(response), response)
-        else:
-            held = await _assembled(state, response)
-    state.metrics.seconds.labels("upstream").observe(time.perf_counter() - started)
-    try:
-        choices = read_choices(held.completion, state.settings.limits.choices)
-    except Unreadable as error:
-        raise state.upstream.fault("malformed", f"the upstream's answer cannot be read: {error}") from None
-    return held, await state.judged(judge(held.completion, choices, case, state.guard, state.settings.policy))
+    held = await read(state, body, headers)
+    work = judge(held.completion, choices_of(state, held), case, state.guard, state.settings.policy)
+    return held, await state.judged(work)
 
 
-def _whole(state: State, body: bytes, response: httpx.Response) -> Held:
-    return Held(state.upstream.completion(body), None, body, passed_back(response.headers))
-
-
-async def _assembled(state: State, response: httpx.Response) -> Held:
+async def _assemble(state: State, response: httpx.Response, held: Held, grown: Grown) -> None:
     """Read a stream to its end.
 
     Raises:
         ApiError: it holds an error, is no stream of chunks, or ends before its choices do.
     """
-    frames, assembly, raw, done = Frames(), Assembly(state.settings.limits.choices), bytearray(), False
+    frames, assembly, done = Frames(), held.stream, False
 
     def take(event: Event) -> bool:
         if event.data.strip() == DONE:
             return True
-        raw.extend(event.raw)
+        held.raw.extend(event.raw)
         try:
             chunk = json.loads(event.data)
             if isinstance(chunk, dict) and chunk.get("error"):
@@ -151,6 +189,7 @@ async def _assembled(state: State, response: httpx.Response) -> Held:
         except Unreadable as error:
             message = f"the upstream's stream cannot be read: {error}"
             raise state.upstream.fault("malformed", message) from None
+        grown(held, event.raw)
         return False
 
     pieces = state.upstream.pieces(response)
@@ -168,7 +207,6 @@ async def _assembled(state: State, response: httpx.Response) -> Held:
         done = take(last)
     if not (assembly.is_finished or (done and assembly.has_choices)):
         raise state.upstream.fault("cut", "the upstream's answer broke off")
-    return Held(assembly.completion(), assembly, bytes(raw), passed_back(response.headers))
 
 
 def _said(state: State, data: str) -> ApiError:
@@ -177,10 +215,13 @@ def _said(state: State, data: str) -> ApiError:
     return fault
 
 
-def _release(judged: Judged, assembly: Assembly | None, decimals: int | None) -> list[bytes]:
+def released(
+    judged: Judged, assembly: Assembly | None, decimals: int | None, begun: Collection[int] = ()
+) -> list[bytes]:
+    """The frames of a judged answer; ``begun`` are choices whose beginning was released before."""
     alone = assembly.usage_alone if assembly else True
     null = assembly.usage_null if assembly else False
-    found = [*chunks(judged.content, alone=alone, null=null)]
+    found = [*chunks(judged.content, alone=alone, null=null, begun=begun)]
     if decimals is not None:
         ends = [each for each in found if each["choices"]]
         ends[-1]["mllm_protector"] = judged.details(decimals)

@@ -11,21 +11,30 @@ import httpx
 
 from mllm_protector.errors import InputError
 from mllm_protector.serving.api_errors import ApiError
+from mllm_protector.serving.exchange import REQUEST_ID, current
 from mllm_protector.serving.metrics import Metrics
+from mllm_protector.serving.model_names import ModelNames
+from mllm_protector.serving.pools import Pools
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
+from mllm_protector.serving.tracing import Tracing
 
 PASSED_ON = (
     "openai-organization",
     "openai-project",
     "user-agent",
-    "x-request-id",
     "traceparent",
     "tracestate",
 )
 """Of a client's headers; all others stay here."""
 
-PASSED_BACK = ("x-request-id", "openai-processing-ms", "openai-version", "retry-after", "retry-after-ms")
+PASSED_BACK = ("openai-processing-ms", "openai-version", "retry-after", "retry-after-ms")
 """Of the upstream's headers, beside those of its rate limits."""
+
+UPSTREAM_ID = "x-upstream-request-id"
+"""The upstream's own id of a request; ``x-request-id`` is ours."""
+
+AWAY = (502, 503, 504)
+"""Statuses that say that nobody answers; ``transformers serve`` has 500 for its list of models at times."""
 
 REACHED_S = 2.0
 """The longest that ``reachable`` waits."""
@@ -34,16 +43,17 @@ REACHED_S = 2.0
 class Upstream:
     """Asks the upstream; every failure is an ``ApiError`` for the client."""
 
-    def __init__(self, settings: FrontSettings, metrics: Metrics) -> None:
+    def __init__(self, settings: FrontSettings, metrics: Metrics, tracing: Tracing | None = None) -> None:
         """Bind to the address; nothing is sent.
 
         Raises:
             InputError: the environment variable of its key is not set.
         """
         self.settings = settings.upstream
-        self.most = int(settings.limits.answer_mb * MEGABYTE)
         self.metrics = metrics
-        self._keeps_keys = bool(settings.keys)
+        self.names = ModelNames()
+        self._tracing = tracing or Tracing()
+        self.apply(settings)
         self._key: str | None = None
         if name := self.settings.api_key_env:
             self._key = os.environ.get(name)
@@ -52,17 +62,24 @@ class Upstream:
         times = httpx.Timeout(
             self.settings.read_s, connect=self.settings.connect_s, pool=self.settings.connect_s
         )
-        self._client = httpx.AsyncClient(
+        safe = self.settings.url.startswith("https")
+        self._pools = Pools(
+            self.settings.connections,
             timeout=times,
-            limits=httpx.Limits(max_connections=self.settings.connections),
-            verify=self.settings.url.startswith("https"),  # certificates take long to load
+            verify=httpx.create_ssl_context() if safe else False,  # certificates take long to load
             trust_env=False,  # no proxy and no password from the environment
             follow_redirects=False,
         )
 
+    def apply(self, settings: FrontSettings) -> None:
+        """Take over what other settings say of limits, keys and models; address and times stay."""
+        self.names.add(settings.policy.model_thresholds)
+        self.most = int(settings.limits.answer_mb * MEGABYTE)
+        self._keeps_keys = bool(settings.keys)
+
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._pools.close()
 
     @asynccontextmanager
     async def ask(
@@ -80,15 +97,16 @@ class Upstream:
             ApiError: there is no such answer, or it takes too long.
         """
         try:
-            async with (
-                asyncio.timeout(self.settings.total_s),
-                self._client.stream(
-                    method, self.settings.url + path, content=body, headers=self._headers(headers)
-                ) as response,
-            ):
-                if response.status_code != 200:
-                    raise await self._refused(response)
-                yield response
+            with self._tracing.part("upstream") as traced:
+                sent = self._headers(headers) | traced
+                async with (
+                    self._pools.client() as client,
+                    asyncio.timeout(self.settings.total_s),
+                    client.stream(method, self.settings.url + path, content=body, headers=sent) as response,
+                ):
+                    if response.status_code != 200:
+                        raise await self._refused(response)
+                    yield response
         except (TimeoutError, httpx.TimeoutException, httpx.HTTPError, httpx.StreamError) as error:
             raise self._failed(error) from None
 
@@ -134,11 +152,13 @@ class Upstream:
     async def reachable(self, headers: Mapping[str, str]) -> bool:
         """Whether the upstream answers at all."""
         try:
-            async with asyncio.timeout(REACHED_S):
-                answer = await self._client.get(self.settings.url + "/models", headers=self._headers(headers))
+            async with asyncio.timeout(REACHED_S), self._pools.client() as client:
+                answer = await client.get(self.settings.url + "/models", headers=self._headers(headers))
         except (TimeoutError, httpx.HTTPError):
             return False
-        return answer.status_code < 500
+        if answer.status_code == 200:
+            self.names.learn(answer.content)
+        return answer.status_code not in AWAY
 
     def fault(self, kind: str, message: str, status: int = 502) -> ApiError:
         """A failure of the upstream, counted by its kind."""
@@ -147,7 +167,11 @@ class Upstream:
 
     def _headers(self, given: Mapping[str, str]) -> dict[str, str]:
         headers = {name: given[name] for name in PASSED_ON if name in given}
-        headers |= {"content-type": "application/json", "accept-encoding": "identity"}
+        headers |= {
+            "content-type": "application/json",
+            "accept-encoding": "identity",
+            REQUEST_ID: current().id,
+        }
         if self._key:
             headers["authorization"] = f"Bearer {self._key}"
         elif "authorization" in given and not self._keeps_keys:
@@ -184,6 +208,8 @@ class Upstream:
 def passed_back(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers of an upstream's answer that a client gets."""
     kept = {name: value for name, value in headers.items() if name.lower() in PASSED_BACK}
+    if REQUEST_ID in headers:
+        kept[UPSTREAM_ID] = headers[REQUEST_ID]
     return kept | {name: value for name, value in headers.items() if name.startswith("x-ratelimit-")}
 
 

@@ -19,15 +19,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm_protector.arguments import require_threshold
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.guard.rows import Row
+from mllm_protector.serving import logs
 from mllm_protector.serving.guard_queues import GuardQueues
+from mllm_protector.serving.loading import load
 from mllm_protector.serving.queueing import ExpiredError, FullError
 from mllm_protector.serving.settings import MEGABYTE, GuardSettings, QueueSettings
+from mllm_protector.serving.worker_metrics import WorkerMetrics, count_start
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +57,9 @@ class Request(NamedTuple):
 class Worker:
     """Serves a guard to any number of connections, each with any number of requests at once."""
 
-    def __init__(self, protector: Protector, settings: QueueSettings) -> None:
-        """Set it up within a running event loop."""
-        self.queues = GuardQueues(protector, settings)
+    def __init__(self, protector: Protector, settings: QueueSettings, *, restarts: int = 0) -> None:
+        """Set it up within a running event loop; ``restarts`` is how often it was started again."""
+        self.queues = GuardQueues(protector, settings, WorkerMetrics(restarts))
         self._settings = settings
         self._under_way: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -155,11 +160,11 @@ class Worker:
         return {
             "ready": not self._stopping,
             "threshold": self.queues.protector.threshold,
+            "promise": promise_of(self.queues.protector),
             "busy_seconds": round(self.queues.busy(now), 3),
             "scoring_waiting": self.queues.scoring.waiting,
-            "scoring_batches": self.queues.scoring.batches,
             "rewriting_waiting": self.queues.rewriting.waiting,
-            "rewriting_batches": self.queues.rewriting.batches,
+            "metrics": self.queues.metrics.exposition(),
         }
 
 
@@ -190,15 +195,10 @@ def _request(content: dict[str, Any]) -> Request:
     return Request(op, Row(content["query"], content["answer"]), threshold, rewrite, float(within))
 
 
-def load(settings: GuardSettings) -> Protector:
-    """The protector that the settings describe."""
-    return Protector.from_pretrained(
-        settings.detector,
-        settings.detoxifier,
-        base=settings.base,
-        device=settings.device,
-        max_answer_tokens=settings.max_answer_tokens,
-    )
+def promise_of(protector: Protector) -> str | None:
+    """How the detector's threshold was chosen, in one sentence; ``None`` where it has no ``guard.json``."""
+    how: str | None = getattr(getattr(protector.detector, "guard", None), "threshold_how", None)
+    return how
 
 
 def main(arguments: Sequence[str], load: Callable[[GuardSettings], Protector] = load) -> int:
@@ -211,7 +211,8 @@ def main(arguments: Sequence[str], load: Callable[[GuardSettings], Protector] = 
     """
     path, settings = arguments[0], json.loads(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s model worker: %(message)s")
+    logs.configure("model worker")
+    restarts = count_start(Path(path).parent)
     output = os.dup(1)
     os.dup2(2, 1)
     try:
@@ -220,18 +221,17 @@ def main(arguments: Sequence[str], load: Callable[[GuardSettings], Protector] = 
         log.error("error: %s", error)
         return error.exit_code
     queue = QueueSettings(**settings["queue"])
-    asyncio.run(_run(protector, queue, path, settings["hang_s"], lambda: _say(output, b"ready\n")))
+    worker = partial(Worker, protector, queue, restarts=restarts)
+    asyncio.run(_run(worker, path, settings["hang_s"], lambda: _say(output, b"ready\n")))
     return 0
 
 
-async def _run(
-    protector: Protector, queue: QueueSettings, path: str, hang_s: float, started: Callable[[], None]
-) -> None:
+async def _run(make: Callable[[], Worker], path: str, hang_s: float, started: Callable[[], None]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     threading.Thread(target=_until_alone, args=(loop, stop), daemon=True).start()
-    worker = Worker(protector, queue)
+    worker = make()
     watching = asyncio.create_task(_watch(worker.queues, hang_s))
     try:
         await worker.serve(path, stop, started)
@@ -259,4 +259,4 @@ def _say(output: int, words: bytes) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # to take PyTorch apart takes seconds, and its supervisor waits

@@ -24,6 +24,7 @@ from torch import Tensor
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.files import file_digest, write_json, writing
 from mllm_protector.metrics import HIGHER_IS_BETTER
+from mllm_protector.training.curves import IMAGE, draw_training
 
 log = logging.getLogger(__name__)
 
@@ -212,17 +213,20 @@ class Fitted:
     steps: int
 
     def write(self, folder: Path, **more: Any) -> dict[str, Any]:
-        """Write ``metrics.json`` (on the first process) and return its content.
+        """Write ``metrics.json`` and ``training.png`` on the first process; return the former's content.
 
         The best weights' metrics are at the top level, those of the last step under ``last``. The training
         is then complete, and its checkpoints are removed.
         """
         content = {**self.metrics, **more, "step": self.step, "steps": self.steps, "last": self.last_metrics}
         if PartialState().is_main_process:
+            with writing(str(folder / IMAGE)):
+                draw_training(folder / "metrics.jsonl", [*self.metrics], self.step)
             with writing(str(folder / "metrics.json")):
                 write_json(folder / "metrics.json", content)
             Checkpoints(folder / CHECKPOINTS, keep_last=1).clear()
-            log.info("written: %s (weights of step %s, metrics.json, metrics.jsonl)", folder, self.step)
+            files = f"metrics.json, metrics.jsonl, {IMAGE}"
+            log.info("written: %s (weights of step %s, %s)", folder, self.step, files)
         return content
 
 

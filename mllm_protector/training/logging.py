@@ -9,10 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from tqdm.auto import tqdm
-
 from mllm_protector.errors import RunError
 from mllm_protector.files import write_text, writing
+from mllm_protector.progress import Progress
 from mllm_protector.training.settings import FitConfig
 
 log = logging.getLogger(__name__)
@@ -44,8 +43,8 @@ class WandbTracker(Tracker):
 
     Attributes:
         project: the project's name there.
-        mode: ``offline`` writes below ``output_dir`` for a later ``wandb sync`` (with ``--append`` for a
-            training that was resumed); ``online`` needs a key.
+        mode: ``offline`` writes below ``output_dir`` for a later ``wandb sync``, which the log words at the
+            end; ``online`` needs a key.
         name: of the run; ``None`` lets wandb choose.
     """
 
@@ -53,6 +52,7 @@ class WandbTracker(Tracker):
     mode: Literal["offline", "online"]
     name: str | None
     _run: Any = field(default=None, init=False, repr=False)
+    _resumed: bool = field(default=False, init=False, repr=False)
 
     def start(self, output_dir: str, settings: Mapping[str, Any], *, resumed: bool) -> None:
         """Open a run, or resume the one whose id is in ``output_dir``.
@@ -62,6 +62,7 @@ class WandbTracker(Tracker):
         """
         import wandb
 
+        self._resumed = resumed
         path = Path(output_dir) / "wandb_run_id.txt"
         if not (resumed and path.exists()):
             write_text(path, secrets.token_hex(8))
@@ -87,12 +88,16 @@ class WandbTracker(Tracker):
         self._run.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        """Close the run."""
+        """Close the run, and say where an offline one is."""
+        folder = Path(self._run.dir).parent  # of its files
         self._run.finish()
+        if self.mode == "offline":
+            command = "wandb sync --append" if self._resumed else "wandb sync"
+            log.info("offline run of Weights & Biases: to upload it, type: %s %s", command, folder)
 
 
 class MetricLogger:
-    """Writes ``metrics.jsonl``, feeds the tracker, and shows a bar on a terminal or a few lines elsewhere.
+    """Writes ``metrics.jsonl``, feeds the tracker, and shows how far the training is.
 
     Used in a ``with``, which begins a new file, or keeps the lines of an interrupted training up to its
     checkpoint. On all processes but the first it does nothing.
@@ -120,13 +125,6 @@ class MetricLogger:
         self._done, self._validated, self._total = done, validated, total
         self._active = active
         self._tokens, self._seconds = 0, 0.0
-        self._bar = tqdm(
-            total=total,
-            initial=done,
-            desc="training",
-            unit="step",
-            disable=None if active else True,  # None: no bar where there is no terminal
-        )
 
     def __enter__(self) -> "MetricLogger":
         if self._active:
@@ -134,12 +132,13 @@ class MetricLogger:
                 write_text(self.path, "".join(self._lines_to_keep()))
             settings = {"fit": asdict(self._config), **self._facts}
             self._tracker.start(str(self.path.parent), settings, resumed=self._done > 0)
+        self._progress = Progress("training", "step", self._total, done=self._done, active=self._active)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self._progress.close()
         if self._active and kind is None:
             self._tracker.finish()
 
@@ -151,12 +150,9 @@ class MetricLogger:
         text = (
             f"loss {metrics['loss']:.4f}, learning rate {metrics['learning_rate']:.1e}, {speed:,.0f} tokens/s"
         )
-        self._bar.update()
-        self._bar.set_postfix_str(text)
+        self._progress.update(note=text, milestone=step % max(1, self._total // 10) == 0)
         if step % self._config.log_every == 0 or step == self._total:
             self._write("train", step, {**metrics, "tokens_per_second": speed})
-        if self._bar.disable and step % max(1, self._total // 10) == 0:
-            self._show(f"step {step:,} of {self._total:,}: {text}")
 
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log a validation."""
@@ -165,7 +161,7 @@ class MetricLogger:
             name for name in (self._config.best_metric, "loss", *metrics) if name in metrics
         )
         text = ", ".join(f"{name} {metrics[name]:.4f}" for name in list(first)[:SHOWN])
-        self._show(f"step {step:,} of {self._total:,}: validation {text}")
+        self._progress.write(f"step {step:,} of {self._total:,}: validation {text}")
 
     def _lines_to_keep(self) -> Iterator[str]:
         """The lines written up to the checkpoint; one that was cut off is none."""
@@ -180,8 +176,3 @@ class MetricLogger:
             with writing(str(self.path)), self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": step, "kind": kind, **metrics}, allow_nan=False) + "\n")
             self._tracker.log({f"{kind}/{name}": value for name, value in metrics.items()}, step)
-
-    def _show(self, text: str) -> None:
-        if self._active:
-            show = log.info if self._bar.disable else tqdm.write
-            show(text)

@@ -18,7 +18,6 @@ import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
-from tqdm.auto import tqdm
 
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import EncodedAnswer, padded
@@ -33,6 +32,7 @@ from mllm_protector.models.guard_file import GuardFile
 from mllm_protector.models.probe import LinearProbe
 from mllm_protector.models.tuning import ProbeTuning
 from mllm_protector.processes import first_process_first, is_first_process
+from mllm_protector.progress import Progress
 from mllm_protector.training.checkpoints import Fitted
 from mllm_protector.training.logging import MetricLogger
 from mllm_protector.training.loop import Run, Weights
@@ -141,7 +141,7 @@ def cached_states(
     # The longest first: what does not fit into memory shows at once.
     new = sorted((row for key, row in texts.items() if key not in known), key=len, reverse=True)
     total = sum(map(len, new))
-    with tqdm(total=total, desc="reading", unit="token", disable=None) as bar, inference(model):
+    with Progress("reading", "token", total) as bar, inference(model):
         for start in range(0, len(new), AT_ONCE):
             part = new[start : start + AT_ONCE]
             found = np.empty((len(part), model.width), np.float32)

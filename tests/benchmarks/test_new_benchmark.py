@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
-import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -32,11 +31,11 @@ def measured(benchmarks: Mapping[str, Benchmark]) -> None:
 
 
 def test_a_new_benchmark_with_its_own_columns_is_one_yaml_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    configs = shutil.copytree(CONFIGS, tmp_path / "configs")
-    (configs / "benchmark" / "mine.yaml").write_text(MINE)
-    monkeypatch.setattr("mllm_protector.config.CONFIGS", configs)
+    own = tmp_path / "my_configs" / "benchmark" / "mine.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(MINE)
     rows = [
         {"prompt": "Which colour?", "set": "a", "number": 7, "choices": ["red", "teal"], "gold": 1},
         {"prompt": "Which shape?", "set": "b", "number": 9, "choices": ["oval", "square"], "gold": "B"},
@@ -50,8 +49,9 @@ def test_a_new_benchmark_with_its_own_columns_is_one_yaml_file(
     path.write_text("\n".join(map(json.dumps, lines)))
 
     given = [f"benchmarks.mine.path={path}", f"benchmarks.mine.images={tmp_path / 'pictures'}"]
-    with hydra.initialize_config_dir(str(configs), version_base="1.3"):
-        composed = hydra.compose("eval_mmsafety", ["benchmark=[mine]", *given])
+    place = f"hydra.searchpath=[file://{own.parents[1]}]"  # as --config-dir
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = hydra.compose("eval_mmsafety", ["benchmark=[mine]", *given, place])
     chosen = OmegaConf.create({"benchmarks": {"mine": composed.benchmarks.mine}})
     loaded = build(chosen, measured)["benchmarks"]["mine"].load()
 

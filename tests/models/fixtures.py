@@ -33,39 +33,48 @@ def tuning(request: pytest.FixtureRequest) -> Tuning:
     return request.param
 
 
+def random_detector(base: Path, tuning: Tuning = FULL, dtype: str = "float32") -> HarmDetector:
+    """A detector of random weights: wherever one learns, it has moved away from its start."""
+    torch.manual_seed(0)
+    backbone = Backbone(name=str(base), dtype=dtype)
+    tokenizer = backbone.load_tokenizer()
+    encoder = DetectorEncoder(tokenizer, pad_id=choose_pad_id(tokenizer), max_length=256)
+    pretrained, fresh = backbone.load_classifier(pad_id=encoder.pad_id)
+    model = tuning.prepare(pretrained, "SEQ_CLS", fresh)
+    _move(model)
+    return HarmDetector(model, encoder, _guard(backbone, tuning, encoder, "detector"))
+
+
+def random_detoxifier(base: Path, tuning: Tuning = FULL, max_new_tokens: int = 8) -> Detoxifier:
+    """A detoxifier of random weights with a short prompt."""
+    torch.manual_seed(0)
+    backbone = Backbone(name=str(base))
+    tokenizer = backbone.load_tokenizer()
+    encoder = DetoxifierEncoder(
+        tokenizer, pad_id=choose_pad_id(tokenizer), max_length=96, prompt="{query}|{answer}>"
+    )
+    model = tuning.prepare(backbone.load_causal_lm(), "CAUSAL_LM", [])
+    _move(model)
+    guard = _guard(backbone, tuning, encoder, "detoxifier")
+    return Detoxifier(model, encoder, guard, max_new_tokens=max_new_tokens, batch_size=4)
+
+
 @pytest.fixture(scope="session")
 def make_detector(bases: dict[Family, Path]) -> Callable[..., HarmDetector]:
-    """Makes a detector of random weights: wherever one learns, it has moved away from its start."""
+    """Makes a detector of a family; see ``random_detector``."""
 
     def make(family: Family = "llama", tuning: Tuning = FULL, dtype: str = "float32") -> HarmDetector:
-        torch.manual_seed(0)
-        backbone = Backbone(name=str(bases[family]), dtype=dtype)
-        tokenizer = backbone.load_tokenizer()
-        encoder = DetectorEncoder(tokenizer, pad_id=choose_pad_id(tokenizer), max_length=256)
-        pretrained, fresh = backbone.load_classifier(pad_id=encoder.pad_id)
-        model = tuning.prepare(pretrained, "SEQ_CLS", fresh)
-        _move(model)
-        guard = _guard(backbone, tuning, encoder, "detector")
-        return HarmDetector(model, encoder, guard)
+        return random_detector(bases[family], tuning, dtype)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def make_detoxifier(bases: dict[Family, Path]) -> Callable[..., Detoxifier]:
-    """Makes a detoxifier of random weights with a short prompt."""
+    """Makes a detoxifier of a family; see ``random_detoxifier``."""
 
     def make(family: Family = "llama", tuning: Tuning = FULL, max_new_tokens: int = 8) -> Detoxifier:
-        torch.manual_seed(0)
-        backbone = Backbone(name=str(bases[family]))
-        tokenizer = backbone.load_tokenizer()
-        encoder = DetoxifierEncoder(
-            tokenizer, pad_id=choose_pad_id(tokenizer), max_length=96, prompt="{query}|{answer}>"
-        )
-        model = tuning.prepare(backbone.load_causal_lm(), "CAUSAL_LM", [])
-        _move(model)
-        guard = _guard(backbone, tuning, encoder, "detoxifier")
-        return Detoxifier(model, encoder, guard, max_new_tokens=max_new_tokens, batch_size=4)
+        return random_detoxifier(bases[family], tuning, max_new_tokens)
 
     return make
 

@@ -92,6 +92,19 @@ def test_the_stock_pipeline_gives_the_calibrated_score(detector: Path, exported:
         assert stock_scores(exported, batch_size) == pytest.approx(scores(detector), abs=1e-6), batch_size
 
 
+def test_an_export_tells_logits_of_known_answers_and_no_other_part_does(
+    detector: Path, exported: Path
+) -> None:
+    assert "known" not in read(detector / "guard.json")
+    known = read(exported / "guard.json")["known"]
+    assert len({each["logit"] for each in known}) == len(known) == 4
+    model = AutoModelForSequenceClassification.from_pretrained(exported, use_safetensors=True).eval()
+    with torch.inference_mode():
+        for each in known:
+            logit = model(input_ids=torch.tensor([each["ids"]])).logits[0, 0].item()
+            assert each["logit"] == pytest.approx(logit, abs=1e-6)
+
+
 @pytest.mark.parametrize("tuning", [LORA, FULL], ids=["lora", "full"])
 def test_an_offset_goes_into_the_bias_of_the_head(make_detector: Maker, tmp_path: Path, tuning: Any) -> None:
     made = with_offset(make_detector("bert", tuning=tuning), -0.75)

@@ -1,8 +1,10 @@
 """Settings with the values of a test, each of which can be changed."""
 
+from pathlib import Path
 from typing import Any
 
 from mllm_protector.serving.settings import (
+    AuditSettings,
     FrontSettings,
     GuardSettings,
     LimitSettings,
@@ -14,8 +16,10 @@ from mllm_protector.serving.settings import (
 
 
 def guard_settings(**changes: Any) -> GuardSettings:
-    values = {"detector": "d", "detoxifier": None, "base": None, "device": "cpu", "max_answer_tokens": 32_768}
-    return GuardSettings(**values | changes)
+    values: dict[str, Any] = {"detector": "d", "detoxifier": None, "base": None, "device": "cpu"}
+    values |= {"detector_urls": [], "detoxifier_url": None, "detoxifier_model": None, "api_key_env": None}
+    values |= {"detector_timeout_s": 10, "detoxifier_timeout_s": 60, "tolerance": 0.02}
+    return GuardSettings(**values | {"max_answer_tokens": 32_768} | changes)
 
 
 def queue_settings(**changes: Any) -> QueueSettings:
@@ -51,8 +55,14 @@ def policy_settings(**changes: Any) -> PolicySettings:
         "threshold": None,
         "model_thresholds": {},
         "key_thresholds": {},
+        "answer_only_threshold": None,
     }
     return PolicySettings(**values | changes)
+
+
+def audit_settings(folder: Path, **changes: Any) -> AuditSettings:
+    values: dict[str, Any] = {"folder": str(folder), "texts": False, "hash_key_env": None, "max_mb": 10}
+    return AuditSettings(**values | {"files": 3, "on_failure": "refuse"} | changes)
 
 
 def front_settings(**changes: Any) -> FrontSettings:
@@ -61,6 +71,7 @@ def front_settings(**changes: Any) -> FrontSettings:
         "limits": limit_settings(),
         "policy": policy_settings(),
         "keys": [],
+        "audit": None,
         "reconnect_s": 1,
         "grace_s": 5,
         "score_decimals": 4,

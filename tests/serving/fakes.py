@@ -34,6 +34,7 @@ class WordGuard:
         self.seconds = seconds
         self.asked: list[tuple[str, str, float | None]] = []
         self.ready = True
+        self.state: dict[str, Any] = {"threshold": 0.5, "promise": "a toy's promise", "metrics": ""}
 
     async def guard(
         self, query: str, answer: str, *, threshold: float | None = None, rewrite: bool = True
@@ -57,12 +58,12 @@ class WordGuard:
 
 
 CUT: Literal["cut"] = "cut"
-Piece = bytes | float | Literal["cut"]
+Piece = bytes | float | Literal["cut"] | Callable[[], object]
 
 
 @dataclass
 class Said:
-    """An answer of the upstream: ``pieces`` are bytes to send, seconds to wait, or ``CUT``."""
+    """An answer of the upstream: ``pieces`` are bytes to send, seconds to wait, calls to make, or ``CUT``."""
 
     pieces: Sequence[Piece]
     status: int = 200
@@ -121,6 +122,8 @@ class Upstream:
                         return
                     if isinstance(piece, float):
                         self._wait(piece)
+                    elif callable(piece):
+                        piece()
                     else:
                         self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
                 self.wfile.write(b"0\r\n\r\n")

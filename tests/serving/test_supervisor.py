@@ -219,3 +219,28 @@ def test_a_system_that_cannot_start_a_process_now_is_asked_again(own_folder: Pat
             await until(lambda: supervisor.pid is not None)
 
     asyncio.run(test())
+
+
+def test_the_worker_counts_its_batches_and_how_often_it_was_started_again() -> None:
+    def value(client: GuardClient, sample: str) -> float:
+        found = [line for line in client.state["metrics"].splitlines() if line.startswith(f"{sample} ")]
+        return float(found[0].split()[-1]) if found else -1.0
+
+    restarts, rows = "mllm_protector_model_worker_restarts_total", "mllm_protector_batch_rows_sum"
+
+    async def test() -> None:
+        async with supervised() as (supervisor, client):
+            assert value(client, restarts) == 0
+            await asyncio.gather(*(client.guard("q", f"an answer {n}") for n in range(5)))
+            await client.guard("q", HARMFUL)
+            await until(lambda: value(client, f'{rows}{{queue="rewriting"}}') == 1)
+            assert value(client, f'{rows}{{queue="scoring"}}') == 7  # the rewrite is scored too
+            assert value(client, 'mllm_protector_queue_length{queue="scoring"}') == 0
+            for name in ("batch_seconds", "queue_wait_seconds"):
+                assert value(client, f'mllm_protector_{name}_sum{{queue="scoring"}}') > 0, name
+            assert supervisor.pid is not None
+            os.kill(supervisor.pid, signal.SIGKILL)
+            await until(lambda: supervisor.restarts == 1 and client.ready)
+            assert value(client, restarts) == 1
+
+    asyncio.run(test())

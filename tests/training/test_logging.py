@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ CANARY = "canary-4f0c7d-secret"
 
 
 def train_offline(folder: Path) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     tagger.run(folder, tracker=WandbTracker(project="tests", mode="offline", name="a run"), max_steps=3)
 
 
@@ -24,7 +26,8 @@ def test_an_offline_run_is_written_below_the_output_folder_and_holds_no_secret(t
     assert b"validation/loss" in recorded.read_bytes()
     assert not [path for path in files if CANARY.encode() in path.read_bytes()]
     assert CANARY not in ran.out + ran.err
-    assert "wandb" not in ran.out + ran.err
+    said = [line for line in (ran.out + ran.err).splitlines() if "wandb" in line]
+    assert said == [f"offline run of Weights & Biases: to upload it, type: wandb sync {recorded.parent}"]
 
 
 def test_online_without_a_key_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
