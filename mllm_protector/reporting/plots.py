@@ -80,21 +80,30 @@ def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, mark
         return {title: _svg(figure) for title, figure in figures.items()}
 
 
-def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, float]]) -> bytes:
-    """A row for each set: the detector's F1 with its interval among those of published guards, as SVG."""
+def points(
+    series: Mapping[str, Mapping[str, Row]],
+    across: str,
+    title: str,
+    others: Mapping[str, Mapping[str, float]] | None = None,
+) -> bytes:
+    """A line for each name, with a point and its interval of each series, as SVG; ``others`` are ticks."""
+    names = list(next(iter(series.values())))
     with _style():
-        figure = _figure(WIDTH, 1.6 + 0.42 * len(own))
+        figure = _figure(WIDTH, 1.6 + (0.32 + 0.1 * len(series)) * len(names))
         axes = figure.add_subplot()
-        known = [(n, value) for n, name in enumerate(own) for value in published.get(name, {}).values()]
-        if known:
+        if others is not None:
+            known = [(n, value) for n, name in enumerate(names) for value in others.get(name, {}).values()]
             look: dict[str, Any] = {"color": COLOURS[0], "markersize": 12, "label": "published guards"}
             axes.plot([100 * value for _, value in known], [place for place, _ in known], "|", **look)
-        shares = _in_percent([*own.values()])
-        _errorbars(axes, shares, [*range(len(own))], 0, color=COLOURS[2], label="this detector")
-        axes.set_yticks(range(len(own)), [_label(name) for name in own])
+        for number, (label, rows) in enumerate(series.items()):
+            shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
+            look = {"color": COLOURS[(2 + number) % len(COLOURS)], "label": label, "markersize": 4.5}
+            at = [names.index(name) + shift for name in rows]
+            _errorbars(axes, _in_percent([*rows.values()]), at, number, **look)
+        axes.set_yticks(range(len(names)), [_label(name) for name in names])
         axes.invert_yaxis()
-        _frame(axes, "F1 in %, with 95% intervals")
-        _legend(figure, axes, "F1 at the detector's own threshold")
+        _frame(axes, across)
+        _legend(figure, axes, title)
         return _svg(figure)
 
 
