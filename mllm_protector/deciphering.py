@@ -42,7 +42,7 @@ _COMMON = frozenset(
 """Frequent English words of which none becomes another one under rot13."""
 
 _WORD = re.compile(r"[^\W_]+")
-_GAP = re.compile(r"(?<![^\W_][^\W_])(?<=[^\W_])[ ._-](?=[^\W_](?![^\W_])|[,.;:!?])")
+_GAPS = [re.compile(rf"(?<![^\W_][^\W_])(?<=[^\W_])[{mark}](?=[^\W_](?![^\W_])|[,.;:!?])") for mark in " ._-"]
 """One mark behind a single letter or digit, before another one or the end of a phrase."""
 
 _LEET = str.maketrans("431057@$", "aeiostas")
@@ -100,9 +100,11 @@ def _english(line: str) -> int:
 
 
 def _joined(text: str) -> str | None:
-    joined, count = _GAP.subn("", text)
-    letters = sum(map(str.isalnum, text)) if count >= MANY else 0
-    return joined if count >= MANY and count > 0.4 * letters else None
+    for gap in _GAPS:
+        joined, count = gap.subn("", text)
+        if count >= MANY and count > 0.4 * sum(map(str.isalnum, text)):
+            return joined
+    return None
 
 
 def _without_leet(text: str) -> str | None:

@@ -1,35 +1,34 @@
-"""Plots: rates by scenario, the trade-off over thresholds, the effect of images, and a detector's curves.
-
-The same numbers give the same bytes. A name is never read as a formula, and letters are drawn as outlines, so
-that a plot looks the same everywhere.
-"""
+"""Plots: rates by scenario, the trade-off over thresholds, the effect of images, and a detector's curves."""
 
 import io
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from textwrap import fill, shorten
+from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mllm_protector.evaluation.statistics import share_limits
 from mllm_protector.metrics import calibration_bins
+from mllm_protector.reporting.drawing import (
+    COLOURS,
+    INK,
+    MARKERS,
+    WIDTH,
+    add_errorbars,
+    add_frame,
+    add_legend,
+    as_svg,
+    in_percent,
+    new_figure,
+    short_label,
+    styled,
+)
 from mllm_protector.reporting.pivots import Pivot, pivot
 from mllm_protector.reporting.tables import Row, in_words, showable
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-COLOURS = ("#999999", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#D55E00")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart; grey first, for no guard."""
-
-MARKERS, INK = ("o", "s", "^", "D", "v", "P"), "#333333"
-WIDTH = 5.2
-"""Inches, so that letters can still be read where a phone shows all of it."""
 
 Scores = Mapping[str, Sequence[float]]  # the scorer -> its P(harmful) of each answer
 Marks = Mapping[str, tuple[float, ...]]  # -> (false positive rate, recall, precision) at its threshold
@@ -40,7 +39,7 @@ def asr_plot(result: Mapping[str, Any]) -> bytes:
     name, judge = next(iter(result["benchmarks"])), next(iter(result["judges"]), "")
     note = result["judges"][judge]["note"] if judge else None
     out = io.BytesIO()
-    with _style():
+    with styled():
         figure = _bars(pivot(result, name), name, judge, 8, [*([note] if note else []), *result["notes"]])
         figure.savefig(out, format="png", dpi=150)
     return out.getvalue()
@@ -49,13 +48,13 @@ def asr_plot(result: Mapping[str, Any]) -> bytes:
 def plots(data: Pivot, name: str, thresholds: Mapping[str, float]) -> dict[str, bytes]:
     """Every plot of a benchmark by its first judge: title -> SVG; ``thresholds`` are those of the arms."""
     judge = next(iter(data.judges), "")
-    with _style():
+    with styled():
         figures = {
             "Attack success rate by scenario": _bars(data, name, judge, WIDTH),
             "Attack success and harmless answers flagged": _trade_off(data, judge, thresholds),
             "Effect of the image on the attack success rate": _image_effect(data, judge),
         }
-        return {title: _svg(figure) for title, figure in figures.items() if figure is not None}
+        return {title: as_svg(figure) for title, figure in figures.items() if figure is not None}
 
 
 def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, marks: Marks) -> dict[str, bytes]:
@@ -71,13 +70,13 @@ def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, mark
     points = {name: mark[1:] for name, mark in marks.items()}
     chance = [float(np.mean(labels))] * 2
     steps = {"drawstyle": "steps-post"}
-    with _style():
+    with styled():
         figures = {
             "ROC curve": _square("false positive rate", "recall", [0, 1], roc, rates),
             "Precision and recall": _square("recall", "precision", chance, recalls, points, **steps),
             "Reliability": _reliability(labels, {**scores, **uncalibrated}),
         }
-        return {title: _svg(figure) for title, figure in figures.items()}
+        return {title: as_svg(figure) for title, figure in figures.items()}
 
 
 def points(
@@ -88,8 +87,8 @@ def points(
 ) -> bytes:
     """A line for each name, with a point and its interval of each series, as SVG; ``others`` are ticks."""
     names = list(next(iter(series.values())))
-    with _style():
-        figure = _figure(WIDTH, 1.6 + (0.32 + 0.1 * len(series)) * len(names))
+    with styled():
+        figure = new_figure(WIDTH, 1.6 + (0.32 + 0.1 * len(series)) * len(names))
         axes = figure.add_subplot()
         if others is not None:
             known = [(n, value) for n, name in enumerate(names) for value in others.get(name, {}).values()]
@@ -99,12 +98,12 @@ def points(
             shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
             look = {"color": COLOURS[(2 + number) % len(COLOURS)], "label": label, "markersize": 4.5}
             at = [names.index(name) + shift for name in rows]
-            _errorbars(axes, _in_percent([*rows.values()]), at, number, **look)
-        axes.set_yticks(range(len(names)), [_label(name) for name in names])
+            add_errorbars(axes, in_percent([*rows.values()]), at, number, **look)
+        axes.set_yticks(range(len(names)), [short_label(name) for name in names])
         axes.invert_yaxis()
-        _frame(axes, across)
-        _legend(figure, axes, title)
-        return _svg(figure)
+        add_frame(axes, across)
+        add_legend(figure, axes, title)
+        return as_svg(figure)
 
 
 def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str] = ()) -> "Figure":
@@ -114,24 +113,24 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
     for number, (group, scenarios) in enumerate(data.groups.items()):
         for metric, each in [*(("asr", scenario) for scenario in scenarios), ("macro_asr", group)]:
             lines.append((len(lines) + number / 2, metric, each))
-    figure = _figure(width, 2 + 0.1 * len(lines) * (len(data.arms) + 1))
+    figure = new_figure(width, 2 + 0.1 * len(lines) * (len(data.arms) + 1))
     axes = figure.add_subplot()
     thickness = 0.8 / max(1, len(data.arms))
     for number, arm in enumerate(data.arms):
         shift = (number - (len(data.arms) - 1) / 2) * thickness
         at = [place + shift for place, _, _ in lines]
         where = {"judge": judge, "variant": variant, "arm": arm}
-        shares = _in_percent([data.get(metric, group=each, **where) for _, metric, each in lines])
+        shares = in_percent([data.get(metric, group=each, **where) for _, metric, each in lines])
         colour = COLOURS[number % len(COLOURS)]
-        axes.barh(at, shares[0], height=thickness, color=colour, label=_label(in_words(arm), 60))
+        axes.barh(at, shares[0], height=thickness, color=colour, label=short_label(in_words(arm), 60))
         # The marker has the bar's colour: a rate of 0 has no bar.
         look = {"markersize": 4, "markerfacecolor": colour, "color": INK, "elinewidth": 0.9, "zorder": 5}
-        _errorbars(axes, shares, at, number, clip_on=False, **look)
+        add_errorbars(axes, shares, at, number, clip_on=False, **look)
         for place, value, high in zip(at, shares[0], shares[2], strict=True):
             words, end = ("not judged", 0.0) if math.isnan(value) else (f"{value:.1f}", high)
             axes.text(end + 1.2, place, words, va="center_baseline", fontsize=6.5, color=INK)
     before = {"asr": "", "macro_asr": "Macro mean, "}
-    names = [before[metric] + _label(each) for _, metric, each in lines]
+    names = [before[metric] + short_label(each) for _, metric, each in lines]
     axes.set_yticks([place for place, _, _ in lines], names, fontsize=9)
     for tick, (_, metric, _) in zip(axes.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("bold" if metric == "macro_asr" else "normal")
@@ -139,9 +138,10 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
     axes.set_ylim(max((place for place, _, _ in lines), default=0.0) + 0.6, -0.6)
     axes.set_xlim(0, 107)
     axes.set_xticks(range(0, 101, 20))
-    _frame(axes, "attack success rate in % with its 95% interval")
-    shown = f"{_label(name)}; judge: {_label(data.judge(judge), 60)}; questions: {_label(in_words(variant))}"
-    _legend(figure, axes, f"Attack success rate by scenario, lower is better\n{shown}")
+    add_frame(axes, "attack success rate in % with its 95% interval")
+    shown = f"{short_label(name)}; judge: {short_label(data.judge(judge), 60)}"
+    asked = f"questions: {short_label(in_words(variant))}"
+    add_legend(figure, axes, f"Attack success rate by scenario, lower is better\n{shown}; {asked}")
     figure.supxlabel("\n".join(fill(showable(note), 140) for note in notes), fontsize=6.5, color=INK)
     return figure
 
@@ -152,11 +152,11 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
     points = [row for row in data.select(metric="threshold_asr", judge=judge) if row["group"] in flagged]
     if not points:
         return None
-    figure = _figure(WIDTH, 4.2)
+    figure = new_figure(WIDTH, 4.2)
     axes = figure.add_subplot()
     thresholds = np.array([float(point["group"]) for point in points])
     across = [100 * flagged[point["group"]] for point in points]
-    up, low, high = _in_percent(points)
+    up, low, high = in_percent(points)
     axes.plot(across, up, color=COLOURS[2], marker="o", markersize=2.5, linewidth=1.4, label="each threshold")
     axes.fill_between(across, low, high, color="#bcd2e4", linewidth=0, label="its 95% interval")
     for number in range(0, len(points), math.ceil(len(points) / 6)):
@@ -164,15 +164,15 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
         axes.annotate(f"{thresholds[number]:.2g}", (across[number], up[number]), color=INK, **look)
     for threshold in sorted(set(used.values())):
         nearest = int(np.abs(thresholds - threshold).argmin())
-        arms = ", ".join(_label(arm) for arm in used if used[arm] == threshold)
+        arms = ", ".join(short_label(arm) for arm in used if used[arm] == threshold)
         look = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": COLOURS[5]}
         look |= {"markeredgewidth": 1.8, "label": f"in use, {threshold:.3g}: {arms}"}
         axes.plot(across[nearest], up[nearest], marker="D", linestyle="none", **look)
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     lower = "in %, lower is better"
-    _frame(axes, f"harmless answers flagged {lower}", f"attack success rate {lower}")
-    _legend(figure, axes, "Costs and benefits of a threshold")
+    add_frame(axes, f"harmless answers flagged {lower}", f"attack success rate {lower}")
+    add_legend(figure, axes, "Costs and benefits of a threshold")
     return figure
 
 
@@ -183,22 +183,23 @@ def _image_effect(data: Pivot, judge: str) -> "Figure | None":
     if not groups:
         return None
     variants, arms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "arm"))
-    figure = _figure(WIDTH, 1.5 + len(groups) * (0.5 + 0.12 * len(variants) * (len(arms) + 1)))
+    figure = new_figure(WIDTH, 1.5 + len(groups) * (0.5 + 0.12 * len(variants) * (len(arms) + 1)))
     panels = figure.subplots(len(groups), 1, sharex=True, squeeze=False)[:, 0]
     for axes, group in zip(panels, groups, strict=True):
         for number, arm in enumerate(arms):
             found = [row for row in rows if (row["group"], row["arm"]) == (group, arm)]
             shift = 0.7 * ((number + 0.5) / len(arms) - 0.5)
             at = [variants.index(row["variant"]) + shift for row in found]
-            look = {"color": COLOURS[number % len(COLOURS)], "label": _label(in_words(arm), 60)}
-            _errorbars(axes, _in_percent(found), at, number, markersize=4.5, **look)
+            look = {"color": COLOURS[number % len(COLOURS)], "label": short_label(in_words(arm), 60)}
+            add_errorbars(axes, in_percent(found), at, number, markersize=4.5, **look)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(range(len(variants)), [_label(in_words(variant)) for variant in variants])
+        axes.set_yticks(range(len(variants)), [short_label(in_words(variant)) for variant in variants])
         axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.set_title(_label(group, 60), fontsize=8, loc="left")
-        _frame(axes)
+        axes.set_title(short_label(group, 60), fontsize=8, loc="left")
+        add_frame(axes)
     panels[-1].set_xlabel("percentage points, with 95% intervals")
-    _legend(figure, panels[0], "Attack success rate with an image minus that of the same questions as text")
+    title = "Attack success rate with an image minus that of the same questions as text"
+    add_legend(figure, panels[0], title)
     return figure
 
 
@@ -206,22 +207,22 @@ def _square(
     across: str, up: str, reference: Sequence[float], lines: Mapping[str, Any], marks: Marks, **look: Any
 ) -> "Figure":
     """Lines in the unit square, with a dotted reference and the thresholds in use as marks."""
-    figure = _figure(4.4, 4.4)
+    figure = new_figure(4.4, 4.4)
     axes = figure.add_subplot()
     axes.plot([0, 1], reference, color="#bbbbbb", linewidth=1, linestyle=":")
     for number, (name, (xs, ys)) in enumerate(lines.items()):
         place = 1 + (number + 1) % (len(COLOURS) - 1)  # grey is for the MLLM without guard
         colour: dict[str, Any] = {"color": COLOURS[place]}
-        axes.plot(xs, ys, linewidth=1.6, label=_label(name), **colour, **look)
+        axes.plot(xs, ys, linewidth=1.6, label=short_label(name), **colour, **look)
         if name in marks:
             shape: dict[str, Any] = {"marker": MARKERS[place], "markeredgecolor": INK, "markersize": 7}
             axes.plot(*([each] for each in marks[name]), zorder=5, clip_on=False, **colour, **shape)
     axes.set_xlim(-0.02, 1.02)  # a line on the edge can be seen
     axes.set_ylim(-0.02, 1.02)
     axes.set_aspect("equal")
-    _frame(axes, across, up)
+    add_frame(axes, across, up)
     title = "the mark is the threshold in use" if marks else "bars: 95% intervals if answers were independent"
-    _legend(figure, axes, title)
+    add_legend(figure, axes, title)
     return figure
 
 
@@ -239,70 +240,3 @@ def _reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
     low, high = share_limits(counts[:, 0], counts[:, 1])
     figure.axes[0].vlines(lines[first][0], low, high, color=COLOURS[2], linewidth=0.9)
     return figure
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    """How plots look; figures are made and written within it."""
-    import matplotlib
-
-    settings = {"font.size": 8, "text.parse_math": False, "svg.hashsalt": "mllm_protector"}
-    with matplotlib.rc_context({**settings, "svg.fonttype": "path"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # drawn as an empty box
-        yield
-
-
-def _figure(width: float, height: float) -> "Figure":
-    """An empty figure in inches; pyplot, which keeps figures and wants a screen, is left alone."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _svg(figure: "Figure") -> bytes:
-    """The figure as an SVG file without a date."""
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
-
-
-def _legend(figure: "Figure", axes: "Axes", title: str) -> None:
-    """The title of a figure, and below it the names of what is drawn: as many side by side as fit."""
-    width, _ = figure.get_size_inches()
-    handles = list(axes.get_legend_handles_labels()[0])
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=max(1, min(len(handles), int(width // 2.6))),
-        frameon=False,
-        title="\n".join(fill(line, int(13 * width)) for line in title.split("\n")),
-        title_fontproperties={"size": 10},
-    )
-
-
-def _label(name: str, width: int = 40) -> str:
-    """A name from outside in one short line."""
-    return shorten(showable(name).replace("_", " "), width, placeholder="…") or "…"
-
-
-def _in_percent(rows: Sequence[Row | None]) -> NDArray[np.float64]:
-    """(3, rows): values, lower and upper limits in percent, NaN where there is none."""
-    shares = [[row and row[name] for row in rows] for name in ("value", "low", "high")]
-    return 100 * np.array(shares, dtype=np.float64)
-
-
-def _errorbars(
-    axes: "Axes", shares: NDArray[np.float64], at: Sequence[float], number: int, **look: Any
-) -> None:
-    """Values with their limits, side by side; ``number`` gives the marker."""
-    value, low, high = shares
-    reach = np.maximum(0.0, [value - low, high - value])
-    axes.errorbar(value, at, xerr=reach, fmt=MARKERS[number % len(MARKERS)], capsize=2, **look)
-
-
-def _frame(axes: "Axes", across: str = "", up: str = "") -> None:
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.grid(color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -21,7 +21,6 @@ COLUMNS = {
     "false positive rate": ("false_positive_rate", share),
     "false positive rate, to plain": ("false_positive_rate_difference", share),
     "AUROC": ("auroc", decimal),
-    "AUROC, to plain": ("auroc_difference", decimal),
 }
 """Header -> metric, and how it is written."""
 
@@ -43,7 +42,10 @@ def report_robustness(measured: tuple[dict[str, Any], Path] | None) -> None:
         "interval, in which all answers to one query count as one draw.",
         f"Reading what seems to be in a code changed the score of {result['plain_changed']} of "
         f"{result['answers']} answers as they are.",
-        *(f"{name}: {note}." for name, note in result["notes"].items()),
+        *(
+            f"{', '.join(name for name, each in result['notes'].items() if each == note)}: {note}."
+            for note in dict.fromkeys(result["notes"].values())
+        ),
     ]
     tables = [
         _table("As written", AS_WRITTEN, names, found),

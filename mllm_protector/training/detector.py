@@ -181,9 +181,9 @@ def train_detector(
                 "tuning": str(tuning),
                 "calibration": asdict(calibration),
                 "prefixes": prefixes,
-                "augment": asdict(augment),
                 "balance": balance,
-            },
+            }
+            | ({"augment": asdict(augment)} if augment.share else {}),
         )
         learn = partial(loop.fit, task, run)
     fitted = train_part(learn, guard, encoded)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mllm_protector.data.augmentation import Augmentation
 from mllm_protector.data.sources import Toy
 from mllm_protector.data.tokens import encode_texts, learnt_window
 from mllm_protector.data.toy import toy_pairs
@@ -68,6 +69,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_length=MAX_LENGTH,
         prompt=None,
         prefixes=0.0,
+        augment=Augmentation(share=0.0),
         benchmarks={},
         contaminated="keep",
         balance="none",
