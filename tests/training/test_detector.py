@@ -242,10 +242,9 @@ def test_scores_that_are_not_finite_stop_the_run_and_nothing_is_saved(
     assert not (tmp_path / "guard.json").exists()
 
 
-def test_answers_are_also_learnt_rewritten(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base")
-    written = train_a_detector(tmp_path / "plain", base)
+def test_answers_are_also_learnt_rewritten(tmp_path: Path, bases: dict[Family, Path]) -> None:
+    written = train(tmp_path / "plain", bases["llama"])
     augment = Augmentation(share=1.0, transformations=["padded"])
-    rewritten = train_a_detector(tmp_path / "augmented", base, augment=augment)
+    rewritten = train(tmp_path / "augmented", bases["llama"], augment=augment)
     assert rewritten["examples"] == 2 * written["examples"]
     assert rewritten["validation_examples"] == written["validation_examples"]
