@@ -73,6 +73,12 @@ COMMANDS = {
         f"{_PACKAGE}.serving.serve.serve",
         arguments="[url=http://...] [key=value ...]",
     ),
+    "robustness": Command(
+        "eval_robustness",
+        "Attack a detector with rewritten answers",
+        f"{_PACKAGE}.evaluation.robustness.eval_robustness",
+        f"{_PACKAGE}.reporting.robustness.report_robustness",
+    ),
     "prepare-data": Command(
         "prepare_data",
         "Say what a training would learn from",

@@ -5,8 +5,8 @@ in full-width or mathematical letters, all in capitals or with tabs for spaces a
 answer that it would flag passes. So what a detector reads, in training and in use, is the normalised text.
 What a user sees never is.
 
-What could only be guessed is left alone: letters of another script that look alike, leetspeak, spaced
-letters and encodings such as base64.
+What could only be guessed is left alone here: letters of another script that look alike, leetspeak, spaced
+letters and encodings such as base64 (see ``deciphering``).
 """
 
 import re

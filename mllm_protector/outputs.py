@@ -38,6 +38,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
         *("metrics.json", "scores.jsonl", "report.*", "sets.*", "measurements.csv"),
         *("*/metrics.json", "*/scores.jsonl", "*/report.*"),
     ),
+    "eval_robustness": ("robustness.*", "measurements.csv", "cache"),
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
     "measure_latency": ("latency.json", "latency.md"),
     "measure_streaming": ("streaming.json", "streaming.csv", "streaming.md"),

@@ -34,6 +34,7 @@ from mllm_protector.data.tokens import (
     window_starts,
     without_pad,
 )
+from mllm_protector.deciphering import deciphered
 from mllm_protector.errors import InputError
 from mllm_protector.normalisation import normalised, readings
 from mllm_protector.records import LabelledAnswer
@@ -168,6 +169,7 @@ class DetectorEncoder(PromptEncoder):
         answers: Sequence[str],
         window: int | None = None,
         overlap: float = OVERLAP,
+        decipher: bool = True,
     ) -> list[list[list[int]]]:
         """Token ids of each pair in as many rows as its answer needs, each with the question.
 
@@ -175,18 +177,27 @@ class DetectorEncoder(PromptEncoder):
         least one row; ``tokens.window_starts`` says how the rows overlap. A question gives way only where
         the pair does not fit, to what the answer (or one window of it) leaves and never to less than half of
         the room: its head and tail stay, with ``prompts.GAP`` between them. ``shortened`` counts it. A pair
-        that normalisation changes much is read as it was written, too, in further rows.
+        that normalisation changes much is read as it was written, too, in further rows; so is what an answer
+        seems to say in a code (``deciphering``).
 
         Args:
             queries: one for each answer.
             answers: of any length; the number of rows grows in proportion to it.
             window: the most tokens of an answer in one row; ``None`` for as many as fit.
             overlap: the share of a window that its neighbour repeats.
+            decipher: read what an answer seems to say in a code, too.
 
         Returns:
             The rows of each answer, in the answer's order.
         """
-        each = [readings(*pair) for pair in zip(queries, answers, strict=True)]
+        each = [
+            [
+                pair
+                for text in (answer, *(deciphered(answer) if decipher else ()))
+                for pair in readings(query, text)
+            ]
+            for query, answer in zip(queries, answers, strict=True)
+        ]
         asked, said = zip(*(pair for pairs in each for pair in pairs), strict=True) if each else ((), ())
         rows = iter(self._windows(asked, said, window, overlap))
         return [[row for _ in pairs for row in next(rows)] for pairs in each]

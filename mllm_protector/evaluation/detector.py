@@ -138,6 +138,13 @@ def eval_detector(
     return measured
 
 
+def measured_part(source: Source, splits: Splits[Any], split: Split) -> tuple[Split, Sequence[Any]]:
+    """What ``split`` means for a source, and the records to measure on."""
+    if split == "auto":
+        split = "all" if getattr(source, "test_set", False) else "validation"
+    return split, splits.validation if split == "validation" else [*splits.train, *splits.validation]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredSet:
     """Answers to measure on; ``groups`` are theirs, or ``None`` each."""
@@ -160,9 +167,7 @@ def load_set(
     """Load what a detector is measured on; arguments and errors as of ``eval_detector``."""
     splits = source.load()
     log.info("data: %s", splits.account)
-    if split == "auto":
-        split = "all" if getattr(source, "test_set", False) else "validation"
-    records = splits.validation if split == "validation" else [*splits.train, *splits.validation]
+    split, records = measured_part(source, splits, split)
     answers = list(labelled_answers(records))
     groups = [
         answer.scenario if group_file == SCENARIO else group_of.get(query_key(answer.query))

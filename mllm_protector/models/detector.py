@@ -6,10 +6,12 @@ the encoder, which turns them into ids, is part of the checkpoint.
 A long answer is scored in overlapping windows and counts as harmful as the worst of them. A detector only
 knows texts of the lengths that it was trained on: read as one long text, a harmful sentence among many
 harmless ones is missed even where all of it fits. Texts are read normalised (``normalisation``), and where
-that changes one much, as written too; the higher score counts.
+that changes one much, as written too, and so is what an answer seems to say in a code (``deciphering``); the
+highest score counts.
 """
 
 import math
+from array import array
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 
-from mllm_protector import normalisation
+from mllm_protector import deciphering, normalisation
 from mllm_protector.arguments import require_texts
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.encoding import DetectorEncoder
@@ -58,11 +60,13 @@ class HarmDetector:
         *,
         batch_tokens: int = BATCH_TOKENS,
         window: int | None = None,
+        decipher: bool = True,
     ) -> None:
         """Bind a sequence classifier with one output, perhaps wrapped by PEFT, to how it is used.
 
         ``batch_tokens`` are positions in one forward pass, padding included; ``window`` is the most tokens of
-        an answer that are read at once, ``None`` for what ``guard`` says.
+        an answer that are read at once, ``None`` for what ``guard`` says. With ``decipher`` it also reads
+        what an answer seems to say in a code or a disguise (``deciphering``).
 
         Raises:
             InputError: a window of no tokens.
@@ -72,6 +76,7 @@ class HarmDetector:
         self.guard = guard
         self.limit = MicroBatchLimit(tokens=batch_tokens)
         self.window = guard.window if window is None else window
+        self.decipher = decipher
         if self.window is not None and self.window < 1:
             raise InputError(f"window={self.window}: must be at least 1 token")
 
@@ -83,7 +88,9 @@ class HarmDetector:
     def logits(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The logit of each answer to its query: the worst of its windows and readings, NaN if one is."""
         require_texts(queries=queries, answers=answers)
-        windows = self.encoder.windows(queries=queries, answers=answers, window=self.window)
+        windows = self.encoder.windows(
+            queries=queries, answers=answers, window=self.window, decipher=self.decipher
+        )
         return worst_logits(self.model, self.encoder, windows, limit=self.limit)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
@@ -97,7 +104,7 @@ class HarmDetector:
     @property
     def card(self) -> Card:
         """What the scores depend on: weights, prompt, lengths, scale, threshold."""
-        return card_of(self.guard, self.window)
+        return card_of(self.guard, self.window, decipher=self.decipher)
 
     def save(self, folder: Path) -> None:
         """Write weights, tokenizer and ``guard.json`` (last) to a folder."""
@@ -123,13 +130,14 @@ def logits_of(detector: HarmDetector, records: Sequence[LabelledAnswer]) -> list
     return logits
 
 
-def card_of(guard: GuardFile, window: int | None) -> Card:
+def card_of(guard: GuardFile, window: int | None, *, decipher: bool = True) -> Card:
     """The card of the detector that a guard file describes, without loading it."""
     return Card(
         identity={
             **guard.identity,
             "joined": guard.joined,
             "normalisation": normalisation.VERSION,
+            "deciphering": deciphering.VERSION if decipher else None,
             "window": window,
             "overlap": {"share": OVERLAP, "tokens": SENTENCE},
             "temperature": guard.temperature,
@@ -146,6 +154,7 @@ def load_detector(
     device: str | None = None,
     batch_tokens: int = BATCH_TOKENS,
     window: int | None = None,
+    decipher: bool = True,
     trust_remote_code: bool = False,
 ) -> HarmDetector:
     """Load a trained detector.
@@ -156,6 +165,7 @@ def load_detector(
         device: ``None`` takes the GPU if there is one.
         batch_tokens: as in ``HarmDetector``.
         window: as in ``HarmDetector``; ``max_length`` or more for as many tokens as fit.
+        decipher: as in ``HarmDetector``.
         trust_remote_code: run code that comes with the model. Leave it off unless you have read that code.
 
     Raises:
@@ -168,7 +178,7 @@ def load_detector(
     encoder = detector_encoder(folder, guard, trust_remote_code=trust_remote_code)
     backbone = part_backbone(guard, folder, base, trust_remote_code=trust_remote_code)
     model = load_classifier(folder, guard, backbone).to(where)
-    return HarmDetector(model, encoder, guard, batch_tokens=batch_tokens, window=window)
+    return HarmDetector(model, encoder, guard, batch_tokens=batch_tokens, window=window, decipher=decipher)
 
 
 def load_classifier(folder: Path, guard: GuardFile, backbone: Backbone) -> torch.nn.Module:
@@ -226,11 +236,14 @@ def worst_logits(
 ) -> list[float]:
     """The highest logit among the rows of each answer; NaN if one is, which ``max`` alone may overlook.
 
-    A forward pass, limited as in ``score_logits``, may hold windows of several answers.
+    A forward pass, limited as in ``score_logits``, may hold windows of several answers. Equal rows are
+    scored once.
     """
-    return worst_of(
-        score_logits(model, encoder, [row for rows in windows for row in rows], limit=limit), windows
-    )
+    keys = [array("i", row).tobytes() for rows in windows for row in rows]
+    different = dict(zip(keys, (row for rows in windows for row in rows), strict=True))
+    logits = score_logits(model, encoder, [*different.values()], limit=limit)
+    found = dict(zip(different, logits, strict=True))
+    return worst_of([found[key] for key in keys], windows)
 
 
 def worst_of(logits: Sequence[float], windows: Sequence[Sequence[Any]]) -> list[float]:

@@ -2,24 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from textwrap import fill, shorten
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mllm_protector.drawing import COLOURS, INK, MARKERS, as_png, as_svg, empty_figure, frame, style
 from mllm_protector.evaluation.statistics import share_limits
 from mllm_protector.metrics import calibration_bins
+from mllm_protector.reporting.drawing import WIDTH, add_errorbars, add_legend, in_percent, short_label
 from mllm_protector.reporting.pivots import Pivot, pivot
 from mllm_protector.reporting.tables import Row, in_words, showable
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-WIDTH = 5.2
-"""Inches, so that letters can still be read where a phone shows all of it."""
 
 Scores = Mapping[str, Sequence[float]]  # the scorer -> its P(harmful) of each answer
 Marks = Mapping[str, tuple[float, ...]]  # -> (false positive rate, recall, precision) at its threshold
@@ -68,21 +64,30 @@ def curves(labels: Sequence[bool], scores: Scores, *, uncalibrated: Scores, mark
         return {title: as_svg(figure) for title, figure in figures.items()}
 
 
-def points_by_set(own: Mapping[str, Row], published: Mapping[str, Mapping[str, float]]) -> bytes:
-    """A row for each set: the detector's F1 with its interval among those of published guards, as SVG."""
+def points(
+    series: Mapping[str, Mapping[str, Row]],
+    across: str,
+    title: str,
+    others: Mapping[str, Mapping[str, float]] | None = None,
+) -> bytes:
+    """A line for each name, with a point and its interval of each series, as SVG; ``others`` are ticks."""
+    names = list(next(iter(series.values())))
     with style():
-        figure = empty_figure(WIDTH, 1.6 + 0.42 * len(own))
+        figure = empty_figure(WIDTH, 1.6 + (0.32 + 0.1 * len(series)) * len(names))
         axes = figure.add_subplot()
-        known = [(n, value) for n, name in enumerate(own) for value in published.get(name, {}).values()]
-        if known:
+        if others is not None:
+            known = [(n, value) for n, name in enumerate(names) for value in others.get(name, {}).values()]
             look: dict[str, Any] = {"color": COLOURS[0], "markersize": 12, "label": "published guards"}
             axes.plot([100 * value for _, value in known], [place for place, _ in known], "|", **look)
-        shares = _in_percent([*own.values()])
-        _errorbars(axes, shares, [*range(len(own))], 0, color=COLOURS[2], label="this detector")
-        axes.set_yticks(range(len(own)), [_label(name) for name in own])
+        for number, (label, rows) in enumerate(series.items()):
+            shift = 0.7 * ((number + 0.5) / len(series) - 0.5)
+            look = {"color": COLOURS[(2 + number) % len(COLOURS)], "label": label, "markersize": 4.5}
+            at = [names.index(name) + shift for name in rows]
+            add_errorbars(axes, in_percent([*rows.values()]), at, number, **look)
+        axes.set_yticks(range(len(names)), [short_label(name) for name in names])
         axes.invert_yaxis()
-        frame(axes, "F1 in %, with 95% intervals")
-        _legend(figure, axes, "F1 at the detector's own threshold")
+        frame(axes, across)
+        add_legend(figure, axes, title)
         return as_svg(figure)
 
 
@@ -100,17 +105,17 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
         shift = (number - (len(data.arms) - 1) / 2) * thickness
         at = [place + shift for place, _, _ in lines]
         where = {"judge": judge, "variant": variant, "arm": arm}
-        shares = _in_percent([data.get(metric, group=each, **where) for _, metric, each in lines])
+        shares = in_percent([data.get(metric, group=each, **where) for _, metric, each in lines])
         colour = COLOURS[number % len(COLOURS)]
-        axes.barh(at, shares[0], height=thickness, color=colour, label=_label(in_words(arm), 60))
+        axes.barh(at, shares[0], height=thickness, color=colour, label=short_label(in_words(arm), 60))
         # The marker has the bar's colour: a rate of 0 has no bar.
         look = {"markersize": 4, "markerfacecolor": colour, "color": INK, "elinewidth": 0.9, "zorder": 5}
-        _errorbars(axes, shares, at, number, clip_on=False, **look)
+        add_errorbars(axes, shares, at, number, clip_on=False, **look)
         for place, value, high in zip(at, shares[0], shares[2], strict=True):
             words, end = ("not judged", 0.0) if math.isnan(value) else (f"{value:.1f}", high)
             axes.text(end + 1.2, place, words, va="center_baseline", fontsize=6.5, color=INK)
     before = {"asr": "", "macro_asr": "Macro mean, "}
-    names = [before[metric] + _label(each) for _, metric, each in lines]
+    names = [before[metric] + short_label(each) for _, metric, each in lines]
     axes.set_yticks([place for place, _, _ in lines], names, fontsize=9)
     for tick, (_, metric, _) in zip(axes.get_yticklabels(), lines, strict=True):
         tick.set_fontweight("bold" if metric == "macro_asr" else "normal")
@@ -119,8 +124,9 @@ def _bars(data: Pivot, name: str, judge: str, width: float, notes: Sequence[str]
     axes.set_xlim(0, 107)
     axes.set_xticks(range(0, 101, 20))
     frame(axes, "attack success rate in % with its 95% interval")
-    shown = f"{_label(name)}; judge: {_label(data.judge(judge), 60)}; questions: {_label(in_words(variant))}"
-    _legend(figure, axes, f"Attack success rate by scenario, lower is better\n{shown}")
+    shown = f"{short_label(name)}; judge: {short_label(data.judge(judge), 60)}"
+    asked = f"questions: {short_label(in_words(variant))}"
+    add_legend(figure, axes, f"Attack success rate by scenario, lower is better\n{shown}; {asked}")
     figure.supxlabel("\n".join(fill(showable(note), 140) for note in notes), fontsize=6.5, color=INK)
     return figure
 
@@ -135,7 +141,7 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
     axes = figure.add_subplot()
     thresholds = np.array([float(point["group"]) for point in points])
     across = [100 * flagged[point["group"]] for point in points]
-    up, low, high = _in_percent(points)
+    up, low, high = in_percent(points)
     axes.plot(across, up, color=COLOURS[2], marker="o", markersize=2.5, linewidth=1.4, label="each threshold")
     axes.fill_between(across, low, high, color="#bcd2e4", linewidth=0, label="its 95% interval")
     for number in range(0, len(points), math.ceil(len(points) / 6)):
@@ -143,7 +149,7 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
         axes.annotate(f"{thresholds[number]:.2g}", (across[number], up[number]), color=INK, **look)
     for threshold in sorted(set(used.values())):
         nearest = int(np.abs(thresholds - threshold).argmin())
-        arms = ", ".join(_label(arm) for arm in used if used[arm] == threshold)
+        arms = ", ".join(short_label(arm) for arm in used if used[arm] == threshold)
         look = {"markersize": 8, "markerfacecolor": "none", "markeredgecolor": COLOURS[5]}
         look |= {"markeredgewidth": 1.8, "label": f"in use, {threshold:.3g}: {arms}"}
         axes.plot(across[nearest], up[nearest], marker="D", linestyle="none", **look)
@@ -151,7 +157,7 @@ def _trade_off(data: Pivot, judge: str, used: Mapping[str, float]) -> "Figure | 
     axes.set_ylim(bottom=0)
     lower = "in %, lower is better"
     frame(axes, f"harmless answers flagged {lower}", f"attack success rate {lower}")
-    _legend(figure, axes, "Costs and benefits of a threshold")
+    add_legend(figure, axes, "Costs and benefits of a threshold")
     return figure
 
 
@@ -169,15 +175,16 @@ def _image_effect(data: Pivot, judge: str) -> "Figure | None":
             found = [row for row in rows if (row["group"], row["arm"]) == (group, arm)]
             shift = 0.7 * ((number + 0.5) / len(arms) - 0.5)
             at = [variants.index(row["variant"]) + shift for row in found]
-            look = {"color": COLOURS[number % len(COLOURS)], "label": _label(in_words(arm), 60)}
-            _errorbars(axes, _in_percent(found), at, number, markersize=4.5, **look)
+            look = {"color": COLOURS[number % len(COLOURS)], "label": short_label(in_words(arm), 60)}
+            add_errorbars(axes, in_percent(found), at, number, markersize=4.5, **look)
         axes.axvline(0, color=INK, linewidth=0.8)
-        axes.set_yticks(range(len(variants)), [_label(in_words(variant)) for variant in variants])
+        axes.set_yticks(range(len(variants)), [short_label(in_words(variant)) for variant in variants])
         axes.set_ylim(len(variants) - 0.5, -0.5)
-        axes.set_title(_label(group, 60), fontsize=8, loc="left")
+        axes.set_title(short_label(group, 60), fontsize=8, loc="left")
         frame(axes)
     panels[-1].set_xlabel("percentage points, with 95% intervals")
-    _legend(figure, panels[0], "Attack success rate with an image minus that of the same questions as text")
+    title = "Attack success rate with an image minus that of the same questions as text"
+    add_legend(figure, panels[0], title)
     return figure
 
 
@@ -191,7 +198,7 @@ def _square(
     for number, (name, (xs, ys)) in enumerate(lines.items()):
         place = 1 + (number + 1) % (len(COLOURS) - 1)  # grey is for the MLLM without guard
         colour: dict[str, Any] = {"color": COLOURS[place]}
-        axes.plot(xs, ys, linewidth=1.6, label=_label(name), **colour, **look)
+        axes.plot(xs, ys, linewidth=1.6, label=short_label(name), **colour, **look)
         if name in marks:
             shape: dict[str, Any] = {"marker": MARKERS[place], "markeredgecolor": INK, "markersize": 7}
             axes.plot(*([each] for each in marks[name]), zorder=5, clip_on=False, **colour, **shape)
@@ -200,7 +207,7 @@ def _square(
     axes.set_aspect("equal")
     frame(axes, across, up)
     title = "the mark is the threshold in use" if marks else "bars: 95% intervals if answers were independent"
-    _legend(figure, axes, title)
+    add_legend(figure, axes, title)
     return figure
 
 
@@ -218,37 +225,3 @@ def _reliability(labels: Sequence[bool], scores: Scores) -> "Figure":
     low, high = share_limits(counts[:, 0], counts[:, 1])
     figure.axes[0].vlines(lines[first][0], low, high, color=COLOURS[2], linewidth=0.9)
     return figure
-
-
-def _legend(figure: "Figure", axes: "Axes", title: str) -> None:
-    """The title of a figure, and below it the names of what is drawn: as many side by side as fit."""
-    width, _ = figure.get_size_inches()
-    handles = list(axes.get_legend_handles_labels()[0])
-    figure.legend(
-        handles=handles,
-        loc="outside upper center",
-        ncols=max(1, min(len(handles), int(width // 2.6))),
-        frameon=False,
-        title="\n".join(fill(line, int(13 * width)) for line in title.split("\n")),
-        title_fontproperties={"size": 10},
-    )
-
-
-def _label(name: str, width: int = 40) -> str:
-    """A name from outside in one short line."""
-    return shorten(showable(name).replace("_", " "), width, placeholder="…") or "…"
-
-
-def _in_percent(rows: Sequence[Row | None]) -> NDArray[np.float64]:
-    """(3, rows): values, lower and upper limits in percent, NaN where there is none."""
-    shares = [[row and row[name] for row in rows] for name in ("value", "low", "high")]
-    return 100 * np.array(shares, dtype=np.float64)
-
-
-def _errorbars(
-    axes: "Axes", shares: NDArray[np.float64], at: Sequence[float], number: int, **look: Any
-) -> None:
-    """Values with their limits, side by side; ``number`` gives the marker."""
-    value, low, high = shares
-    reach = np.maximum(0.0, [value - low, high - value])
-    axes.errorbar(value, at, xerr=reach, fmt=MARKERS[number % len(MARKERS)], capsize=2, **look)

@@ -10,7 +10,7 @@ from mllm_protector.evaluation.detector import MeasuredDetector
 from mllm_protector.evaluation.measurements import as_csv
 from mllm_protector.files import write_text
 from mllm_protector.reporting.page import render
-from mllm_protector.reporting.plots import points_by_set
+from mllm_protector.reporting.plots import points
 from mllm_protector.reporting.tables import Row, Table, decimal, latex, markdown, print_tables, share, upright
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,12 @@ def report_sets(measured: Sequence[MeasuredDetector]) -> None:
         *dict.fromkeys(f"Note on {name}: {note}" for name, each in metrics.items() for note in each["notes"]),
     ]
     tables = [_sets(metrics), *_published(metrics)]
-    plot = points_by_set(_values(metrics, "f1"), _figures(metrics, "f1"))
+    plot = points(
+        {"this detector": _values(metrics, "f1")},
+        "F1 in %, with 95% intervals",
+        "F1 at the detector's own threshold",
+        _figures(metrics, "f1"),
+    )
     write_text(folder / "sets.md", markdown(TITLE, lines, tables))
     write_text(folder / "sets.tex", latex(lines, tables))
     write_text(folder / "measurements.csv", as_csv(rows))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mllm_protector import prompts
+from mllm_protector.data.augmentation import Augmentation
 from mllm_protector.data.batching import pack_answers
 from mllm_protector.data.encoding import DetectorEncoder, EncodedAnswer
 from mllm_protector.data.preparation import Contaminated, prepare
@@ -66,6 +67,7 @@ def train_detector(
     max_length: Count,
     prompt: str | None,
     prefixes: Share,
+    augment: Augmentation,
     calibration: Aim,
     output_dir: str,
     seed: Seed,
@@ -118,7 +120,8 @@ def train_detector(
         pretrained, fresh = base.load_classifier(pad_id=encoder.pad_id)
         model = tuned(pretrained, "SEQ_CLS", fresh, tuning, max_length=max_length, packing=fit.packing)
     train = with_prefixes(labelled_answers(splits.train), share=prefixes, seed=seed)
-    content = content_key(splits.fingerprint, prefixes and [prefixes, seed])
+    train = augment.added_to(train, template=encoder.prompt, seed=seed)
+    content = content_key(splits.fingerprint, prefixes and [prefixes, seed], augment.identity(seed))
     with first_process_first():
         encoded = tokenized(encoder, train, content=content)
     examples: Sequence[EncodedAnswer] = balanced(encoded, balance, seed=seed)
@@ -179,7 +182,8 @@ def train_detector(
                 "calibration": asdict(calibration),
                 "prefixes": prefixes,
                 "balance": balance,
-            },
+            }
+            | ({"augment": asdict(augment)} if augment.share else {}),
         )
         learn = partial(loop.fit, task, run)
     fitted = train_part(learn, guard, encoded)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import hydra
+import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 

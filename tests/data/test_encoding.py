@@ -166,7 +166,7 @@ def test_an_answer_that_fits_is_one_window_rendered_as_for_training(tokenizer: P
     encoder = detector_encoder(tokenizer, 1024)
     texts = {
         "queries": [HOSTILE.lower(), "", "q" * 400],
-        "answers": ["a " * 60, "", HOSTILE.lower()],
+        "answers": ["an " * 60, "", HOSTILE.lower()],
     }
     one_each = [[ids] for ids in encoder.encode(**texts)]
     assert encoder.windows(**texts) == encoder.windows(**texts, window=512) == one_each

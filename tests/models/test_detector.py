@@ -101,13 +101,13 @@ def test_a_window_without_a_number_is_not_overlooked(make_detector: Maker):
 
 
 def test_the_windows_of_an_answer_grow_in_proportion_to_it(make_detector: Maker):
-    tokens = 20_000
+    tokens = 21_000
     detector = windowed(make_detector("llama"), 128)
     widths: list[int] = []
     hook = detector.model.register_forward_pre_hook(
         lambda _, args, given: widths.append(given["input_ids"].numel()), with_kwargs=True
     )
-    answer = " x" * (tokens // 2)
+    answer = " x," * (tokens // 3)
     [ids] = encode_texts(detector.encoder.tokenizer, [answer])
     [logit] = detector.logits(queries=["Why?"], answers=[answer])
     hook.remove()

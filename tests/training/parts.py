@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_protector.data.augmentation import Augmentation
 from mllm_protector.data.splits import Splits, make_splits
 from mllm_protector.guard.calibration import Aim
 from mllm_protector.models.backbone import Backbone
@@ -60,6 +61,7 @@ def train_a_detector(folder: Path, base: Path, **changes: Any) -> dict[str, Any]
         "balance": "none",
         "calibration": Aim("f1", None),
         "prefixes": 0.0,
+        "augment": Augmentation(share=0.0),
     }
     return train_detector(**arguments | changes)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mllm_protector.data.augmentation import Augmentation
 from mllm_protector.data.batching import pack_answers
 from mllm_protector.data.sources import Pairs, Toy
 from mllm_protector.errors import InputError, RunError
@@ -239,3 +240,11 @@ def test_scores_that_are_not_finite_stop_the_run_and_nothing_is_saved(
     with pytest.raises(RunError, match="score is not a number"):
         train(tmp_path, base)
     assert not (tmp_path / "guard.json").exists()
+
+
+def test_answers_are_also_learnt_rewritten(tmp_path: Path, bases: dict[Family, Path]) -> None:
+    written = train(tmp_path / "plain", bases["llama"])
+    augment = Augmentation(share=1.0, transformations=["padded"])
+    rewritten = train(tmp_path / "augmented", bases["llama"], augment=augment)
+    assert rewritten["examples"] == 2 * written["examples"]
+    assert rewritten["validation_examples"] == written["validation_examples"]
