@@ -1,9 +1,8 @@
 """``guard.json``: what a trained part says of itself, beside its weights.
 
-The weights are in the standard Hugging Face or PEFT format and load with stock libraries. This file adds
-what those do not keep: the prompt the part was trained with, its lengths, base, threshold and data, and
-a sha256 of every file that is loaded. It is written last, so a half-written folder never loads. It is not
-signed: it tells a damaged or mixed-up part, not one that somebody has forged with care.
+The weights are in the standard Hugging Face or PEFT format. This file adds what that does not keep: prompt,
+lengths, base, threshold and data, and a sha256 of every file that is loaded. It is written last, so a half-
+written folder never loads. It is not signed: it tells a damaged part, not one that was forged with care.
 """
 
 import json
