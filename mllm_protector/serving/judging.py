@@ -65,7 +65,8 @@ class Judged:
     def header(self) -> str:
         """The worst of the outcomes."""
         order = [*dict.fromkeys(SHOWN.values())]
-        worst = max((SHOWN[each.outcome] for each in self.verdicts), key=order.index)
+        shown = (SHOWN[each.outcome] for each in self.verdicts)
+        worst = max(shown, key=order.index, default=order[0])  # a gateway may ask about nothing
         return f"shadow-{worst}" if self.shadow else worst
 
     def details(self, decimals: int) -> dict[str, Any]:

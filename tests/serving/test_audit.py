@@ -56,7 +56,7 @@ def judged(text: str = "words", shadow: bool = False) -> Judged:
     return Judged(
         content={"choices": [choice]},
         verdicts=[Guarded(Outcome.ALLOWED, text, 0.1, 0.0)],
-        case=Case(query="Why?", structured=False, threshold=None),
+        cases=[Case(query="Why?", structured=False, threshold=None)],
         raw=[choice],
         shadow=shadow,
     )

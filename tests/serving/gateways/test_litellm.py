@@ -1,16 +1,20 @@
 """LiteLLM's Generic Guardrail API, as its code reads replies."""
 
+import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mllm_protector.prompts import REFUSAL
 from mllm_protector.serving.gateways.litellm import BLOCKED, UNREAD
-from tests.serving.fakes import SAFE, Served
+from tests.serving.fakes import HTTP, SAFE, Served
 from tests.serving.gateways.paths import KEYS, guarded, post
 
 PATH = "/beta/litellm_basic_guardrail_api"
+DOCS = Path(__file__).parents[3] / "docs/serving.md"
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "\\u0046ORBIDDEN"}'}}
 
 
@@ -85,6 +89,18 @@ def test_without_a_verdict_the_gateway_gets_an_error() -> None:
             assert (answer.status_code, answer.headers["retry-after"]) == (503, wait), word
 
 
+def test_no_text_gets_into_logs_or_metrics(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, logger="mllm_protector")
+    with guarded() as on:
+        for word in ("BUG", "DOWN", "FORBIDDEN", "fine"):
+            for kind in ("request", "response"):
+                texts = [f"{word} CANARY-7f3a"]
+                post(on, PATH, {"input_type": kind, "texts": texts, "litellm_call_id": "CANARY-7f3a"})
+        shown = HTTP.get(f"{on.url}/metrics").text
+    assert "the guard failed" in caplog.text
+    assert "CANARY" not in caplog.text + shown
+
+
 def test_shadow_mode_only_counts() -> None:
     with guarded(shadow=True) as on:
         for text in ("FORBIDDEN", "DOWN", "BUSY"):
@@ -121,3 +137,13 @@ def test_keys_come_in_either_header_and_questions_are_their_own() -> None:
         assert [query for query, _, _ in on.guard.asked] == ["Why?", ""]
         assert post(on, PATH, answer).status_code == 401
         assert post(on, PATH, answer, **{"x-api-key": "three"}).status_code == 401
+
+
+def test_the_configuration_in_the_documentation_is_the_one_that_is_tested() -> None:
+    section = DOCS.read_text().partition("## LiteLLM")[2]
+    documented = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
+    tested = yaml.safe_load((Path(__file__).parent / "litellm.yaml").read_text())
+    [guard] = documented["guardrails"]
+    assert guard["litellm_params"].pop("default_on") is True  # the tests choose by request
+    assert guard == tested["guardrails"][0]
+    assert documented["model_list"] == tested["model_list"][:1]

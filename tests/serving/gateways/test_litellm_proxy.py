@@ -51,7 +51,7 @@ TOOL: Any = {
 def echo(asked: Asked) -> Said:
     """An upstream that says what it was asked, in words, in a tool call or as a Responses object."""
     if asked.path.endswith("/responses"):
-        return responded(asked.body["input"])
+        return responded(asked.body["input"], bool(asked.body.get("stream")))
     text, count = asked.body["messages"][-1]["content"], asked.body.get("n", 1)
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": text})}}
     if asked.body.get("stream"):
@@ -63,18 +63,28 @@ def echo(asked: Asked) -> Said:
         return stream(chunk({"role": "assistant"}), *words, *ends, USAGE_CHUNK, DONE)
     if "tools" in asked.body:
         return completion(message(None, tool_calls=[call]) | {"finish_reason": "tool_calls"})
-    choices = [message(text if index == 0 else "other", index) for index in range(count)]
+    thought = {"reasoning_content": "FORBIDDEN"} if text == "thought" else {}
+    choices = [message(text if index == 0 else "other", index, **thought) for index in range(count)]
     if asked.body.get("logprobs"):
         choices[0]["logprobs"] = {"content": [{"token": text, "logprob": -1.0, "top_logprobs": []}]}
     return completion(*choices)
 
 
-def responded(text: str) -> Said:
+def responded(text: str, streamed: bool) -> Said:
     part = {"type": "output_text", "text": text, "annotations": []}
     output = {"type": "message", "id": "m", "role": "assistant", "status": "completed", "content": [part]}
     whole = {"id": "r", "object": "response", "created_at": 1, "model": "toy", "status": "completed"}
-    more = {"output": [output], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
-    return Said([json.dumps(whole | more).encode()])
+    whole |= {"output": [output], "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
+    if not streamed:
+        return Said([json.dumps(whole).encode()])
+    place = {"item_id": "m", "output_index": 0, "content_index": 0, "sequence_number": 1}
+    events = (
+        {"type": "response.created", "response": {**whole, "status": "in_progress", "output": []}},
+        {"type": "response.output_text.delta", "delta": text, **place},
+        {"type": "response.output_text.done", "text": text, **place},
+        {"type": "response.completed", "response": whole},
+    )
+    return stream(*(f"event: {each['type']}\ndata: {json.dumps(each)}\n\n".encode() for each in events))
 
 
 @dataclass
@@ -220,7 +230,26 @@ def test_log_probabilities_of_what_was_replaced_are_never_asked_for(gateway: Gat
         assert ("FORBIDDEN" in str(choice.logprobs)) == kept
 
 
+def test_reasoning_is_not_shown_to_the_guard(gateway: Gateway) -> None:
+    """Why a model that reasons belongs behind the proxy; here to notice if that changes."""
+    [choice] = gateway.ask("thought").choices
+    assert choice.message.reasoning_content == "FORBIDDEN"
+
+
 def test_the_responses_route_is_guarded_too(gateway: Gateway) -> None:
     for text, said in (("fine", "fine"), ("FORBIDDEN", SAFE), ("HOPELESS", REFUSAL)):
         made = gateway.client.responses.create(model="toy", input=text, extra_body={"guardrails": ["guard"]})
         assert made.output_text == said
+
+
+def test_streams_of_the_responses_route_need_the_blocking_configuration(gateway: Gateway) -> None:
+    def said(text: str, guard: str) -> str:
+        more = {"guardrails": [guard]}
+        events = gateway.client.responses.create(model="toy", input=text, stream=True, extra_body=more)
+        return str([*events])
+
+    assert "fine" in said("fine", "blocking")
+    assert "FORBIDDEN" in said("FORBIDDEN", "guard")
+    blocked = said("FORBIDDEN", "blocking")
+    assert BLOCKED in blocked
+    assert "FORBIDDEN" not in blocked
