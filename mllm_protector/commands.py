@@ -95,6 +95,12 @@ COMMANDS = {
         "Write a detector as one model for stock tools",
         f"{_PACKAGE}.models.export.export_detector",
     ),
+    "export-answers": Command(
+        "export_answers",
+        "Write a run's answers as files of VLMEvalKit or lmms-eval",
+        f"{_PACKAGE}.evaluation.answer_export.export_answers",
+        arguments="run=outputs/mmsafety [key=value ...]",
+    ),
     "compare": Command(
         "compare_runs",
         "Compare evaluations",

@@ -42,6 +42,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "eval_detoxifier": ("metrics.json", "rewrites.jsonl", "rewrites.md"),
     "measure_latency": ("latency.json", "latency.md"),
     "measure_streaming": ("streaming.json", "streaming.csv", "streaming.md"),
+    "export_answers": ("*_*.tsv", "*_samples_*.jsonl"),
     "list_questions": ("questions.jsonl",),
     "compare": ("compare.*",),
     "prepare_data": ("data_report.*", "train.jsonl", "validation.jsonl"),
