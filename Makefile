@@ -28,7 +28,7 @@ contracts: $(VENV)/.installed-dev $(CONTRACTS)/.installed
 	$(BIN)/python -m pytest -m slow tests/serving/gateways
 
 docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
