@@ -1,16 +1,17 @@
 # make demo   train a toy guard and measure it (sets everything up by itself)
 # make test   the tests (likewise)
 # make contracts   the guard behind a real LiteLLM proxy (installs 750 MB apart)
+# make docs   the pages of docs/ as a site, in site/ (installs its tools first)
 # make lint   ruff; make check: ruff, formatting and mypy
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := mllm_protector scripts tests
+SOURCES := mllm_protector scripts tests docs
 
 CONTRACTS := .venv-contracts
 
-.PHONY: demo test slow contracts lint check clean
+.PHONY: demo test slow contracts docs lint check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python scripts/train_detector.py
@@ -26,15 +27,19 @@ slow: $(VENV)/.installed-dev $(CONTRACTS)/.installed
 contracts: $(VENV)/.installed-dev $(CONTRACTS)/.installed
 	$(BIN)/python -m pytest -m slow tests/serving/gateways
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check $(SOURCES)
 
-check: lint
+# With the site, where its tools are installed.
+check: lint $(if $(wildcard $(VENV)/.installed-docs),docs)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(CONTRACTS) build dist *.egg-info
+	rm -rf $(VENV) $(CONTRACTS) build dist site *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,6 +52,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	@touch $@
 
 # LiteLLM's pins and ours exclude each other.

@@ -1,4 +1,4 @@
-"""The README and docs/architecture.md show what the project does."""
+"""The README and the pages of docs/ show what the project does."""
 
 import re
 import shlex
@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RECIPES = (REPOSITORY / "docs" / "recipes.md").read_text(encoding="utf-8")
 ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+EXTEND = (REPOSITORY / "docs" / "extend.md").read_text(encoding="utf-8")
 
 
 def snippet(page: str, name: str) -> str:
@@ -73,9 +74,7 @@ def test_any_model_is_wrapped_and_asked_as_the_recipes_say(trained: Path) -> Non
 
 
 def test_a_judge_and_a_data_source_are_added_in_few_lines(tmp_path: Path) -> None:
-    judge, source = (
-        snippet(ARCHITECTURE, f"example: {name}") for name in ("judges/length.py", "data/chats.py")
-    )
+    judge, source = (snippet(EXTEND, f"example: {name}") for name in ("judges/length.py", "data/chats.py"))
     assert max(len(code.splitlines()) for code in (judge, source)) < 60
     question = Question(id="1", scenario="any", variant="TEXT", text="What is this?")
     [verdict] = executed(judge)["LengthJudge"](words=2).judge([question], [Answer(id="1", text="a b c")])
@@ -91,7 +90,7 @@ def test_a_judge_and_a_data_source_are_added_in_few_lines(tmp_path: Path) -> Non
 
 def test_the_readme_is_short_and_its_links_and_options_exist() -> None:
     assert len(README.splitlines()) <= 150
-    for folder, page in ((REPOSITORY, README), (REPOSITORY / "docs", RECIPES + ARCHITECTURE)):
+    for folder, page in ((REPOSITORY, README), (REPOSITORY / "docs", RECIPES + ARCHITECTURE + EXTEND)):
         for link in re.findall(r"\]\(([^)#:]+)[)#]", page):
             assert (folder / link).exists(), link
     for group, options in re.findall(r"\| `(\w+)=` \| (.*) \|", RECIPES):
