@@ -36,7 +36,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 """A script's name -> the function that it calls."""
 WITH_EXPERIMENTS = ("train_detector", "train_detoxifier", "eval_mmsafety")
-FILLED_IN = {"path": "some/file", "images": "some/folder", "name": "some/model", "model": "some/model"}
+FILLED_IN = {
+    "path": "some/file",
+    "images": "some/folder",
+    "name": "some/model",
+    "model": "some/model",
+    "run": "some/run",
+}
 """What a user has to give for options that have no value for it."""
 
 

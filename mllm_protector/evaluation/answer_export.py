@@ -43,10 +43,8 @@ def export_answers(
 
     Raises:
         RecordError: a broken row; the message is ``file:line: reason``.
-        InputError: the run has no results, or none of this arm; or there is no such format.
+        InputError: the run has no results, or none of this arm.
     """
-    if format not in _WRITERS:
-        raise InputError(f"format={format}: use {' or '.join(_WRITERS)}")
     results = sorted(expand(run).glob("*/results.jsonl"))
     if not results:
         raise InputError(f"run={run}: holds no <benchmark>/results.jsonl; give the output_dir of a run")
@@ -69,7 +67,7 @@ def _answers(path: Path, arm: str) -> list[dict[str, str]]:
 
     reading = read_records(path, parse)
     if arm not in arms:
-        raise InputError(f"arm={arm}: {path} has the arms {', '.join(sorted(arms)) or 'of no run'}")
+        raise InputError(f"arm={arm}: {path} has the arms {', '.join(sorted(arms))}")
     log.info("%s: %s", path.parent.name, reading.summary())
     return reading.records
 

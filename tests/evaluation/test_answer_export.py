@@ -86,8 +86,6 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
         export_answers(run=str(run), output_dir=out, arm="strict")
     with pytest.raises(InputError, match=r"^run=.*: holds no <benchmark>/results.jsonl"):
         export_answers(run=out, output_dir=out)
-    with pytest.raises(InputError, match=r"^format=excel: use vlmevalkit or lmms_eval$"):
-        export_answers(run=str(run), output_dir=out, format="excel")  # type: ignore[arg-type]
     with (run / "figstep" / "results.jsonl").open("a") as lines:
         lines.write("{}\n")
     with pytest.raises(RecordError, match=r"results.jsonl:15: missing field 'arm'"):
