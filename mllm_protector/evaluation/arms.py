@@ -37,7 +37,7 @@ class Arm(Protocol):
         ...
 
     @property
-    def own_detector(self) -> bool:
+    def needs_detector(self) -> bool:
         """Whether it needs the detector of the run."""
         ...
 
@@ -61,7 +61,7 @@ class DetectorArm:
     threshold: Share | None = None
 
     @property
-    def own_detector(self) -> bool:
+    def needs_detector(self) -> bool:
         """Whether it needs the detector of the run."""
         return self.detector is None
 
@@ -69,7 +69,7 @@ class DetectorArm:
         """Its guard."""
         scorer, stored = models.detector(self.detector)
         wanted = self.threshold
-        if wanted is None and self.own_detector:
+        if wanted is None and self.needs_detector:
             wanted = models.settings.threshold
         return Protector(scorer, models.corrector(self.rewrite), stored if wanted is None else wanted)
 
@@ -84,7 +84,7 @@ class JudgeArm:
     judge: Callable[[], Judge]
     rewrite: bool = False
     detector: None = field(default=None, init=False)
-    own_detector: bool = field(default=False, init=False)
+    needs_detector: bool = field(default=False, init=False)
 
     def protector(self, models: Models) -> Protector:
         """Its guard."""
@@ -130,7 +130,7 @@ class SafetyPrompt:
     mllm: Callable[[], MLLM] | None = None
 
     @property
-    def own_model(self) -> bool:
+    def other_model(self) -> bool:
         """Whether another model has to be loaded than that of the run."""
         return self.mllm is not None or self.place == "system"
 
@@ -170,7 +170,7 @@ class SafetyPrompt:
         return {"mllm": mllm, "sentence": self.sentence, "place": self.place}
 
     def _asked(self, question: Question) -> Question:
-        if self.own_model:
+        if self.other_model:
             return question
         return replace(question, text=f"{question.text}\n\n{self.sentence}")
 
@@ -178,7 +178,7 @@ class SafetyPrompt:
 def folders(name: str, arm: Arm, detector: str, detoxifier: str) -> dict[str, tuple[str, Kind]]:
     """The trained folders that an arm reads: how pages call each -> the folder and its kind."""
     found: dict[str, tuple[str, Kind]] = {}
-    if arm.own_detector:
+    if arm.needs_detector:
         found["detector"] = (detector, "detector")
     elif arm.detector is not None:
         found[f"detector of {name}"] = (arm.detector, "detector")

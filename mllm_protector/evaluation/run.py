@@ -127,8 +127,8 @@ def evaluate(
     plain, stages["answers"] = answer_stage(mine, answered, model, batch_size=batch_size)
     answers = dict.fromkeys(names, plain)
     asked_again = {}
-    for name, prompt in sorted(prompts.items(), key=lambda each: each[1].own_model):
-        if prompt.own_model:
+    for name, prompt in sorted(prompts.items(), key=lambda each: each[1].other_model):
+        if prompt.other_model:
             del model  # before another one takes its memory
             model = prompt.model(mllm)
         asked_again[name] = model.card.identity
