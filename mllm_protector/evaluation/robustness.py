@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mllm_protector import deciphering
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.sources import Source
 from mllm_protector.data.transformations import PLAIN, VERSION, Transformation, chosen, rewritten
@@ -108,7 +109,7 @@ def eval_robustness(
     threshold, how = scorer.threshold, scorer.guard.threshold_how
     if false_positive_rate is not None:
         threshold = threshold_at(columns[AS_WRITTEN][PLAIN][~harmful], false_positive_rate)
-        how = f"flags {false_positive_rate:.1%} of these harmless answers as they are"
+        how = f"flags at most {false_positive_rate:.1%} of these harmless answers as they are"
     attacks = [name for name in rows[0].texts if name not in known or known[name].attack]
     found = measurements_of(harmful, columns, threshold, query_clusters(drawn), attacks=attacks)
     result = {
@@ -123,6 +124,7 @@ def eval_robustness(
         "attacks": attacks,
         "notes": {name: each.note for name, each in known.items() if each.note} | _missing(foreign, rows),
         "transformations": VERSION,
+        "deciphering": deciphering.VERSION,
         "translator": foreign and foreign.identity,
         "seed": seed,
         "measurements": as_rows(found),
