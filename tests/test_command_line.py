@@ -51,7 +51,7 @@ def test_help_explains_the_keys_of_every_script_and_names_its_own_groups_alone(s
     expected = {
         "train_detector": "data benchmark tuning fit backbone tracker calibration experiment",
         "train_detoxifier": "data benchmark tuning fit backbone tracker experiment",
-        "eval_mmsafety": "benchmark mllm judge experiment",
+        "eval_mmsafety": "benchmark mllm judge arm experiment",
         "compare_runs": "",
     }
     for path in SCRIPTS:

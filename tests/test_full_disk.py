@@ -35,7 +35,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(
     data = rows(tmp_path / "rows.jsonl", 100)
     row = dict.fromkeys(("id", "base", "scenario", "variant", "criterion", "arm", "outcome"), "x" * 9000)
     row |= dict.fromkeys(("cut", "harm", "changed", "repeated", "refused", "score"), None)
-    row |= dict.fromkeys(("truth", "raw_truth", "label"), None)
+    row |= dict.fromkeys(("truth", "raw_truth", "label", "twin"), None)
 
     def export(folder: Path) -> None:
         export_detector(

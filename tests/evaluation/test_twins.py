@@ -98,7 +98,7 @@ def test_the_pairs_are_in_every_output(tmp_path: Path, capsys: pytest.CaptureFix
     runs = [tmp_path / name for name in ("one", "two")]
     for run in runs:
         write_json(run / "asr.json", result)
-    print_report(result)
+    print_report(result, {})
     compare([str(run) for run in runs], str(tmp_path / "both"))
     both = {name: (tmp_path / "both" / f"compare.{name}").read_text() for name in ("json", "html", "md")}
     assert "twins_right" in as_csv(result["measurements"])

@@ -2,13 +2,13 @@
 
 import json
 import pydoc
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import hydra
 
+from mllm_protector.commands import COMMANDS
 from mllm_protector.config import run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,8 +29,8 @@ TINY = (
 
 def run_script(name: str, *overrides: str) -> None:
     """As ``python scripts/<name>.py <overrides>``, without a process of its own."""
-    script = (REPOSITORY / "scripts" / f"{name}.py").read_text()
-    functions = map(pydoc.locate, re.findall(r'"(mllm_protector\.[\w.]+)"', script))
+    [command] = [each for each in COMMANDS.values() if each.config == name]
+    functions = [pydoc.locate(path) for path in (command.target, command.then) if path]
     with hydra.initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
         config = hydra.compose(name, list(overrides))
     run(config, *functions)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def test_with_keys_the_page_wants_one_and_shows_the_rest_behind_it(tmp_path: Pat
         page.run("document.getElementById('key').value = 'secret'")
         page.run("document.getElementById('key').dispatchEvent(new Event('change'))")
         page.until("document.getElementById('model').value === 'demo'")
-        assert not page.run("document.getElementById('threshold-part').hidden")
+        page.until("!document.getElementById('threshold-part').hidden")
         ask(page, "Hello")
         assert text(page, "answer") == "Hello"
 
