@@ -25,7 +25,7 @@ def export_answers(
     *,
     run: str,
     output_dir: str,
-    arm: str = "protector",
+    arm_name: str = "protector",
     format: Literal["vlmevalkit", "lmms_eval"] = "vlmevalkit",  # noqa: A002 - the key that users type
 ) -> list[Path]:
     """Write what the user saw in one arm of a run, a file for each benchmark; questions keep their ids.
@@ -35,7 +35,7 @@ def export_answers(
     Args:
         run: a folder that ``eval_mmsafety.py`` wrote.
         output_dir: of the files.
-        arm: ``none`` for the MLLM's own answers.
+        arm_name: ``none`` for the MLLM's own answers.
         format: see the module.
 
     Returns:
@@ -48,8 +48,8 @@ def export_answers(
     results = sorted(expand(run).glob("*/results.jsonl"))
     if not results:
         raise InputError(f"run={run}: holds no <benchmark>/results.jsonl; give the output_dir of a run")
-    rows = {path.parent.name: _answers(path, arm) for path in results}
-    return [_WRITERS[format](Path(output_dir), arm, name, found) for name, found in rows.items()]
+    rows = {path.parent.name: _answers(path, arm_name) for path in results}
+    return [_WRITERS[format](Path(output_dir), arm_name, name, found) for name, found in rows.items()]
 
 
 def _answers(path: Path, arm: str) -> list[dict[str, str]]:
@@ -67,7 +67,7 @@ def _answers(path: Path, arm: str) -> list[dict[str, str]]:
 
     reading = read_records(path, parse)
     if arm not in arms:
-        raise InputError(f"arm={arm}: {path} has the arms {', '.join(sorted(arms))}")
+        raise InputError(f"arm_name={arm}: {path} has the arms {', '.join(sorted(arms))}")
     log.info("%s: %s", path.parent.name, reading.summary())
     return reading.records
 

@@ -66,13 +66,13 @@ def test_answers_come_back_word_for_word(
 
 def test_the_files_have_the_fields_that_the_tools_look_for(tmp_path: Path) -> None:
     run, out = str(run_folder(tmp_path)), str(tmp_path / "out")
-    first, _ = export_answers(run=run, output_dir=out, arm="none")
+    first, _ = export_answers(run=run, output_dir=out, arm_name="none")
     assert first.name == "none_figstep.tsv"
     table = pandas.read_csv(first, sep="\t")  # as VLMEvalKit reads it
     assert {"index", "question", "category", "prediction"} <= {*table}
     assert [*table["prediction"]] == [f"raw {number}" for number in range(len(TEXTS))]
     assert table["index"].is_unique
-    first, _ = export_answers(run=run, output_dir=out, arm="none", format="lmms_eval")
+    first, _ = export_answers(run=run, output_dir=out, arm_name="none", format="lmms_eval")
     assert first.name == "none_samples_figstep.jsonl"
     samples = pandas.read_json(first, lines=True)
     assert {"doc_id", "target", "input", "resps", "filtered_resps"} <= {*samples}
@@ -82,8 +82,8 @@ def test_the_files_have_the_fields_that_the_tools_look_for(tmp_path: Path) -> No
 
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     run, out = run_folder(tmp_path), str(tmp_path / "out")
-    with pytest.raises(InputError, match=r"^arm=strict: .* has the arms none, protector$"):
-        export_answers(run=str(run), output_dir=out, arm="strict")
+    with pytest.raises(InputError, match=r"^arm_name=strict: .* has the arms none, protector$"):
+        export_answers(run=str(run), output_dir=out, arm_name="strict")
     with pytest.raises(InputError, match=r"^run=.*: holds no <benchmark>/results.jsonl"):
         export_answers(run=out, output_dir=out)
     with (run / "figstep" / "results.jsonl").open("a") as lines:
