@@ -11,6 +11,7 @@ import numpy as np
 
 from mllm_protector.data.transformations import PLAIN
 from mllm_protector.evaluation.detection import Flags, auroc, difference_limits
+from mllm_protector.evaluation.effects import differences
 from mllm_protector.evaluation.measurements import Measurement, of_share
 from mllm_protector.evaluation.statistics import Floats, Ints, mean_interval, paired, share
 
@@ -110,16 +111,7 @@ def _of_transformations(
 
 
 def _change(metric: str, before: Floats, after: Floats, clusters: Ints, **where: str) -> Measurement:
-    found = paired(before, after, clusters)
-    return Measurement(
-        metric=metric,
-        value=found.difference,
-        low=found.low,
-        high=found.high,
-        n=found.pairs,
-        method="Bonett and Price",
-        **where,
-    )
+    return next(differences(metric, paired(before, after, clusters), where))
 
 
 def _mean(metric: str, values: Floats, clusters: Ints, **where: str) -> Measurement:
