@@ -130,7 +130,8 @@ def _unfolded(override: str) -> list[str]:
 def _quoted(override: str) -> str:
     """Quote a value that hydra cannot parse, such as a path with ``=``, ``(`` or ``~``."""
     key, equals, value = override.partition("=")
-    if not equals or value[:1] in ("[", "{", "'", '"'):
+    is_template = re.match(r"\{\w+\}", value)  # such as {picture}.png; a mapping has a colon
+    if not equals or (value[:1] in ("[", "{", "'", '"') and not is_template):
         return override
     try:
         OverridesParser.create().parse_override(override)

@@ -181,11 +181,20 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
         ValueError: missing or anything else.
     """
     value = required(row, name)
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
-    flag = known.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+    flag = (
+        {"1": True, "0": False}.get(plain_value(value))
+        if isinstance(value, bool | int | float | str)
+        else None
+    )
     if flag is None:
         raise ValueError(f"field '{name}' must be true or false, not {value!r}")
     return flag
+
+
+def plain_value(value: object) -> str:
+    """A value as text without regard to case, the same for 1, 1.0 and true, and for 0 and false."""
+    text = str(value).strip().casefold().removesuffix(".0")
+    return {"true": "1", "false": "0"}.get(text, text)
 
 
 def require_quarantine(quarantine: str, source: str | None) -> None:

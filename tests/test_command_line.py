@@ -190,7 +190,10 @@ def test_options_of_the_users_own_are_listed_explained_checked_and_used(own: Pat
             (*mine, "benchmarks.my_set.pth=a"),
             "benchmarks.my_set.pth: unknown config key (did you mean pa",
         ),
-        (("list-questions", *mine[1:], "benchmarks.my_set.path=none.csv"), "none.csv: no such file"),
+        (
+            ("list-questions", *mine[1:], "benchmarks.my_set.path=none.csv"),
+            "benchmarks.my_set: none.csv: no such",
+        ),
         ((*mine, "path=a"), "path: unknown config key; give benchmarks.my_set.path=..."),
         (("eval", "benchmark=3", *mine[1:3]), "benchmark=3: unknown option; choose one of figstep, "),
         (("eval", "benchmark=[my]", *mine[1:3]), "benchmark=my: unknown option; choose one of figstep, "),

@@ -11,7 +11,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, get_args
 
-from mllm_protector.benchmarks.roles import ROLES, Columns, Item, RowParser
+from mllm_protector.benchmarks.roles import ROLES, Columns, Item, RowParser, require_named
 from mllm_protector.benchmarks.scoring import Scorer
 from mllm_protector.benchmarks.shared import (
     check_limit,
@@ -68,7 +68,7 @@ class QuestionFile:
         split: of the set there.
         columns: the file's own name for each of ``ROLES``; ``None`` is the same name.
         fixed: role -> the value that every row has.
-        where: only the rows with these values in these fields; a list has several.
+        where: only the rows with these values in these fields; a list has several; case does not matter.
         parts: name -> what is different in a part of the set (``OF_PART``); columns and fixed values are
             added to those of the whole. The part's name stands before its ids.
         scorer: how answers of harmless questions are compared with the known ones; see ``scoring``.
@@ -120,12 +120,19 @@ class QuestionFile:
 
         Raises:
             InputError: a file or folder that is missing or broken; ``file:line: reason`` for a bad row, such
-                as one with a repeated id or an image that leads out of its folder; an id in two files, or
-                twins that are no pair.
+                as one with a repeated id or an image that leads out of its folder; a named column that no
+                row has; ``where`` fits no row; an id in two files; more than two twins.
         """
         if self.images is not None and not Path(self.images).is_dir():
             raise InputError(f"images={self.images}: no such folder")
-        read = [item for name, part in self._parts() for item in part._items(name)]
+        fields: set[str] = set()
+        parts = {name: (part, [*part._items(name, fields)]) for name, part in self._parts()}
+        for name, (part, items) in parts.items():
+            key = f"parts.{name}." if name else ""
+            require_named(key, self.path or str(self.name), part.columns, part.where, fields)
+            if not items:
+                raise InputError(f"{key}where: no row has {_listed(part.where)}")
+        read = [item for _, items in parts.values() for item in items]
         _require_single_ids(read)
         _require_pairs(read)
         items = [item for item in read if item.question.variant in self.variants]
@@ -174,8 +181,11 @@ class QuestionFile:
     def _local(self) -> list[Path]:
         return local_files(self.path or "", self.files)
 
-    def _items(self, part: str) -> Iterator[Item]:
-        """The items of a set without parts; the name of the part stands before the ids."""
+    def _items(self, part: str, fields: set[str]) -> Iterator[Item]:
+        """The items of a set without parts; the name of the part stands before the ids.
+
+        The names of all rows' fields are added to ``fields``.
+        """
         parser = RowParser(
             columns=self.columns,
             fixed=self.fixed,
@@ -194,6 +204,7 @@ class QuestionFile:
             for item in collect(rows, source, parse, key=lambda item: item.question.id).records:
                 name = f"{part}/{item.question.id}" if part else item.question.id
                 yield item._replace(question=replace(item.question, id=name))
+        fields |= parser.fields
 
     def _sources(self) -> Iterator[tuple[str, str, Iterator[Row]]]:
         """What errors call each file, its name without the ending, and its rows."""
@@ -212,7 +223,7 @@ def _require_single_ids(items: Sequence[Item]) -> None:
     if again := next((name for name, number in counts.items() if number > 1), None):
         raise InputError(
             f"columns.id: two files have a question {again!r}; build ids that differ, such as "
-            "columns.id='{file}/{id}'"
+            "columns: {id: '{file}/{id}'}"
         )
 
 
@@ -222,6 +233,10 @@ def _require_pairs(items: Sequence[Item]) -> None:
         if twin is not None and number > 1:
             kind = "harmless" if harmless else "unsafe"
             raise InputError(f"columns.twin: {twin!r} stands at {number} {kind} questions; a pair has one")
+
+
+def _listed(where: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in where.items())
 
 
 def _rows_by_id(path: Path) -> list[Row]:

@@ -1,15 +1,16 @@
 """One row of a file to one question, by the roles that its columns play."""
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mllm_protector.benchmarks.scoring import Scorer, known_answer
 from mllm_protector.benchmarks.shared import Found, find_image, id_field, image_field
 from mllm_protector.benchmarks.yes_no import Known
+from mllm_protector.errors import InputError
 from mllm_protector.prompts import pieces
-from mllm_protector.reading import Unwanted, flag_field, text_field
+from mllm_protector.reading import Unwanted, flag_field, plain_value, text_field
 from mllm_protector.records import BENIGN, VARIANTS, Question, Variant
 from mllm_protector.scenarios import Criterion
 
@@ -50,13 +51,15 @@ class RowParser:
         self._columns |= {role: f"fixed.{role}" for role in fixed}
         self._fixed = {f"fixed.{role}": value for role, value in fixed.items()}
         self._where = {
-            name: [str(value) for value in (wanted if isinstance(wanted, list | tuple) else [wanted])]
+            name: [plain_value(value) for value in (wanted if isinstance(wanted, list | tuple) else [wanted])]
             for name, wanted in where.items()
         }
         names = {*self._columns.values(), *self._images, *self._where}
         self._inner = [name for name in names.difference(self._fixed) if "." in name]
         self._scorer = scorer
         self._instruction = instruction
+        self.fields: set[str] = set()
+        """The names of the fields of all rows so far."""
 
     def __call__(self, row: Mapping[str, Any], *, number: int, file: str, folder: Path, source: str) -> Item:
         """The question of a row.
@@ -73,9 +76,11 @@ class RowParser:
             Unwanted: ``where`` leaves the row out.
         """
         inner = {name: value for name in self._inner if (value := _inside(row, name)) is not None}
-        row = {FILE: file} | inner | dict(row) | self._fixed
+        row = {FILE: file} | inner | dict(row)
+        self.fields.update(row)
+        row |= self._fixed
         for name, wanted in self._where.items():
-            if str(row.get(name)) not in wanted:
+            if plain_value(row.get(name)) not in wanted:
                 raise Unwanted(f"{name} is not {' or '.join(wanted)}")
         identifier = self._text(row, "id") or str(number)
         options = self._options(row)
@@ -150,6 +155,28 @@ class RowParser:
                 yield image_field(row, name, folder, where)
             elif path := _composed(row, name):
                 yield find_image(folder, path)
+
+
+def require_named(
+    key: str, place: str, columns: Columns, where: Mapping[str, Any], fields: Collection[str]
+) -> None:
+    """Check that every field which the user named is there in some row; of an image's names, one.
+
+    Raises:
+        InputError: one is not; the message begins with ``key``.
+    """
+    named = {f"columns.{role}": names for role, names in columns.items() if names is not None}
+    for what, names in (named | {f"where.{name}": name for name in where}).items():
+        every = [names] if isinstance(names, str) else names
+        lacking = [next((each for each in _fields(name) if each not in fields), None) for name in every]
+        if all(lacking):
+            found = ", ".join(f"'{field}'" for field in sorted(fields))
+            raise InputError(f"{key}{what}: no row of {place} has a field '{lacking[0]}' (found: {found})")
+
+
+def _fields(name: str) -> list[str]:
+    """The fields of a template, or the one field itself."""
+    return [field for _, field in pieces(name) if field] if _is_template(name) else [name]
 
 
 def _is_template(name: str) -> bool:

@@ -143,16 +143,20 @@ def font_file(font: str | None) -> Path | None:
 
 
 def sample(items: Sequence[T], limit: int | None, seed: int, key: Callable[[T], str]) -> list[T]:
-    """At most ``limit`` of the items, in their order.
+    """At most ``limit`` of the items, in their order; of those with equal keys all or none.
 
     Which ones depends on their keys and the seed alone: a larger limit keeps what a smaller one took, and
     what else is in the file, or its order, changes little or nothing.
     """
-
-    def lot(index: int) -> str:
-        return lines_digest([f"{seed}\0{key(items[index])}"])
-
-    return [items[index] for index in sorted(sorted(range(len(items)), key=lot)[:limit])]
+    groups: dict[str, list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault(lines_digest([f"{seed}\0{key(item)}"]), []).append(index)
+    drawn: list[int] = []
+    for lot in sorted(groups):
+        if limit is not None and len(drawn) + len(groups[lot]) > limit:
+            break
+        drawn += groups[lot]
+    return [items[index] for index in sorted(drawn)]
 
 
 def with_images(

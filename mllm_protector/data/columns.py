@@ -10,7 +10,7 @@ from typing import Any
 
 from mllm_protector.data.hub import Parser, Published, Values, labelled, pair, require_columns, texts
 from mllm_protector.errors import InputError
-from mllm_protector.reading import Unwanted, text_field
+from mllm_protector.reading import Unwanted, plain_value, text_field
 from mllm_protector.records import AnswerPair, LabelledAnswer
 from mllm_protector.rows import Row
 
@@ -61,7 +61,7 @@ class LabelledColumns(Columns):
 
     def __post_init__(self) -> None:
         """Check the labels and the regular expressions."""
-        kinds = [_plain(value) for value in (*self.harmful, *self.harmless, *self.unclear)]
+        kinds = [plain_value(value) for value in (*self.harmful, *self.harmless, *self.unclear)]
         if twice := sorted({value for value in kinds if kinds.count(value) > 1}):
             raise InputError(f"harmful, harmless, unclear: the label {twice[0]!r} stands there twice")
         _require_groups("dialogue", self.dialogue, ["answer", "query"])
@@ -86,7 +86,7 @@ class LabelledColumns(Columns):
             if found is None:
                 raise ValueError(f"field '{self.label}' has no label as `label_within` describes it")
             given = found[1]
-        label, kinds = _plain(given), self._kinds()
+        label, kinds = plain_value(given), self._kinds()
         if label not in kinds:
             known = ", ".join(map(repr, sorted(kinds)))
             raise ValueError(f"field '{self.label}' must be one of {known}, not {label!r:.40}")
@@ -107,7 +107,7 @@ class LabelledColumns(Columns):
 
     def _kinds(self) -> dict[str, bool | None]:
         of = {True: self.harmful, False: self.harmless, None: self.unclear}
-        return {_plain(value): kind for kind, values in of.items() for value in values}
+        return {plain_value(value): kind for kind, values in of.items() for value in values}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,9 +166,3 @@ def _require_groups(key: str, expression: str | None, names: list[str]) -> None:
     if sorted(compiled.groupindex) != names or compiled.groups != (len(names) or 1):
         wanted = f"the groups {' and '.join(names)}" if names else "one group"
         raise InputError(f"{key}={expression}: must have {wanted}")
-
-
-def _plain(label: str | float) -> str:
-    """A label as text, the same for 1, 1.0 and true, and for 0 and false."""
-    text = str(label).strip().casefold().removesuffix(".0")
-    return {"true": "1", "false": "0"}.get(text, text)

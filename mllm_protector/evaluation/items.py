@@ -65,6 +65,11 @@ def load_benchmark(name: str, benchmark: Benchmark, repeats: int) -> LoadedBench
     if not loaded.questions:
         raise InputError(f"benchmarks.{name}: no questions are left to ask")
     log.info("%s: %s questions", name, f"{len(loaded.questions):,}")
+    twins = Counter(each.twin for each in loaded.questions if each.twin is not None)
+    if twins:
+        pairs = sum(number == 2 for number in twins.values())
+        level = logging.INFO if pairs else logging.WARNING
+        log.log(level, "%s: %d pairs of twins; %d twins have no partner", name, pairs, len(twins) - pairs)
     if repeats == 1:
         return loaded
     again = [
@@ -108,7 +113,7 @@ def list_questions(*, benchmarks: Mapping[str, Benchmark], output_dir: str) -> N
             "image": str(question.image.path) if isinstance(question.image, ImageFile) else None,
         }
         for name, benchmark in benchmarks.items()
-        for question in benchmark.load().questions
+        for question in load_benchmark(name, benchmark, 1).questions
     ]
     path = Path(output_dir) / "questions.jsonl"
     write_jsonl(path, rows)

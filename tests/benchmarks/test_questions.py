@@ -300,9 +300,47 @@ def test_a_limit_keeps_pairs_of_twins_whole(tmp_path: Path) -> None:
         for harmless in (True, False)
         for number in range(20)
     ]
-    chosen = load(write(tmp_path, *rows), limit=10).questions
-    assert len({each.twin for each in chosen}) == 5
-    assert sum(each.scenario == BENIGN for each in chosen) == 5
+    for limit in (10, 11):
+        chosen = load(write(tmp_path, *rows), limit=limit).questions
+        assert len({each.twin for each in chosen}) == 5, limit
+        assert sum(each.scenario == BENIGN for each in chosen) == 5, limit
+
+
+def test_a_named_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "label": True}, {"question": "q", "topic": {"of": "law"}})
+    for given, key in (
+        ({"columns": {"harmless": "lable"}}, r"columns\.harmless"),
+        ({"columns": {"twin": "topic.off"}}, r"columns\.twin"),
+        ({"columns": {"image": ["picture", "{number}.png"]}}, r"columns\.image"),
+        ({"where": {"lable": True}}, r"where\.lable"),
+        ({"parts": {"safe": {"columns": {"id": "nr"}}}}, r"parts\.safe\.columns\.id"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"^{key}: no row of .* has a field '.*\(found: 'file', 'label'"
+        ):
+            load(path, **given)
+    loaded = load(path, columns={"scenario": "topic.of", "harmless": "label", "image": ["x", "{file}.png"]})
+    assert len(loaded.missing) == 2
+
+
+def test_a_filter_that_no_row_fits_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "topic": "law"})
+    for given, message in (
+        ({"where": {"topic": "lwa"}}, "where: no row has topic=lwa"),
+        (
+            {"parts": {"a": {"fixed": {"id": 1}}, "b": {"where": {"topic": "x"}}}},
+            r"parts\.b\.where: no row has topic=x",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"^{message}$"):
+            load(path, **given)
+
+
+def test_a_filter_reads_yes_and_no_and_numbers_as_tables_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_text("question,safe,level\na,TRUE,1.0\nb,FALSE,2.0\n", encoding="utf-8-sig")
+    for where in ({"safe": True}, {"level": 1}, {"safe": "true"}):
+        assert [each.text for each in load(path, where=where).questions] == ["a"], where
 
 
 def test_a_variant_is_named_by_a_column_and_fits_the_image(tmp_path: Path) -> None:
