@@ -414,7 +414,7 @@ def test_any_path_can_be_typed_or_the_quotes_it_needs_are_said(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = f"output_dir={tmp_path / 'out'}"
-    for path in ("/no=such.csv", "/no (such) one.csv", "~/no.csv", "/no:such%.csv"):
+    for path in ("/no=such.csv", "/no (such) one.csv", "~/no.csv", "/no:such%.csv", "{no}/{such}.csv"):
         said = launched(monkeypatch, capsys, "data=labelled", f"data.path={path}", folder)
         assert said == f"{path.replace('~', str(tmp_path))}: no such file", path
     said = launched(monkeypatch, capsys, "data=labelled", "data.path=/no,such.csv", folder)
