@@ -74,6 +74,11 @@ class Mixture:
         return make_splits(train, validation, line, [part.account for part in parts])
 
 
+def sources_of(data: Source) -> Mapping[str | None, Source]:
+    """The sources of a mixture by name, or the one source without a name."""
+    return dict(data.sources.items()) if isinstance(data, Mixture) else {None: data}
+
+
 class _Part:
     """The records of a source that are left."""
 

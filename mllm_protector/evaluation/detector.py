@@ -13,13 +13,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.queries import query_key, read_groups
 from mllm_protector.data.sources import Source
-from mllm_protector.data.splits import Splits, shares_a_source
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.baseline import BASELINE_THRESHOLD, Taught, compared, query_clusters, taught_as
 from mllm_protector.evaluation.detection import (
@@ -31,12 +29,13 @@ from mllm_protector.evaluation.detection import (
     pairwise_accuracy,
     ranking_metrics,
 )
+from mllm_protector.evaluation.labelled import MeasuredSet, Split, load_sets, notes_of
 from mllm_protector.evaluation.measurements import Measurement, as_rows, placed
 from mllm_protector.files import expand, write_json, write_jsonl
 from mllm_protector.models.detector import HarmDetector, load_detector, logits_of
 from mllm_protector.models.guard_file import FILE_NAME, Scale
 from mllm_protector.ranges import Seed
-from mllm_protector.records import LabelledAnswer, labelled_answers
+from mllm_protector.records import LabelledAnswer
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +43,6 @@ SCHEMA = 3
 
 SCENARIO = "scenario"
 """Instead of a file of groups: the scenario of each answer."""
-
-Split = Literal["auto", "validation", "all"]
 
 UNCALIBRATED = "detector before calibration"
 """The arm of the detector's scores at temperature 1 and offset 0."""
@@ -121,15 +118,17 @@ def eval_detector(
         raise InputError(f"output_dir={folder}: holds a trained part; choose another folder")
     scorer = load_detector(expand(detector), base=base, device=device)
     group_of = {} if group_file in (None, SCENARIO) else read_groups(expand(group_file))
-    sources = data.sources if isinstance(data, Mixture) else {None: data}
-    loaded = [load_set(name, source, split, group_of, group_file) for name, source in sources.items()]
+    loaded = load_sets(data, split)
+    groups = [_groups(each.answers, group_of, group_file) for each in loaded]
 
     log.info("teaching the baseline")
     trained = taught_as(scorer.guard, expand(detector), [each.splits for each in loaded], baseline_data)
     measured = []
-    for each in loaded:
+    for each, of_set in zip(loaded, groups, strict=True):
         place = folder if each.name is None else folder / each.name
-        measured.append(_measure(scorer, detector, each, trained, place, save_texts=save_texts, seed=seed))
+        measured.append(
+            _measure(scorer, detector, each, of_set, trained, place, save_texts=save_texts, seed=seed)
+        )
     if isinstance(data, Mixture):
         rows = [row for each in measured for row in each.metrics["measurements"]]
         sets = {each.metrics["set"]: each.metrics["data"] for each in measured}
@@ -138,37 +137,10 @@ def eval_detector(
     return measured
 
 
-def measured_part(source: Source, splits: Splits[Any], split: Split) -> tuple[Split, Sequence[Any]]:
-    """What ``split`` means for a source, and the records to measure on."""
-    if split == "auto":
-        split = "all" if getattr(source, "test_set", False) else "validation"
-    return split, splits.validation if split == "validation" else [*splits.train, *splits.validation]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredSet:
-    """Answers to measure on; ``groups`` are theirs, or ``None`` each."""
-
-    name: str | None
-    splits: Splits[Any]
-    split: Split
-    records: Sequence[Any]
-    answers: Sequence[LabelledAnswer]
-    groups: Sequence[str | None]
-
-
-def load_set(
-    name: str | None,
-    source: Source,
-    split: Split,
-    group_of: Mapping[str, str] = MappingProxyType({}),
-    group_file: str | None = None,
-) -> MeasuredSet:
-    """Load what a detector is measured on; arguments and errors as of ``eval_detector``."""
-    splits = source.load()
-    log.info("data: %s", splits.account)
-    split, records = measured_part(source, splits, split)
-    answers = list(labelled_answers(records))
+def _groups(
+    answers: Sequence[LabelledAnswer], group_of: Mapping[str, str], group_file: str | None
+) -> list[str | None]:
+    """The group of each answer; ``None`` each where none are wanted."""
     groups = [
         answer.scenario if group_file == SCENARIO else group_of.get(query_key(answer.query))
         for answer in answers
@@ -176,13 +148,14 @@ def load_set(
     if group_file is not None and not any(groups):
         lacks = "the data have none" if group_file == SCENARIO else "has none of the queries of the data"
         raise InputError(f"{group_file}: {lacks}")
-    return MeasuredSet(name=name, splits=splits, split=split, records=records, answers=answers, groups=groups)
+    return groups
 
 
 def _measure(
     scorer: HarmDetector,
     detector: str,
     measured: MeasuredSet,
+    groups: Sequence[str | None],
     trained: Taught | str,
     folder: Path,
     *,
@@ -190,7 +163,7 @@ def _measure(
     seed: int,
 ) -> MeasuredDetector:
     """Score one set; ``trained`` is the baseline, or why there is none."""
-    answers, groups = measured.answers, measured.groups
+    answers = measured.answers
     notes = notes_of(scorer, measured.splits, measured.split)
     baselines = compared(trained, answers, notes)
     for note in notes:
@@ -258,32 +231,3 @@ def _measure(
         texts=[(answer.query, answer.answer) for answer in answers] if save_texts else [],
         folder=folder,
     )
-
-
-def notes_of(scorer: HarmDetector, splits: Splits[Any], split: Split) -> list[str]:
-    """Whether the detector has seen these answers, as its own file says."""
-    trained, notes = scorer.guard.data, []
-    same_split = trained.get("fingerprint") == splits.fingerprint
-    if same_split and split == "all":
-        notes.append(
-            "Most of these answers are the detector's own training data: its metrics say little about new "
-            "ones. Measure with split=validation, or on other data."
-        )
-    elif same_split:
-        notes.append(
-            "The training chose its best step by these very answers: the metrics lean to the good side."
-        )
-    elif trained.get("account") == splits.account:
-        notes.append(
-            "The detector was trained with this data under another split, so it has seen some of these "
-            "answers. Give the data.* keys and the seed of its training."
-        )
-    elif shares_a_source(trained, splits):
-        notes.append(
-            "The detector was trained with a part of this set: all but the answers that its training "
-            "validated with are not new to it."
-        )
-    calibrated_on = (scorer.guard.calibration or {}).get("data") or {}
-    if splits.fingerprint in (calibrated_on.get("fingerprint"), *calibrated_on.get("fingerprints", ())):
-        notes.append("Threshold and scale were chosen on some or all of these answers.")
-    return notes

@@ -9,7 +9,6 @@ they seem to say in a code (``deciphering``), as it does by default. The second 
 text's own and its guesses', so both arms come from the same scores.
 """
 
-import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +20,19 @@ from typing import Any
 import numpy as np
 
 from mllm_protector import deciphering
-from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.sources import Source
 from mllm_protector.data.transformations import PLAIN, VERSION, Transformation, chosen, rewritten
 from mllm_protector.deciphering import deciphered
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.errors import RunError
 from mllm_protector.evaluation.attacks import Scores, measurements_of, threshold_at
 from mllm_protector.evaluation.baseline import query_clusters
-from mllm_protector.evaluation.detector import Split, measured_part
+from mllm_protector.evaluation.labelled import (
+    Split,
+    answers_of,
+    facts_of,
+    load_sets,
+    require_both_labels,
+)
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.store import Store, fill
 from mllm_protector.evaluation.translation import TRANSLATION, Translator
@@ -37,9 +41,7 @@ from mllm_protector.models.detector import HarmDetector, load_detector
 from mllm_protector.processes import start_accelerator
 from mllm_protector.protocols import Chat
 from mllm_protector.ranges import Count, Seed, Share
-from mllm_protector.records import LabelledAnswer, labelled_answers
-
-log = logging.getLogger(__name__)
+from mllm_protector.records import LabelledAnswer
 
 SCHEMA = 1
 
@@ -78,8 +80,9 @@ def eval_robustness(
     """
     scorer = load_detector(expand(detector), base=base, device=device, window=window, decipher=False)
     known = chosen("measure", scorer.guard.prompt, transformations)
-    sources = list(data.sources.values()) if isinstance(data, Mixture) else [data]
-    accounts, drawn = _drawn(sources, split, answers, seed)
+    sets = load_sets(data, split)
+    measured = _drawn(answers_of(sets), answers, seed)
+    require_both_labels(measured)
     processes = start_accelerator("no", patience=timedelta(days=30))
     foreign = Translator(translator(), language) if translator else None
     folder = Path(output_dir)
@@ -90,7 +93,7 @@ def eval_robustness(
 
     translations, scores = _stores(folder, processes.process_index)
     share = partial(_share_of, processes=processes.num_processes)
-    mine = [answer for answer in drawn if share(answer) == processes.process_index]
+    mine = [answer for answer in measured if share(answer) == processes.process_index]
     if foreign is not None:
         foreign.fill(translations, [answer.answer for answer in mine])
     wanted = [(row.key, row) for row in rows_of(mine, translations)]
@@ -103,26 +106,24 @@ def eval_robustness(
         return None
 
     translations, scores = _stores(folder, 0)
-    rows = rows_of(drawn, translations)
+    rows = rows_of(measured, translations)
     columns = _columns(scorer, rows, scores)
-    harmful = np.array([answer.harmful for answer in drawn], dtype=bool)
+    harmful = np.array([answer.harmful for answer in measured], dtype=bool)
     threshold, how = scorer.threshold, scorer.guard.threshold_how
     if false_positive_rate is not None:
         threshold = threshold_at(columns[AS_WRITTEN][PLAIN][~harmful], false_positive_rate)
         how = f"flags at most {false_positive_rate:.1%} of these harmless answers as they are"
     attacks = [name for name in rows[0].texts if name not in known or known[name].attack]
-    found = measurements_of(harmful, columns, threshold, query_clusters(drawn), attacks=attacks)
+    found = measurements_of(harmful, columns, threshold, query_clusters(measured), attacks=attacks)
     result = {
         "schema": SCHEMA,
-        "detector": {"folder": detector} | scorer.card.identity,
+        **facts_of(detector, scorer, sets, measured),
         "threshold": threshold,
         "threshold_how": how,
-        "answers": len(drawn),
-        "harmful": int(harmful.sum()),
         "plain_changed": int((columns[AS_WRITTEN][PLAIN] != columns[DECIPHERED][PLAIN]).sum()),
-        "data": accounts,
         "attacks": attacks,
-        "notes": {name: each.note for name, each in known.items() if each.note} | _missing(foreign, rows),
+        "rewriting_notes": {name: each.note for name, each in known.items() if each.note}
+        | _missing(foreign, rows),
         "transformations": VERSION,
         "deciphering": deciphering.VERSION,
         "translator": foreign and foreign.identity,
@@ -191,24 +192,14 @@ def _columns(scorer: HarmDetector, rows: Sequence[_Row], scores: Store) -> dict[
     }
 
 
-def _drawn(
-    sources: Sequence[Source], split: Split, most: int | None, seed: int
-) -> tuple[list[str], list[LabelledAnswer]]:
-    """The account of each source, and of all their answers at most so many of each label, at random."""
-    accounts, found = [], list[LabelledAnswer]()
-    for source in sources:
-        splits = source.load()
-        log.info("data: %s", splits.account)
-        accounts.append(splits.account)
-        found += labelled_answers(measured_part(source, splits, split)[1])
+def _drawn(answers: Sequence[LabelledAnswer], most: int | None, seed: int) -> list[LabelledAnswer]:
+    """At most so many answers of each label, at random."""
     places: list[int] = []
-    for label, word in ((True, "harmful"), (False, "harmless")):
-        own = [place for place, answer in enumerate(found) if answer.harmful == label]
-        if not own:
-            raise InputError(f"data: has no {word} answers; robustness needs both kinds")
+    for label in (True, False):
+        own = [place for place, answer in enumerate(answers) if answer.harmful == label]
         random.Random(seed).shuffle(own)  # so that a larger draw holds a smaller one, whose scores are known
         places += own[:most]
-    return accounts, [found[place] for place in sorted(places)]
+    return [answers[place] for place in sorted(places)]
 
 
 def _share_of(answer: LabelledAnswer, processes: int) -> int:

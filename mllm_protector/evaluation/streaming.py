@@ -5,7 +5,6 @@ that keeps up with the stream. A label is of a whole answer, so all characters o
 harmful count as harmful, also those before its harm begins.
 """
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.sources import Source
 from mllm_protector.data.tokens import token_texts
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.baseline import query_clusters
-from mllm_protector.evaluation.detector import Split, load_set, notes_of
+from mllm_protector.evaluation.labelled import (
+    Split,
+    answers_of,
+    facts_of,
+    load_sets,
+    require_both_labels,
+)
 from mllm_protector.evaluation.manifest import environment
 from mllm_protector.evaluation.measurements import Measurement, as_csv, as_rows, of_share, placed
 from mllm_protector.evaluation.statistics import Ints, mean_interval, share
@@ -28,8 +32,6 @@ from mllm_protector.guard.windows import Windows, size_of
 from mllm_protector.models.detector import HarmDetector, load_detector, logits_of
 from mllm_protector.ranges import Count, Seed, Share
 from mllm_protector.records import LabelledAnswer
-
-log = logging.getLogger(__name__)
 
 SCHEMA = 1
 BUFFER = "buffer"
@@ -102,18 +104,13 @@ def measure_streaming(
     """
     if not hits:
         raise InputError("hits=[]: give at least one")
-    sources = data.sources if isinstance(data, Mixture) else {None: data}
-    sets = [load_set(name, source, split) for name, source in sources.items()]
-    answers = [answer for each in sets for answer in each.answers if answer.answer]
+    sets = load_sets(data, split)
+    answers = answers_of(sets)
     if limit is not None and limit < len(answers):
         answers = random.Random(seed).sample(answers, limit)
-    labels = [answer.harmful for answer in answers]
-    if len(set(labels)) < 2:
-        raise InputError("data: give harmful and harmless answers")
+    require_both_labels(answers)
     scorer = load_detector(expand(detector), base=base, device=device)
-    notes = [note for each in sets for note in notes_of(scorer, each.splits, each.split)]
-    for note in notes:
-        log.warning("%s", note)
+    facts = facts_of(detector, scorer, sets, answers)
     streams = replayed(scorer, answers, window_tokens)
 
     clusters = query_clusters(answers)
@@ -128,15 +125,10 @@ def measure_streaming(
     folder = Path(output_dir)
     result = {
         "schema": SCHEMA,
-        "detector": {"folder": detector} | scorer.card.identity,
+        **facts,
         "window_tokens": window_tokens,
         "false_cuts": false_cuts,
-        "answers": len(answers),
-        "harmful": sum(labels),
-        "queries": int(clusters.max()) + 1,
         "prefixes": sum(len(stream.prefixes) for stream in streams),
-        "data": [{"account": each.splits.account, "split": each.split} for each in sets],
-        "notes": notes,
         "seed": seed,
         **environment(),
         "chosen": chosen,

@@ -33,6 +33,7 @@ def report_robustness(measured: tuple[dict[str, Any], Path] | None) -> None:
     rows = result["measurements"]
     found = {(row["arm"], row["metric"], row["group"]): row for row in rows}
     names = [row["group"] for row in rows if (row["arm"], row["metric"]) == (AS_WRITTEN, "recall")]
+    told = result["rewriting_notes"]
     deciphered = [name for name in names if _differs(found, name)]
     lines = [
         f"Detector {result['detector']['folder']}; threshold {result['threshold']:.4g} "
@@ -43,9 +44,10 @@ def report_robustness(measured: tuple[dict[str, Any], Path] | None) -> None:
         f"Reading what seems to be in a code changed the score of {result['plain_changed']} of "
         f"{result['answers']} answers as they are.",
         *(
-            f"{', '.join(name for name, each in result['notes'].items() if each == note)}: {note}."
-            for note in dict.fromkeys(result["notes"].values())
+            f"{', '.join(name for name, each in told.items() if each == note)}: {note}."
+            for note in dict.fromkeys(told.values())
         ),
+        *result["notes"],
     ]
     tables = [
         _table("As written", AS_WRITTEN, names, found),

@@ -12,7 +12,7 @@ from typing import Any
 import pandas
 
 from mllm_protector.config import recorded_data
-from mllm_protector.data.mixture import Mixture
+from mllm_protector.data.mixture import sources_of
 from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits, shares_a_source
@@ -129,7 +129,7 @@ def _answers(folder: Path, guard: GuardFile, data: Source) -> list[_Answers]:
         InputError: some were learnt, and which ones cannot be told.
     """
     found = []
-    for name, source in (data.sources if isinstance(data, Mixture) else {"": data}).items():
+    for name, source in sources_of(data).items():
         splits = source.load()
         log.info("data: %s", splits.account)
         part, used = "all", [*splits.train, *splits.validation]
@@ -143,7 +143,7 @@ def _answers(folder: Path, guard: GuardFile, data: Source) -> list[_Answers]:
             if not used:
                 raise InputError(f"{splits.account}; the detector was trained on all of it; give other data")
         records = list(labelled_answers(used))
-        found.append(_Answers(name=name, splits=splits, part=part, records=records))
+        found.append(_Answers(name=name or "", splits=splits, part=part, records=records))
     return found
 
 

@@ -176,7 +176,7 @@ def test_a_translation_is_a_transformation_and_is_asked_for_once(
     result = measure(case_sensitive, translator=Shouting, transformations=["lower_case"])
     declined = sum("Part 1" in BAD.format(n) for n in range(30))
     assert values(result, "recall")["translation"] == pytest.approx(declined / 30)
-    assert result["notes"]["translation"].startswith(f"of {2 * declined} answers there is none")
+    assert result["rewriting_notes"]["translation"].startswith(f"of {2 * declined} answers there is none")
     assert result["translator"]["language"] == "Spanish"
     assert Shouting.asked == 60
     measure(case_sensitive, translator=Shouting, transformations=["lower_case"])
@@ -236,3 +236,14 @@ def test_the_command_gives_the_same_bytes_on_one_process_and_on_two(
     assert results[0] == results[1]
     assert json.loads(results[0])["answers"] == 8
     assert "Recall if an attacker tries several" in ran.out
+
+
+def test_answers_that_the_detector_was_trained_with_are_warned_of(
+    measure: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "mllm_protector.evaluation.labelled.notes_of", lambda *_: ["These are its own training data."]
+    )
+    result = measure(case_sensitive, transformations=["leet"])
+    assert result["notes"] == ["These are its own training data."]
+    assert "own training data" in (tmp_path / "out" / "robustness.md").read_text()

@@ -134,7 +134,7 @@ def test_fewer_answers_are_drawn_and_what_cannot_be_measured_is_refused(
 ) -> None:
     assert measured_with(limit=30)[0]["answers"] == 30
     safe = Given(train=[LabelledAnswer(query="Why?", answer="So.", harmful=False)], validation=[])
-    with pytest.raises(InputError, match="harmful and harmless"):
+    with pytest.raises(InputError, match="has no harmful answers"):
         measured_with(data=safe)
     with pytest.raises(InputError, match=r"hits=\[\]"):
         measured_with(hits=[])
