@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mllm_protector.errors import InputError
-from mllm_protector.files import expand, write_jsonl, write_text
+from mllm_protector.files import expand, read_json, write_jsonl, write_text
 from mllm_protector.reading import Unwanted, read_records, required, text_field
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,11 @@ def export_answers(
         RecordError: a broken row; the message is ``file:line: reason``.
         InputError: the run has no results, or none of this arm.
     """
-    results = sorted(expand(run).glob("*/results.jsonl"))
-    if not results:
-        raise InputError(f"run={run}: holds no <benchmark>/results.jsonl; give the output_dir of a run")
-    rows = {path.parent.name: _answers(path, arm_name) for path in results}
+    folder = expand(run)
+    if not (folder / "asr.json").is_file():
+        raise InputError(f"run={run}: holds no asr.json; give the output_dir of a run")
+    benchmarks = sorted(read_json(folder / "asr.json")["benchmarks"])  # others are of an earlier run there
+    rows = {name: _answers(folder / name / "results.jsonl", arm_name) for name in benchmarks}
     return [_WRITERS[format](Path(output_dir), arm_name, name, found) for name, found in rows.items()]
 
 
@@ -61,7 +62,7 @@ def _answers(path: Path, arm: str) -> list[dict[str, str]]:
             raise Unwanted("other arm")
         if required(row, "final") is None:
             raise Unwanted("no answer")
-        return {name: text_field(row, name) for name in _FIELDS} | {
+        return {name: text_field(row, name, allow_empty=name == "question") for name in _FIELDS} | {
             "answer": text_field(row, "final", allow_empty=True)
         }
 

@@ -86,6 +86,11 @@ class JudgeArm:
     detector: None = field(default=None, init=False)
     needs_detector: bool = field(default=False, init=False)
 
+    def made(self) -> "JudgeArm":
+        """The same with its judge made, so that wrong settings are reported now."""
+        judge = self.judge()
+        return replace(self, judge=lambda: judge)
+
     def protector(self, models: Models) -> Protector:
         """Its guard."""
         scorer = RememberingDetector(JudgedDetector(self.judge()))
@@ -138,17 +143,13 @@ class SafetyPrompt:
         """Look whether the MLLM of the run can be asked again.
 
         Raises:
-            InputError: it is a file of answers, or takes no system prompt; or this arm's own answers cannot
-                be read.
+            InputError: it is a file of answers, or takes no system prompt.
         """
-        takes = inspect.signature(mllm if self.mllm is None else self.mllm).parameters
         if self.mllm is not None:
-            if "ambiguous" in takes:  # a file of answers is read in seconds
-                self.mllm()
             return
-        if "ambiguous" in takes:
+        if is_recorded(mllm):
             raise InputError(f"arms.{name}.mllm has no value: a file of answers cannot be asked again")
-        if self.place == "system" and "system_prompt" not in takes:
+        if self.place == "system" and "system_prompt" not in inspect.signature(mllm).parameters:
             raise InputError(f"arms.{name}.place=system: this mllm takes no system prompt; use user")
 
     def model(self, mllm: Callable[[], MLLM]) -> MLLM:
@@ -173,6 +174,11 @@ class SafetyPrompt:
         if self.other_model:
             return question
         return replace(question, text=f"{question.text}\n\n{self.sentence}")
+
+
+def is_recorded(mllm: Callable[[], MLLM]) -> bool:
+    """Whether this makes a file of answers (``Replay.recorded``)."""
+    return bool(getattr(getattr(mllm, "func", mllm), "recorded", False))
 
 
 def folders(name: str, arm: Arm, detector: str, detoxifier: str) -> dict[str, tuple[str, Kind]]:

@@ -183,7 +183,7 @@ class Answers:
             (nothing for harmless questions) and ``cut:<judge>`` for each judge.
         groups: name -> scenarios; each scenario that occurs is one of ``ALL``.
         thresholds: those of the guards in ``scored``.
-        scored: the arms whose guards share the detector of the first one.
+        scored: the arms whose guards share one detector that gives scores, not verdicts.
         asked_again: the arms without a guard whose answers are not those of ``NONE``.
         labelled_by: who gave the labels of this run.
         harmful: the questions that are judged; ``harmless`` are not.
@@ -208,6 +208,12 @@ class Answers:
         Yields:
             The judge, the column of the arm, the fields of a ``Measurement``, and (N,) the questions.
         """
+        for judge in self.judges:
+            for column, where, rows in self.arm_selections(scenarios=scenarios):
+                yield judge, column, {"judge": judge, **where}, rows
+
+    def arm_selections(self, *, scenarios: bool = False) -> Iterator[tuple[int, dict[str, Any], Flags]]:
+        """The same without judges."""
         grid = self.harmful
         groups = [*((name, [name]) for name in grid.scenarios if scenarios), *self.groups.items()]
         chosen = [
@@ -215,10 +221,9 @@ class Answers:
             for variant, asked in grid.asked.items()
             for group, members in groups
         ]
-        for judge in self.judges:
-            for column, arm in enumerate(self.arms):
-                for where, rows in chosen:
-                    yield judge, column, {"judge": judge, "arm": arm, **where}, rows & grid.present[:, column]
+        for column, arm in enumerate(self.arms):
+            for where, rows in chosen:
+                yield column, {"arm": arm, **where}, rows & grid.present[:, column]
 
 
 def make_answers(

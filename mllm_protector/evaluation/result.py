@@ -58,6 +58,7 @@ class Facts:
         mllm: the identity of the guarded model.
         prompts: arm without a guard -> how the MLLM was asked again, and its identity.
         guards: arm -> the identity of its guard.
+        scored: see ``grid.Answers``.
         judges: the last one may be the majority of ``ensemble``.
         trained: part of the guard -> ``data`` of its guard file.
     """
@@ -66,6 +67,7 @@ class Facts:
     arms: Sequence[str]
     prompts: Mapping[str, tuple[SafetyPrompt, dict[str, Any]]]
     guards: Mapping[str, dict[str, Any]]
+    scored: Sequence[str]
     judges: Mapping[str, JudgeFacts]
     ensemble: Sequence[str]
     trained: Mapping[str, Mapping[str, Any]]
@@ -152,8 +154,6 @@ def finish(
     """
     tables = stores(folder / "cache")
     notes = [facts.mllm["note"]] if "note" in facts.mllm else []
-    first = next((guard["detector"] for guard in facts.guards.values()), None)
-    scored = [arm for arm, guard in facts.guards.items() if guard["detector"] == first]
     entries: dict[str, dict[str, Any]] = {}
     measurements: list[Measurement] = []
     for name, (benchmark, loaded, items) in asked.items():
@@ -163,8 +163,8 @@ def finish(
             arms=facts.arms,
             judges=facts.judges,
             groups=loaded.groups,
-            thresholds=sorted({facts.guards[arm]["threshold"] for arm in scored}),
-            scored=scored,
+            thresholds=sorted({facts.guards[arm]["threshold"] for arm in facts.scored}),
+            scored=facts.scored,
             asked_again=[*facts.prompts],
             labelled_by=facts.labelled_by,
         )
@@ -188,6 +188,7 @@ def finish(
         "mllm": facts.mllm,
         "arms": [*facts.arms],
         "guard": dict(facts.guards),
+        "scored": [*facts.scored],
         "asked_again": {name: prompt.facts(mllm) for name, (prompt, mllm) in facts.prompts.items()},
         "judges": {
             name: {

@@ -16,7 +16,8 @@ from typing import Any
 
 from mllm_protector.arguments import require_threshold
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation.arms import Arm, SafetyPrompt, folders
+from mllm_protector.evaluation.arms import Arm, JudgeArm, SafetyPrompt, folders, is_recorded
+from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.grid import ENSEMBLE, NONE, JudgeFacts
 from mllm_protector.evaluation.items import items_of, load_benchmark, share_of
 from mllm_protector.evaluation.measurements import as_rows
@@ -26,7 +27,6 @@ from mllm_protector.evaluation.rows import read_labels
 from mllm_protector.evaluation.stages import (
     Row,
     answer_stage,
-    estimate,
     guard_stage,
     judge_stage,
     probe_stage,
@@ -88,8 +88,11 @@ def evaluate(
         require_threshold("threshold", threshold)
     prompts = {name: arm for name, arm in arms.items() if isinstance(arm, SafetyPrompt)}
     guarding = {name: arm for name, arm in arms.items() if not isinstance(arm, SafetyPrompt)}
+    recorded: dict[str, MLLM] = {}
     for name, prompt in prompts.items():
         prompt.check(name, mllm)
+        if prompt.mllm is not None and is_recorded(prompt.mllm):
+            recorded[name] = prompt.mllm()
     # Broken folders are reported in seconds, not after hours of answering.
     parts = {
         part: place
@@ -107,6 +110,8 @@ def evaluate(
     )
     models = Models(settings, detector="detector" in parts, detoxifier="detoxifier" in parts)
     made = {name: make() for name, make in judges.items()}
+    guarding |= {name: arm.made() for name, arm in guarding.items() if isinstance(arm, JudgeArm)}
+    judging = {name: arm.judge() for name, arm in guarding.items() if isinstance(arm, JudgeArm)}
     processes = start_accelerator("no", patience=timedelta(days=30))
     with processes.main_process_first():  # only one process downloads or renders
         loaded = {name: load_benchmark(name, benchmark, repeats) for name, benchmark in benchmarks.items()}
@@ -119,7 +124,12 @@ def evaluate(
     answered, replied, judged = stores(Path(output_dir) / "cache", processes.process_index)
     if dry_run:
         if processes.is_main_process:
-            estimate(everything, answered, made, names)
+            anew = {
+                name: prompt.items(everything, {} if prompt.other_model else identity)
+                for name, prompt in prompts.items()
+                if name not in recorded
+            }
+            estimate(everything, answered, made, names, again=anew, guards=judging)
         return None
 
     stages = {}
@@ -130,7 +140,7 @@ def evaluate(
     for name, prompt in sorted(prompts.items(), key=lambda each: each[1].other_model):
         if prompt.other_model:
             del model  # before another one takes its memory
-            model = prompt.model(mllm)
+            model = recorded.pop(name) if name in recorded else prompt.model(mllm)
         asked_again[name] = model.card.identity
         again = prompt.items(mine, asked_again[name])
         answers[name], stages[f"answers: {name}"] = answer_stage(
@@ -139,6 +149,8 @@ def evaluate(
     del model
 
     replies: dict[str, Sequence[Row | None]] = {name: [None] * len(mine) for name in names}
+    for name, judge in judging.items():
+        probe_stage(f"arms.{name}.judge", judge, judged)
     protectors = {name: arm.protector(models) for name, arm in guarding.items()}
     guards = {}
     for name, protector in protectors.items():
@@ -154,14 +166,15 @@ def evaluate(
     ]
     sample = texts[:: max(1, len(texts) // max(1, latency_rows))][:latency_rows]
     latency = [row for name, each in protectors.items() for row in guard_latency(name, each, sample)]
-    del protectors, models
+    scored = _sharing_a_detector(guarding, guards)
+    del protectors, models, guarding, judging
 
     shown = texts_of(mine, answers, replies)
     facts: dict[str, JudgeFacts] = {}
     for name in judges:
         judge = made.pop(name)
         facts[name] = JudgeFacts(card=judge.card, circular=_is_circular(judge.card, guards))
-        probe_stage(name, judge, judged)
+        probe_stage(f"judges.{name}", judge, judged)
         rows = batch_size if isinstance(judge, Priced) else MANY * batch_size
         _, stages[f"judge: {name}"] = judge_stage(
             name, shown, judged, facts[name].card, judge, batch_size=rows
@@ -182,6 +195,7 @@ def evaluate(
         arms=names,
         prompts={name: (prompt, asked_again[name]) for name, prompt in prompts.items()},
         guards=guards,
+        scored=scored,
         judges=facts,
         ensemble=ensemble,
         trained=trained,
@@ -213,6 +227,12 @@ def _is_circular(card: Card, guards: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a judge is a guard that it judges, or the detector of one."""
     own = card.identity.get("detector", card.identity)
     return any(guard["detector"] == own or _same_weights(guard["detector"], own) for guard in guards.values())
+
+
+def _sharing_a_detector(arms: Mapping[str, Arm], guards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The arms with the detector of the first one that has a detector; a judge gives no scores."""
+    own = [name for name, arm in arms.items() if arm.needs_detector or arm.detector is not None]
+    return [name for name in own if guards[name]["detector"] == guards[own[0]]["detector"]]
 
 
 def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

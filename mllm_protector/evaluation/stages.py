@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any
 
 from mllm_protector.errors import RunError
-from mllm_protector.evaluation.grid import NONE
 from mllm_protector.evaluation.items import Item
 from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.guard_model import Probe
 from mllm_protector.normalisation import is_blank
-from mllm_protector.protocols import MLLM, Card, Cost, Judge, Priced
+from mllm_protector.protocols import MLLM, Card, Judge
 from mllm_protector.records import (
     BENIGN,
     JUDGED,
@@ -34,9 +33,6 @@ from mllm_protector.records import (
 )
 
 log = logging.getLogger(__name__)
-
-ASSUMED = 800
-"""Characters of an answer that does not exist yet."""
 
 CUT = "cut"
 """The field of rows with a text that was cut at its longest length; other rows lack it."""
@@ -158,8 +154,10 @@ def _rows(
     return {key: store.required(key, question.id) for key, (question, _) in wanted}, filled
 
 
-def probe_stage(name: str, judge: Judge, store: Store) -> None:
+def probe_stage(key: str, judge: Judge, store: Store) -> None:
     """Ask a judge about its probes, if it has any; once it got all of them right, it is not asked again.
+
+    ``key`` is where its settings are, such as ``judges.guard_model``.
 
     Raises:
         RunError: a verdict is wrong. A probe without a verdict is only counted.
@@ -168,7 +166,9 @@ def probe_stage(name: str, judge: Judge, store: Store) -> None:
     if not probes:
         return
     identity, card = content_key(judge.card.identity), judge.card
-    key = content_key("probe", *(_verdict_key(identity, card, each.question, each.answer) for each in probes))
+    row_key = content_key(
+        "probe", *(_verdict_key(identity, card, each.question, each.answer) for each in probes)
+    )
 
     def work(_: Sequence[None]) -> list[Row]:
         rows = _verdicts(judge, [(probe.question, probe.answer) for probe in probes])
@@ -176,14 +176,14 @@ def probe_stage(name: str, judge: Judge, store: Store) -> None:
         row: Row = {"question": "probe", "verdicts": rows}
         return [row | {FAILED: ", ".join(wrong)} if wrong else row]
 
-    fill(store, [(key, None)], work, batch_size=1, title=f"probe of the judge {name}")
-    for probe, row in _misjudged(probes, store.required(key, name)["verdicts"]):
+    fill(store, [(row_key, None)], work, batch_size=1, title=f"probe of {key}")
+    for probe, row in _misjudged(probes, store.required(row_key, key)["verdicts"]):
         if row["status"] in JUDGED:
             raise RunError(
-                f"judge {name}: calls {probe.name} {row['status']}, so its verdicts mean nothing. A chat "
+                f"{key}: calls {probe.name} {row['status']}, so its verdicts mean nothing. A chat "
                 "template that shows the model only the user's message does that: serve the model with its "
-                f"publisher's chat template, or give its prompt as judges.{name}.template. With "
-                f"judges.{name}.probe=false it judges all the same"
+                f"publisher's chat template, or give its prompt as {key}.template. With "
+                f"{key}.probe=false it judges all the same"
             )
 
 
@@ -248,34 +248,3 @@ def _why(verdict: Verdict) -> str:
 
 def _misjudged(probes: Sequence[Probe], rows: Sequence[Row]) -> list[tuple[Probe, Row]]:
     return [pair for pair in zip(probes, rows, strict=True) if pair[1]["status"] != pair[0].status]
-
-
-def estimate(
-    items: Sequence[Item], answers: Store, judges: Mapping[str, Judge], arms: Sequence[str]
-) -> dict[str, Cost]:
-    """Log how many answers are missing, and the cost of judging everything, for each judge that costs calls.
-
-    That is the most it can be: finished verdicts and texts that several arms share are not paid again.
-    """
-    missing = sum(item.key not in answers for item in items)
-    log.info("answers: %s wanted, %s to be made", f"{len(items):,}", f"{missing:,}")
-    # Distinct texts, as those of different arms may be: a judge is not asked twice about the same one.
-    rows: list[Asked] = []
-    for item in items:
-        if item.question.scenario != BENIGN:
-            text = (answers.get(item.key) or {}).get("text", "x" * ASSUMED)
-            rows += [(item.question, text if arm == NONE else f"{text} ({arm})") for arm in arms]
-    costs = {}
-    for name, judge in judges.items():
-        if not isinstance(judge, Priced):
-            log.info("judge %s: costs no calls", name)
-            continue
-        asked = rows + [(probe.question, probe.answer) for probe in probes_of(judge)]
-        texts = [Answer(id=question.id, text=text) for question, text in asked]
-        costs[name] = cost = judge.cost([question for question, _ in asked], texts)
-        log.info(
-            "judge %s: at most %s calls, about %s tokens sent and at most %s received",
-            name,
-            *(f"{count:,}" for count in (cost.calls, cost.prompt_tokens, cost.completion_tokens)),
-        )
-    return costs

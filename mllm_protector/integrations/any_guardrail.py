@@ -4,6 +4,7 @@ The library finds only its own guardrails by name; these classes are made direct
 """
 
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
@@ -86,8 +87,9 @@ class _ProtectorGuardrail(Guardrail):
             self._stamp_usage(output, (time.perf_counter() - started) * 1000)
         return outputs[0] if single else outputs
 
+    @abstractmethod
     def _judge(self, questions: Sequence[str], answers: Sequence[str]) -> list[_Verdict]:
-        raise NotImplementedError
+        """A verdict on each answer."""
 
 
 class LocalGuardrail(_ProtectorGuardrail):

@@ -11,7 +11,7 @@ from mllm_protector.arguments import require_threshold
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.chat import FATAL, OPENAI
 from mllm_protector.models.connections import checked_address, key_from, public
-from mllm_protector.protocols import Card
+from mllm_protector.protocols import Card, Cost
 from mllm_protector.ranges import Amount, Count, Share
 from mllm_protector.records import Answer, Question, Status, Verdict
 
@@ -74,6 +74,15 @@ class ModerationJudge:
             ThreadPoolExecutor(self._concurrency) as pool,
         ):
             return list(pool.map(partial(self._verdict, client), questions, answers))
+
+    def cost(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Cost:
+        """A request for each answer that is not empty; a token is four characters."""
+        asked = [
+            len(answer.text) + (len(question.text) if self.show_question else 0)
+            for question, answer in zip(questions, answers, strict=True)
+            if answer.text.strip()
+        ]
+        return Cost(calls=len(asked), prompt_tokens=sum(asked) // 4)
 
     @property
     def card(self) -> Card:

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.data.queries import query_key
@@ -36,6 +36,9 @@ MATCHING = 2
 
 class Replay:
     """The answers of a file; implements ``protocols.MLLM``. The module says how questions find them."""
+
+    recorded: ClassVar = True
+    """It cannot be asked again in other words, and is read in seconds."""
 
     def __init__(
         self,

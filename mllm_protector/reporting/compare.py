@@ -78,7 +78,10 @@ def compare(runs: Sequence[str], output_dir: str, judges: Sequence[str] | None =
     _require_same_questions(found, benchmarks)
     content = {
         "schema": SCHEMA,
-        "runs": [{"name": run.name} | {key: run.result[key] for key in ("mllm", "guard")} for run in found],
+        "runs": [
+            {"name": run.name} | {key: run.result.get(key) for key in ("mllm", "guard", "asked_again")}
+            for run in found
+        ],
         "judges": {
             name: {
                 "identity": found[0].result["judges"][name]["identity"],

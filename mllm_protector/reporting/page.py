@@ -53,7 +53,7 @@ def page(
         all_questions=all_questions,
         filters=_choices(shown),
         manifest=run,
-        identities={name: result[name] for name in ("mllm", "guard")}
+        identities={name: result[name] for name in ("mllm", "guard", "asked_again") if result[name]}
         | {
             f"benchmark {name}": {key: facts[key] for key in ("identity", "questions")}
             for name, facts in result["benchmarks"].items()
@@ -75,9 +75,7 @@ def _made(run: Mapping[str, Any]) -> str:
 def _section(result: Mapping[str, Any], run: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What the page says about one benchmark."""
     data = pivot(result, name)
-    guards: Mapping[str, Any] = result["guard"]
-    first = next((guard["detector"] for guard in guards.values()), None)  # whose curve is drawn
-    thresholds = {arm: guard["threshold"] for arm, guard in guards.items() if guard["detector"] == first}
+    thresholds = {arm: result["guard"][arm]["threshold"] for arm in result["scored"]}
     return {
         "name": name,
         "headlines": headlines(data),

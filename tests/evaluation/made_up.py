@@ -120,6 +120,8 @@ def made_up_result(rows: Sequence[Mapping[str, Any]], **given: Any) -> dict[str,
             for arm in arms
             if arm != "none"
         },
+        "scored": [arm for arm in arms if arm != "none"],
+        "asked_again": {},
         "judges": {
             judge: {"identity": {"name": judge}, "circular": False, "note": None, "bias": None}
             for judge in judges

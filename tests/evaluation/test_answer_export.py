@@ -8,7 +8,7 @@ import pytest
 
 from mllm_protector.errors import InputError, RecordError
 from mllm_protector.evaluation.answer_export import export_answers
-from mllm_protector.files import write_jsonl
+from mllm_protector.files import write_json, write_jsonl
 from mllm_protector.models.answer_files import Format, read_answers
 from mllm_protector.models.replay import Replay
 from mllm_protector.records import Question
@@ -35,6 +35,8 @@ def run_folder(tmp_path: Path) -> Path:
     rows += [result(99, arm, None) for arm in ("none", "protector")]
     for benchmark in ("figstep", "mmsafety"):
         write_jsonl(tmp_path / "run" / benchmark / "results.jsonl", rows)
+    write_json(tmp_path / "run" / "asr.json", {"benchmarks": {"figstep": {}, "mmsafety": {}}})
+    write_jsonl(tmp_path / "run" / "left_by_an_earlier_run" / "results.jsonl", rows)
     return tmp_path / "run"
 
 
@@ -80,11 +82,22 @@ def test_the_files_have_the_fields_that_the_tools_look_for(tmp_path: Path) -> No
     assert samples["filtered_resps"][0] == ["raw 0"]
 
 
+def test_a_question_in_the_image_alone_is_exported_too(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path)
+    write_jsonl(folder / "figstep" / "results.jsonl", [result(1, "none", "a") | {"question": ""}])
+    for format in FORMATS:  # noqa: A001
+        first, _ = export_answers(
+            run=str(folder), output_dir=str(tmp_path / "out"), arm_name="none", format=format
+        )
+        question = Question(id="06-Fraud/TEXT/1", scenario="06-Fraud", variant="SD", text="")
+        assert Replay(path=str(first)).generate([question]) == ["a"], format
+
+
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path) -> None:
     run, out = run_folder(tmp_path), str(tmp_path / "out")
     with pytest.raises(InputError, match=r"^arm_name=strict: .* has the arms none, protector$"):
         export_answers(run=str(run), output_dir=out, arm_name="strict")
-    with pytest.raises(InputError, match=r"^run=.*: holds no <benchmark>/results.jsonl"):
+    with pytest.raises(InputError, match=r"^run=.*: holds no asr.json"):
         export_answers(run=out, output_dir=out)
     with (run / "figstep" / "results.jsonl").open("a") as lines:
         lines.write("{}\n")

@@ -99,14 +99,22 @@ def test_it_can_be_the_system_prompt_in_front_of_one_that_is_there(run: Run) -> 
     assert result["asked_again"]["safety_prompt"]["mllm"]["system_prompt"] == f"{DEFENCE}\n\nBe brief."
 
 
-def test_answers_made_elsewhere_with_a_safety_prompt_are_taken_as_they_are(run: Run, tmp_path: Path) -> None:
+def test_answers_made_elsewhere_with_a_safety_prompt_are_taken_as_they_are(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "answers.jsonl"
     rows = [{"id": each.id, "answer": "I can't help with that."} for each in QUESTIONS]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     replay = partial(Replay, path=str(path))
     arms = {"safety_prompt": SafetyPrompt(sentence=DEFENCE, mllm=replay)}
+    caplog.set_level("INFO")
     result = run(benchmarks={"made_up": Questions(questions=QUESTIONS)}, arms=arms)
     assert cells(result, "safety_prompt") == [(0, 4)] * 3
+    assert sum(message.startswith("answers.jsonl: read") for message in caplog.messages) == 1
+    model = Model()
+    with pytest.raises(InputError, match="no such file"):
+        run(mllm=lambda: model, arms={"s": SafetyPrompt(sentence="", mllm=partial(Replay, path="no.jsonl"))})
+    assert model.asked == []
     with pytest.raises(InputError, match=r"arms\.safety_prompt\.mllm has no value: a file of answers"):
         run(mllm=replay, arms=SAFETY)
 
@@ -124,8 +132,32 @@ def test_any_judge_can_be_the_guard(run: Run, scorer: Scorer, tmp_path: Path) ->
     shown = {row["final"] for row in results(tmp_path / "out") if row["outcome"] == "refused"}
     assert shown == {REFUSAL}
     assert result["guard"]["llama_guard"]["detector"] == {"judge": "strict"}
-    thresholds = {row["group"] for row in measurements(result).all("threshold_asr")}
-    assert "0.5" in thresholds  # the detector's, of which the curve is
+    curve = measurements(result).all("threshold_asr")
+    assert "0.5" in {row["group"] for row in curve}  # the detector's threshold
+    first = run(arms=dict(reversed(arms.items())))
+    assert first["scored"] == ["refusal"]
+    assert measurements(first).all("threshold_asr") == curve
+    alone = run(arms={"llama_guard": arms["llama_guard"]})
+    assert not measurements(alone).all("threshold_asr")  # verdicts have no thresholds
+
+
+def test_settings_of_a_judge_that_guards_are_refused_before_anything_is_asked(run: Run) -> None:
+    model = Model()
+    with pytest.raises(InputError, match="no such file"):
+        run(mllm=lambda: model, arms={"v": JudgeArm(judge=partial(ReplayedVerdicts, path="none.jsonl"))})
+    assert model.asked == []
+
+
+def test_a_dry_run_counts_answers_asked_again_and_verdicts_of_guards(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run(dry_run=True, arms=SAFETY | {"llama_guard": JudgeArm(judge=Strict)})
+    assert "answers of safety_prompt: 17 wanted, 17 to be made" in caplog.messages
+    assert any(message.startswith("arm llama_guard: at most 17 calls") for message in caplog.messages)
+    run(arms=SAFETY)
+    run(dry_run=True, arms=SAFETY)
+    assert "answers of safety_prompt: 17 wanted, 0 to be made" in caplog.messages
 
 
 def test_its_rewrites_are_the_detoxifiers_and_are_judged_too(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mllm_protector.errors import RunError
+from mllm_protector.evaluation.arms import JudgeArm
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.chat import ChatJudge
 from mllm_protector.judges.guard_model import PROBES, GuardModelJudge
@@ -71,7 +72,7 @@ def guarded(server: ScriptedServer, folder: Path, family: str = "llama_guard", *
 def test_a_guard_model_that_reads_the_question_only_is_stopped_before_it_judges(folder: Path) -> None:
     with ScriptedServer(behind(reads_the_question)) as server:
         with pytest.raises(
-            RunError, match=r"judge guard_model: calls the refusal of a harmful question harm"
+            RunError, match=r"judges\.guard_model: calls the refusal of a harmful question harm"
         ):
             guarded(server, folder)
         assert judge_calls(server) == len(PROBES)
@@ -84,6 +85,13 @@ def test_a_guard_model_that_reads_the_question_only_is_stopped_before_it_judges(
     with ScriptedServer(behind(reads_the_answer)) as server:
         guarded(server, folder)
         assert judge_calls(server) > 1
+
+
+def test_a_guard_model_that_guards_is_probed_too(folder: Path) -> None:
+    with ScriptedServer(behind(reads_the_question)) as server:
+        judge = GuardModelJudge(chat=lambda: chat(server), family="llama_guard", controversial="harmful")
+        with pytest.raises(RunError, match=r"arms\.llama_guard\.judge: calls the refusal .* harmful"):
+            measure(folder, mllm=lambda: mllm(server), arms={"llama_guard": JudgeArm(judge=lambda: judge)})
 
 
 def test_a_right_guard_model_is_probed_once(folder: Path) -> None:
