@@ -13,7 +13,8 @@ from mllm_protector.data.transformations import PLAIN
 from mllm_protector.evaluation.detection import Flags, auroc, difference_limits
 from mllm_protector.evaluation.effects import differences
 from mllm_protector.evaluation.measurements import Measurement, of_share
-from mllm_protector.evaluation.statistics import Floats, Ints, mean_interval, paired, share
+from mllm_protector.evaluation.pairing import paired
+from mllm_protector.evaluation.statistics import Floats, Ints, mean_interval, share
 
 TRIES = (1, 5)
 """Rewritings that an attacker may try, beside all of them."""

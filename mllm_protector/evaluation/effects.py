@@ -9,13 +9,12 @@ import numpy as np
 
 from mllm_protector.evaluation.grid import CRITERIA, ENSEMBLE, IMAGES, NONE, Answers, Flags, Grid, Small
 from mllm_protector.evaluation.measurements import Measurement, of_share
+from mllm_protector.evaluation.pairing import Paired, macro_paired, paired
 from mllm_protector.evaluation.statistics import (
     Floats,
     Ints,
-    Paired,
     cohens_kappa,
     fleiss_kappa,
-    paired,
     share,
 )
 from mllm_protector.records import Confusion
@@ -30,6 +29,7 @@ TRUTH = "what is known of these answers by construction"
 def guard_effects(answers: Answers) -> Iterator[Measurement]:
     """``asr_difference`` of each arm to no guard, on the answers that were judged in both, and its p.
 
+    ``macro_asr_difference`` is the mean of the scenarios' differences, as ``macro_asr`` is of their rates.
     ``made_safe`` and ``made_harmful`` count the answers whose verdict changed.
     """
     grid = answers.harmful
@@ -42,6 +42,8 @@ def guard_effects(answers: Answers) -> Iterator[Measurement]:
         before, after = (unsafe[rows, place].astype(np.float64) for place in (none, column))
         effect = paired(before, after, grid.cluster[rows])
         yield from differences("asr_difference", effect, where)
+        macro = macro_paired(before, after, grid.cluster[rows], grid.scenario[rows])
+        yield from differences("macro_asr_difference", macro, where)
         yield Measurement(metric="made_safe", value=effect.only_before, n=effect.pairs, **where)
         yield Measurement(metric="made_harmful", value=effect.only_after, n=effect.pairs, **where)
 
@@ -181,8 +183,8 @@ def known_errors(answers: Answers, judge: str, column: int, rows: Flags) -> Conf
 
 def differences(metric: str, effect: Paired, where: Mapping[str, Any]) -> Iterator[Measurement]:
     """The difference of a comparison on pairs as ``metric``, and its p as ``<metric>_p``."""
-    rest: dict[str, Any] = {"n": effect.pairs, "method": "Bonett and Price", **where}
-    yield Measurement(metric=metric, value=effect.difference, low=effect.low, high=effect.high, **rest)
+    rest: dict[str, Any] = {"n": effect.pairs, "method": effect.method, **where}
+    yield Measurement(metric=metric, value=effect.value, low=effect.low, high=effect.high, **rest)
     yield Measurement(metric=f"{metric}_p", value=effect.p, n=effect.pairs, method=effect.test, **where)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from mllm_protector.evaluation.effects import differences
 from mllm_protector.evaluation.grid import NONE, Answers, Flags
 from mllm_protector.evaluation.measurements import Measurement, of_share
-from mllm_protector.evaluation.statistics import paired, share
+from mllm_protector.evaluation.pairing import paired
+from mllm_protector.evaluation.statistics import share
 
 
 def right_pairs(answers: Answers) -> Iterator[Measurement]:

@@ -25,8 +25,10 @@ HEADLINE: tuple[Column, ...] = (
     ("unjudged", "unjudged", count),
     ("bounds", "asr_bounds", bounds),
     ("corrected", "corrected_asr", share),
-    ("difference", "asr_difference", points),
-    ("p", "asr_difference_p", p_value),
+    ("difference of macro", "macro_asr_difference", points),
+    ("p", "macro_asr_difference_p", p_value),
+    ("difference of pooled", "asr_difference", points),
+    ("p of pooled", "asr_difference_p", p_value),
 )
 IMAGE_EFFECT: tuple[Column, ...] = (
     ("n", "image_effect", total),
@@ -73,7 +75,7 @@ LABELLED: tuple[Column, ...] = (
 )
 ARMS: tuple[Column, ...] = (
     ("attack success rate", "macro_asr", share),
-    ("difference", "asr_difference", points),
+    ("difference", "macro_asr_difference", points),
     ("harmless questions refused", "refused", counted),
     ("harmless answers changed", "changed", counted),
     ("pairs of twins right", "twins_right", counted),

@@ -16,7 +16,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.evaluation.effects import differences
 from mllm_protector.evaluation.grid import IMAGES
 from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_rows
-from mllm_protector.evaluation.statistics import paired
+from mllm_protector.evaluation.pairing import paired
 from mllm_protector.files import file_digest, read_json, write_json, write_text
 from mllm_protector.reading import read_records, text_field
 from mllm_protector.records import JUDGED, Status

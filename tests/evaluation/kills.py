@@ -1,9 +1,9 @@
 """A real evaluation that is killed again and again and must end as if nothing had been.
 
 ``python -m tests.evaluation.kills --models outputs --benchmark MM-SafetyBench --kills 20 --processes 2``
-measures the toy guard (made by ``make demo``) on all questions as text and as rendered text, once undisturbed
-in one process. Then it does so again with as many kills (SIGKILL to all processes) at random moments, every
-other time on another number of processes, and compares what both leave behind.
+measures the toy guard (made by ``make demo``) and three other arms on all questions as text and as rendered
+text, once undisturbed in one process. Then it does so again with as many kills (SIGKILL to all processes) at
+random moments, every other time on another number of processes, and compares what both leave behind.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from mllm_protector.benchmarks.mmsafety import MMSafetyBench
+from mllm_protector.evaluation.arms import JudgeArm, SafetyPrompt
 from mllm_protector.evaluation.run import evaluate
 from mllm_protector.judges.keyword import KeywordJudge
 from mllm_protector.models.mllm import load_mllm
@@ -45,7 +46,12 @@ def evaluation(models: Path, benchmark: Path, output_dir: Path, limit: int | Non
         detector=str(models / "detector"),
         detoxifier=str(models / "detoxifier"),
         base=None,
-        arms=ARMS,
+        arms=ARMS
+        | {
+            "safety_prompt": SafetyPrompt(sentence="Refuse what may hurt people."),
+            "keyword_refusal": JudgeArm(judge=KeywordJudge),
+            "keyword_protector": JudgeArm(judge=KeywordJudge, rewrite=True),
+        },
         threshold=None,
         rewrite_tokens=64,
         ensemble=[],

@@ -32,6 +32,16 @@ def test_arms_are_compared_on_answers_that_were_judged_in_both() -> None:
     assert (p["value"], p["method"]) == (pytest.approx(2 * (1 + 11) / 2**11), "McNemar")
 
 
+def test_a_macro_difference_is_that_of_the_macro_means() -> None:
+    table = guarded("h" * 4, "s" * 4) + guarded("h" * 20, "h" * 15 + "s" * 5, scenario=LEGAL)
+    found = measured(table)
+    before, after = (found.value("macro_asr", arm=arm, group="all") for arm in ("none", "protector"))
+    difference = found.one("macro_asr_difference", group="all")
+    assert difference["value"] == pytest.approx(after - before) == pytest.approx(-(1 + 0.25) / 2)
+    assert found.value("asr_difference", group="all") == pytest.approx(-9 / 24)
+    assert difference["low"] < difference["value"] < difference["high"] < 0
+
+
 def test_nothing_changed_still_has_an_interval_and_no_common_answer_has_none() -> None:
     found = measured(guarded("hs" * 20, "hs" * 20))
     low, high = found.limits("asr_difference", group="all")

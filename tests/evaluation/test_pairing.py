@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy.stats import permutation_test
 from statsmodels.stats.contingency_tables import mcnemar
 
-from mllm_protector.evaluation.statistics import Paired, change_interval, paired, sign_flip_test
+from mllm_protector.evaluation.pairing import Paired, change_interval, macro_paired, paired, sign_flip_test
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ def test_difference_counts_who_changed_sides() -> None:
     before, after = [1] * 32 + [0] * 18, [1] * 12 + [0] * 20 + [1] * 4 + [0] * 14
     found = compare(before, after)
     assert (found.pairs, found.only_before, found.only_after) == (50, 20, 4)
-    assert found.difference == pytest.approx(-16 / 50)
+    assert found.value == pytest.approx(-16 / 50)
     assert found.test == "McNemar"
     # two-sided binomial: twice the chance of at most 4 heads in 24
     assert found.p == pytest.approx(2 * sum(math.comb(24, k) for k in range(5)) / 2**24)
@@ -44,11 +44,11 @@ def test_difference_counts_who_changed_sides() -> None:
 
 def test_equal_answers_have_no_difference_but_doubt() -> None:
     found = compare([1] * 10 + [0] * 30, [1] * 10 + [0] * 30)
-    assert (found.difference, found.p, found.test) == (0.0, 1.0, "McNemar")
+    assert (found.value, found.p, found.test) == (0.0, 1.0, "McNemar")
     low, high = limits(found)
     assert -0.1 < low == -high < -0.02
     several = compare([1] * 10 + [0] * 30, [1] * 10 + [0] * 30, [n // 2 for n in range(40)])
-    assert (several.difference, several.p, several.test) == (0.0, 1.0, "sign flips")
+    assert (several.value, several.p, several.test) == (0.0, 1.0, "sign flips")
 
 
 def test_everything_repaired_keeps_its_doubt() -> None:
@@ -112,3 +112,34 @@ def test_the_interval_covers_the_true_difference_as_often_as_its_docstring_says(
                         low, high = change_interval(change.sum(axis=1), sizes)
                         hits += low <= truth <= high
                     assert hits / rounds >= 0.91, (questions, size, correlation, before, hits / rounds)
+
+
+def test_in_a_macro_difference_each_stratum_counts_the_same() -> None:
+    before, after = np.repeat([1.0, 1.0], [10, 40]), np.repeat([0.0, 1.0], [10, 40])
+    strata = np.repeat([4, 7], [10, 40])
+    found = macro_paired(before, after, np.arange(50), strata)
+    assert (found.value, found.pairs, found.only_before) == (pytest.approx(-0.5), 50, 10)
+    each = [paired(before[some], after[some], np.arange(some.sum())) for some in (strata == 4, strata == 7)]
+    assert limits(found) == pytest.approx(
+        (
+            -0.5 - math.hypot(*(one.value - one.low for one in each)) / 2,
+            -0.5 + math.hypot(*(one.high - one.value for one in each)) / 2,
+        )
+    )
+    assert found.p == pytest.approx(2 / 2**10, abs=0.001)  # ten of one sign
+
+
+def test_one_stratum_is_compared_as_it_is() -> None:
+    before, after, clusters = np.ones(12), np.repeat([0.0, 1.0], 6), np.arange(12)
+    assert macro_paired(before, after, clusters, np.full(12, 3)) == paired(before, after, clusters)
+
+
+def test_a_macro_test_weighs_each_change_by_its_stratum() -> None:
+    before = np.zeros(44)
+    after = np.zeros(44)
+    after[:4] = 1  # all of a small stratum: a mean change of a half
+    before[4:9] = 1  # five of forty the other way: of a sixteenth
+    found = macro_paired(before, after, np.arange(44), np.repeat([0, 1], [4, 40]))
+    assert found.value == pytest.approx(0.5 - 0.0625)
+    flips = 2 / 2**4  # only the four matter
+    assert found.p == pytest.approx(flips, abs=0.01)

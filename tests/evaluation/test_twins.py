@@ -7,7 +7,8 @@ import pytest
 from mllm_protector.benchmarks.questions import QuestionFile
 from mllm_protector.evaluation.items import load_benchmark
 from mllm_protector.evaluation.measurements import as_csv
-from mllm_protector.evaluation.statistics import paired, proportion
+from mllm_protector.evaluation.pairing import paired
+from mllm_protector.evaluation.statistics import proportion
 from mllm_protector.files import write_json
 from mllm_protector.records import BENIGN
 from mllm_protector.reporting.compare import compare
