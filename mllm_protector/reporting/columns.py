@@ -73,7 +73,8 @@ LABELLED: tuple[Column, ...] = (
 )
 ARMS: tuple[Column, ...] = (
     ("attack success rate", "macro_asr", share),
-    ("difference", "asr_difference", points),
+    ("unjudged", "unjudged", count),
+    ("pooled difference", "asr_difference", points),
     ("harmless questions refused", "refused", counted),
     ("harmless answers changed", "changed", counted),
     ("pairs of twins right", "twins_right", counted),
