@@ -7,14 +7,16 @@ import pydoc
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RecordError
 from mllm_protector.helping import CONFIGS, flat, suggestion
 from mllm_protector.plugins import loaded
 from mllm_protector.ranges import Number, Whole
+
+T = TypeVar("T")
 
 
 def check_call(key: str, function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -153,11 +155,23 @@ def construct(key: str, value: Any) -> Any:
     constructor = _constructor(key, value["_target_"])
     if value.get("_partial_"):
         return functools.partial(constructor, **arguments)
+    return make(key, functools.partial(constructor, **arguments))
+
+
+def make(key: str, factory: Callable[[], T]) -> T:
+    """What a factory makes.
+
+    Raises:
+        InputError: it refused its arguments. The message begins with the key, or with a file and its line.
+    """
     try:
-        return constructor(**arguments)
+        return factory()
+    except RecordError:
+        raise
     except InputError as error:
         first = re.split("[=:. ]", str(error), maxsplit=1)[0]
-        prefix = f"{key}." if first in value else "" if first == key else f"{key}: "
+        given = getattr(factory, "keywords", {})
+        prefix = f"{key}." if first in given else "" if first == key else f"{key}: "
         raise InputError(f"{prefix}{error}") from error
 
 

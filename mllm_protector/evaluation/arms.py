@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
+from mllm_protector.calls import make
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.items import Item, keyed
 from mllm_protector.evaluation.models import Models, RememberingDetector
@@ -86,9 +87,9 @@ class JudgeArm:
     detector: None = field(default=None, init=False)
     needs_detector: bool = field(default=False, init=False)
 
-    def made(self) -> "JudgeArm":
-        """The same with its judge made, so that wrong settings are reported now."""
-        judge = self.judge()
+    def made(self, name: str) -> "JudgeArm":
+        """The same with its judge made, so that wrong settings of this arm are reported now."""
+        judge = make(f"arms.{name}.judge", self.judge)
         return replace(self, judge=lambda: judge)
 
     def protector(self, models: Models) -> Protector:

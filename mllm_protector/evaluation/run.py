@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_protector.arguments import require_threshold
+from mllm_protector.calls import make
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.arms import Arm, JudgeArm, SafetyPrompt, folders, is_recorded
 from mllm_protector.evaluation.estimate import estimate
@@ -92,7 +93,7 @@ def evaluate(
     for name, prompt in prompts.items():
         prompt.check(name, mllm)
         if prompt.mllm is not None and is_recorded(prompt.mllm):
-            recorded[name] = prompt.mllm()
+            recorded[name] = make(f"arms.{name}.mllm", prompt.mllm)
     # Broken folders are reported in seconds, not after hours of answering.
     parts = {
         part: place
@@ -109,13 +110,13 @@ def evaluate(
         rewrite_tokens=rewrite_tokens,
     )
     models = Models(settings, detector="detector" in parts, detoxifier="detoxifier" in parts)
-    made = {name: make() for name, make in judges.items()}
-    guarding |= {name: arm.made() for name, arm in guarding.items() if isinstance(arm, JudgeArm)}
+    made = {name: make(f"judges.{name}", judge) for name, judge in judges.items()}
+    guarding |= {name: arm.made(name) for name, arm in guarding.items() if isinstance(arm, JudgeArm)}
     judging = {name: arm.judge() for name, arm in guarding.items() if isinstance(arm, JudgeArm)}
     processes = start_accelerator("no", patience=timedelta(days=30))
     with processes.main_process_first():  # only one process downloads or renders
         loaded = {name: load_benchmark(name, benchmark, repeats) for name, benchmark in benchmarks.items()}
-        model = mllm()
+        model = make("mllm", mllm)
     identity = model.card.identity
     items = {name: items_of(name, each.questions, identity) for name, each in loaded.items()}
     everything = [*chain.from_iterable(items.values())]

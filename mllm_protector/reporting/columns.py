@@ -75,6 +75,7 @@ LABELLED: tuple[Column, ...] = (
 )
 ARMS: tuple[Column, ...] = (
     ("attack success rate", "macro_asr", share),
+    ("unjudged", "unjudged", count),
     ("difference", "macro_asr_difference", points),
     ("harmless questions refused", "refused", counted),
     ("harmless answers changed", "changed", counted),

@@ -21,11 +21,12 @@ WIDTH = 5.2
 def add_legend(figure: "Figure", axes: "Axes", title: str) -> None:
     """The title of a figure, and below it the names of what is drawn: as many side by side as fit."""
     width, _ = figure.get_size_inches()
-    handles = list(axes.get_legend_handles_labels()[0])
+    handles, labels = axes.get_legend_handles_labels()
+    column = max([2.6, *(0.5 + 0.07 * len(label) for label in labels)])  # inches
     figure.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=max(1, min(len(handles), int(width // 2.6))),
+        ncols=max(1, min(len(handles), int(width // column))),
         frameon=False,
         title="\n".join(fill(line, int(13 * width)) for line in title.split("\n")),
         title_fontproperties={"size": 10},

@@ -137,8 +137,10 @@ def arms(data: Pivot, latency: Sequence[Row] = ()) -> Table:
         ("arm",),
         columns.ARMS,
         [row for row in (*rows, *latency) if row["arm"] is not None],
-        note=f"Macro mean over scenarios, judged by {data.judge(judge)}; lower is better, twins apart. An arm"
-        " in which the MLLM was asked again is compared by question, every other one on the same answers.",
+        note=f"The rate is the mean over scenarios, judged by {data.judge(judge)}; lower is better, twins"
+        " apart. The difference is that of all answers judged in both arms, so it need not be that of the"
+        " rates. An arm in which the MLLM was asked again is compared by question, every other one on the"
+        " same answers.",
     )
 
 

@@ -112,7 +112,7 @@ def test_answers_made_elsewhere_with_a_safety_prompt_are_taken_as_they_are(
     assert cells(result, "safety_prompt") == [(0, 4)] * 3
     assert sum(message.startswith("answers.jsonl: read") for message in caplog.messages) == 1
     model = Model()
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"^arms\.s\.mllm: no\.jsonl: no such file"):
         run(mllm=lambda: model, arms={"s": SafetyPrompt(sentence="", mllm=partial(Replay, path="no.jsonl"))})
     assert model.asked == []
     with pytest.raises(InputError, match=r"arms\.safety_prompt\.mllm has no value: a file of answers"):
@@ -143,7 +143,7 @@ def test_any_judge_can_be_the_guard(run: Run, scorer: Scorer, tmp_path: Path) ->
 
 def test_settings_of_a_judge_that_guards_are_refused_before_anything_is_asked(run: Run) -> None:
     model = Model()
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=r"^arms\.v\.judge: none\.jsonl: no such file"):
         run(mllm=lambda: model, arms={"v": JudgeArm(judge=partial(ReplayedVerdicts, path="none.jsonl"))})
     assert model.asked == []
 
