@@ -26,6 +26,15 @@ class Unreadable(Exception):
     """An answer of a form that cannot be judged."""
 
 
+def json_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object that some bytes are; ``None`` if they are none."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def text_of(message: Mapping[str, Any]) -> str:
     """The words of a message; equal ones in two fields count once.
 

@@ -90,15 +90,6 @@ class GuardClient:
             return Guarded(Outcome.TOO_LONG, prompts.REFUSAL, None, seconds)
         return _guarded(reply, answer, threshold, seconds)
 
-    async def score(self, query: str, answer: str) -> float:
-        """As ``Guarding.score``."""
-        reply = await self._ask({"op": "score", "query": query, "answer": answer})
-        if reply is None:
-            raise GuardUnavailable("the text is longer than the guard reads")
-        if not _is_share(reply.get("score")):
-            raise GuardUnavailable(ODD)
-        return float(reply["score"])
-
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The worker's reply, ``None`` if the request is longer than it reads."""
         writer = self._writer

@@ -7,9 +7,11 @@ listed here is denied, because another route of the upstream would answer withou
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -18,19 +20,18 @@ from starlette.types import Receive
 
 from mllm_protector.records import Outcome
 from mllm_protector.serving import metrics as counting
-from mllm_protector.serving.api_errors import ApiError
+from mllm_protector.serving.api_errors import ApiError, bad_request
 from mllm_protector.serving.audit import AuditLog
 from mllm_protector.serving.chat import read_request
-from mllm_protector.serving.choices import Unreadable, read_choices
+from mllm_protector.serving.choices import Unreadable, json_object, read_choices
 from mllm_protector.serving.endpoint import Answer, Endpoint
 from mllm_protector.serving.exchange import current
+from mllm_protector.serving.gateways import litellm, moderations, webhook
 from mllm_protector.serving.gateways.asking import Asking
 from mllm_protector.serving.gateways.questions import Questions
-from mllm_protector.serving.gateways.routes import GATEWAYS, Translate, read_object
 from mllm_protector.serving.guarding import Guarding
 from mllm_protector.serving.judging import Case, judge
 from mllm_protector.serving.metrics import Metrics
-from mllm_protector.serving.overview import Overview
 from mllm_protector.serving.page import page
 from mllm_protector.serving.sending import OUTCOME, Sender, read_body, while_connected
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
@@ -43,6 +44,17 @@ from mllm_protector.serving.windowed import windowed
 log = logging.getLogger(__name__)
 
 DETAILS = "x-mllm-protector-details"
+Translate = Callable[[dict[str, Any], Asking], Awaitable[dict[str, Any]]]
+GATEWAYS: Mapping[str, Translate] = MappingProxyType(
+    {
+        "/beta/litellm_basic_guardrail_api": litellm.answer,
+        "/v1/moderations": moderations.answer,
+        "/request": webhook.on_request,
+        "/response": webhook.on_response,
+    }
+)
+"""What speaks the protocols of other gateways: POST with a JSON object, answered with one."""
+
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 SERVED = (
     f"POST {CHAT}, GET {MODELS}, GET /, GET /state, GET /health, GET /ready, GET /metrics, "
@@ -57,24 +69,17 @@ class Front:
         state: its parts.
     """
 
-    def __init__(
-        self,
-        settings: FrontSettings,
-        guard: Guarding,
-        metrics: Metrics | None = None,
-        tracing: Tracing | None = None,
-    ) -> None:
+    def __init__(self, settings: FrontSettings, guard: Guarding, tracing: Tracing | None = None) -> None:
         """Bind the parts; nothing is sent. ``tracing`` is as the environment says if it is not given.
 
         Raises:
             InputError: an environment variable is not set, or the audit log cannot be opened.
         """
-        metrics = metrics or Metrics()
+        metrics = Metrics()
         tracing = tracing or configured()
         upstream = Upstream(settings, metrics, tracing)
         audit = AuditLog(settings.audit, metrics.audit_errors) if settings.audit else None
         self.state = State(settings, guard, upstream, metrics, tracing, audit)
-        self._overview = Overview(self.state)
         self._under_way = 0
         self._questions = Questions()
 
@@ -157,7 +162,9 @@ class Front:
         async def answer(headers: Headers, receive: Receive, sender: Sender) -> None:
             async with self._slot():
                 name = current().key = self._key(headers)
-                body = read_object(await self._body(headers, receive))
+                body = json_object(await self._body(headers, receive))
+                if body is None:
+                    raise bad_request("the body must be a JSON object")
                 asking = Asking(state=self.state, key=name, questions=self._questions)
 
                 async def work() -> None:
@@ -241,7 +248,7 @@ class Front:
             trusted = True
         except ApiError:
             trusted = False
-        await sender.json(200, await self._overview.content(trusted), {"cache-control": "no-store"})
+        await sender.json(200, await self.state.overview(trusted), {"cache-control": "no-store"})
 
     async def _metrics(self, headers: Headers, receive: Receive, sender: Sender) -> None:
         guard = self.state.guard

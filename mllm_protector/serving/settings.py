@@ -1,17 +1,16 @@
-"""What ``configs/serve.yaml`` fills: every value is checked when it is read, not when it is first needed."""
+"""What ``configs/serve.yaml`` fills. Single values are checked against these annotations when it is read."""
 
 import hashlib
 import hmac
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from annotated_types import Interval
 from pydantic import AllowInfNan
 
-from mllm_protector.calls import check
 from mllm_protector.errors import InputError
 from mllm_protector.ranges import Amount, Count, Share
 
@@ -50,8 +49,6 @@ class GuardSettings:
     tolerance: Annotated[float, Interval(ge=0, le=100), AllowInfNan(False)]
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        _check(self)
         if (self.detoxifier_url is None) != (self.detoxifier_model is None):
             raise InputError("detoxifier_model: give it with detoxifier_url, and only then")
 
@@ -79,8 +76,6 @@ class QueueSettings:
     deadline_s: Seconds
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        _check(self)
         if self.waiting_mb < self.request_mb:
             raise InputError(f"waiting_mb={self.waiting_mb}: must be at least request_mb={self.request_mb}")
 
@@ -104,8 +99,6 @@ class RestartSettings:
     at_most_s: Seconds
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        _check(self)
         if self.at_most_s < self.after_s:
             raise InputError(f"at_most_s={self.at_most_s}: must be at least after_s={self.after_s}")
 
@@ -131,8 +124,7 @@ class UpstreamSettings:
     connections: Count
 
     def __post_init__(self) -> None:
-        """Check the values; the address loses a slash at its end."""
-        _check(self)
+        """Check the address, which loses a slash at its end."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"url={self.url}: must be an address such as http://127.0.0.1:8000/v1")
@@ -158,10 +150,6 @@ class LimitSettings:
     answer_mb: Megabytes
     choices: Count
     requests: Count
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,10 +186,6 @@ class PolicySettings:
     key_thresholds: Mapping[str, Share]
     answer_only_threshold: Share | None
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _check(self)
-
     def threshold_of(self, model: str, key: str | None) -> float | None:
         """The threshold for a request to ``model`` by the client with the API key named ``key``."""
         if key is not None and key in self.key_thresholds:
@@ -217,8 +201,7 @@ class ApiKey:
     sha256: str
 
     def __post_init__(self) -> None:
-        """Check the values; a hash in capitals becomes small."""
-        _check(self)
+        """Check the name and the hash, of which capitals become small."""
         if not self.name:
             raise InputError("name: must not be empty")
         object.__setattr__(self, "sha256", self.sha256.lower())
@@ -246,10 +229,6 @@ class AuditSettings:
     files: Count
     on_failure: Literal["refuse", "continue"]
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        _check(self)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontSettings:
@@ -273,8 +252,7 @@ class FrontSettings:
     score_decimals: Amount
 
     def __post_init__(self) -> None:
-        """Check the values, and that every name of a key is one key's."""
-        _check(self, apart=("upstream", "limits", "policy", "keys", "audit"))
+        """Check that every name of a key is one key's."""
         names = [key.name for key in self.keys]
         for name in names:
             if names.count(name) > 1:
@@ -290,9 +268,3 @@ class FrontSettings:
         digest = hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()
         found = [key for key in self.keys if hmac.compare_digest(key.sha256, digest)]
         return found[0] if found else None
-
-
-def _check(settings: Any, apart: Sequence[str] = ()) -> None:
-    for field in fields(settings):
-        if field.name not in apart:
-            check(field.name, getattr(settings, field.name), field.type)

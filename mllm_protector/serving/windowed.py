@@ -22,16 +22,13 @@ from mllm_protector.records import Outcome
 from mllm_protector.serving.api_errors import ApiError
 from mllm_protector.serving.assembly import some_chunks
 from mllm_protector.serving.chat import ChatRequest
-from mllm_protector.serving.choices import COMPLETION_FIELDS, TEXT_FIELDS, replaced
+from mllm_protector.serving.choices import TEXT_FIELDS
 from mllm_protector.serving.guarding import Guarded
 from mllm_protector.serving.judging import SHOWN, Case, Judged, guard_failed, judge, verdict
 from mllm_protector.serving.sending import OUTCOME, PENDING, Sender
 from mllm_protector.serving.sse import DONE, frame
 from mllm_protector.serving.state import State
 from mllm_protector.serving.streaming import Held, choices_of, read, released
-
-BREAK = "\n\n"
-"""Between words that are out and the refusal behind them."""
 
 
 class Piece(NamedTuple):
@@ -203,18 +200,16 @@ class _Stream:
 
     async def _judged(self, held: Held) -> Judged:
         """All that the client gets to see, with what is out already."""
-        raw = choices_of(self._state, held)
-        parts = await asyncio.gather(*(self._last(held, choice) for choice in raw))
-        top = {name: held.completion[name] for name in COMPLETION_FIELDS if name in held.completion}
-        return Judged(
-            content=held.completion
-            if self._policy.shadow
-            else {**top, "choices": [each for each, _ in parts]},
-            verdicts=[made for _, made in parts],
-            cases=[self._case] * len(raw),
-            raw=raw,
-            shadow=self._policy.shadow,
-        )
+        raw, known = choices_of(self._state, held), self._choices.items()
+        shown = {index: each.shown.get("content", "") for index, each in known if each.windows.shown}
+        cut = {index: each.cut for index, each in known if each.cut is not None}
+        guard, policy = self._state.guard, self._policy
+        judged = await judge(held.completion, raw, self._case, guard, policy, shown=shown, cut=cut)
+        for choice, made in zip(raw, judged.verdicts, strict=True):
+            late = choice.get("index", 0) in shown.keys() - cut.keys()
+            if late and made.outcome is not Outcome.ALLOWED:
+                self._count(made)
+        return judged
 
     def _left(self, judged: Judged) -> list[dict[str, Any]]:
         """The choices without the words that are out."""
@@ -226,24 +221,6 @@ class _Stream:
                 message = {**message, **_behind(message, known.shown)}
             choices.append({**choice, "message": message})
         return choices
-
-    async def _last(self, held: Held, choice: dict[str, Any]) -> tuple[dict[str, Any], Guarded]:
-        """A choice as the client sees it in the end, and the verdict on all of it."""
-        known = self._choices.get(choice.get("index", 0), Growing(Windows(tokens=1, hits=1)))
-        begun = known.windows.shown > 0
-        policy = replace(self._policy, on_flag="refuse") if begun else self._policy
-        if known.cut is not None:
-            made = known.cut
-            end = replaced(choice, made.text, policy.refused_finish_reason, structured=False)
-        else:
-            judged = await judge(held.completion, [choice], self._case, self._state.guard, policy)
-            [made], end = judged.verdicts, judged.content["choices"][0]
-            if begun and made.outcome is not Outcome.ALLOWED:
-                self._count(made)
-        if begun and not policy.shadow and made.outcome is not Outcome.ALLOWED:
-            words = known.shown.get("content", "") + BREAK + end["message"]["content"]
-            end = {**end, "message": {**end["message"], "content": words}}
-        return end, made
 
 
 def _behind(texts: Mapping[str, Any], shown: Mapping[str, str]) -> dict[str, str]:
