@@ -23,6 +23,7 @@ from mllm_protector.models.connections import (
     run_in_background,
 )
 from mllm_protector.protocols import Card
+from mllm_protector.ranges import Amount, Count, Positive, Temperature
 from mllm_protector.reading import whole_characters
 from mllm_protector.records import CutText, Failure
 
@@ -64,17 +65,17 @@ class ServedChat:
         self,
         *,
         model: str,
-        concurrency: int,
-        timeout: float,
-        max_retries: int,
-        temperature: float | None,
+        concurrency: Count,
+        timeout: Positive,
+        max_retries: Amount,
+        temperature: Temperature | None,
         base_url: str | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",
         seed: int | None = None,
         length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         identity: str | None = None,
     ) -> None:
-        """Read the key and check the settings; nothing is sent.
+        """Read the key and check the address; nothing is sent.
 
         Args:
             model: as the server calls it.
@@ -91,15 +92,8 @@ class ServedChat:
                 addresses with one name are one model. It is written into results, so it must not be secret.
 
         Raises:
-            InputError: a number out of range, no key, or a base_url that is no address or holds a secret.
+            InputError: no key, or a base_url that is no address or holds a secret.
         """
-        for name, number, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
-            if number < least:
-                raise InputError(f"{name}={number}: must be at least {least}")
-        if timeout <= 0:
-            raise InputError(f"timeout={timeout}: must be more than 0 seconds")
-        if temperature is not None and temperature < 0:
-            raise InputError(f"temperature={temperature}: must be at least 0")
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
         address = checked_address(self._base_url)
         self.model = model

@@ -163,6 +163,11 @@ class GuardFile:
         return Backbone(**self.base)
 
     @property
+    def harmful_from(self) -> float:
+        """A detector's threshold: scores at or above it are harmful."""
+        return 0.5 if self.threshold is None else self.threshold
+
+    @property
     def scale(self) -> Scale:
         """How a logit becomes a score."""
         return Scale(temperature=self.temperature or 1.0, offset=self.offset)

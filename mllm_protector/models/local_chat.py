@@ -52,8 +52,6 @@ class LocalChat:
         Raises:
             InputError: the model cannot be loaded, or not whole, or has no chat template.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: must be at least 1")
         origin = {"revision": revision, "trust_remote_code": trust_remote_code}
         with loading(name):
             # The config comes first because a wrong name then costs one lookup on the hub, not many.

@@ -7,7 +7,7 @@ listed here is denied, because another route of the upstream would answer withou
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from types import MappingProxyType
@@ -44,6 +44,9 @@ from mllm_protector.serving.windowed import windowed
 log = logging.getLogger(__name__)
 
 DETAILS = "x-mllm-protector-details"
+Work = Callable[[Headers, bytes, str | None, Sender], Coroutine[Any, Any, None]]
+"""Answers a client: its headers, its body, the name of its key, and the way to it."""
+
 Translate = Callable[[dict[str, Any], Asking], Awaitable[dict[str, Any]]]
 GATEWAYS: Mapping[str, Translate] = MappingProxyType(
     {
@@ -97,14 +100,17 @@ class Front:
             await self.state.close()
 
         table: tuple[tuple[str, str, Answer], ...] = (
-            (CHAT, "POST", self._chat),
-            (MODELS, "GET", self._models),
+            (CHAT, "POST", self._for_clients(self._chat)),
+            (MODELS, "GET", self._for_clients(self._models, "GET")),
             ("/", "GET", self._page),
             ("/state", "GET", self._state),
             ("/health", "GET", self._health),
             ("/ready", "GET", self._ready),
             ("/metrics", "GET", self._metrics),
-            *((path, "POST", self._gateway(translate)) for path, translate in GATEWAYS.items()),
+            *(
+                (path, "POST", self._for_clients(partial(self._gateway, each)))
+                for path, each in GATEWAYS.items()
+            ),
         )
         endpoint = partial(Endpoint, self.state, SERVED)
         routes = [Route(path, endpoint(path, answer, method)) for path, method, answer in table]
@@ -156,47 +162,45 @@ class Front:
         most = int(limits.body_mb * MEGABYTE)
         return await read_body(headers, receive, most=most, seconds=limits.body_s)
 
-    def _gateway(self, translate: Translate) -> Answer:
-        """What answers another gateway."""
+    def _for_clients(self, work: Work, method: str = "POST") -> Answer:
+        """A route that wants a key, counts as under way, and ends when its client leaves."""
 
         async def answer(headers: Headers, receive: Receive, sender: Sender) -> None:
             async with self._slot():
                 name = current().key = self._key(headers)
-                body = json_object(await self._body(headers, receive))
-                if body is None:
-                    raise bad_request("the body must be a JSON object")
-                asking = Asking(state=self.state, key=name, questions=self._questions)
-
-                async def work() -> None:
-                    await sender.json(200, await translate(body, asking))
-
-                await while_connected(receive, work())
+                raw = await self._body(headers, receive) if method == "POST" else b""
+                await while_connected(receive, work(headers, raw, name, sender))
 
         return answer
 
-    async def _chat(self, headers: Headers, receive: Receive, sender: Sender) -> None:
-        async with self._slot():
-            settings = self.state.settings
-            name = current().key = self._key(headers)
-            raw = await self._body(headers, receive)
-            request = read_request(raw, choices=settings.limits.choices)
-            current().model = self.state.upstream.names.known(request.model)
-            case = Case(
-                query=request.query,
-                structured=request.structured,
-                threshold=settings.policy.threshold_of(request.model, name),
-            )
-            decimals = settings.score_decimals if headers.get(DETAILS) == "1" else None
-            if not request.stream:
-                work = self._whole(request.body, headers, case, sender, decimals)
-            elif settings.policy.streaming == "off":
-                current().outcome = UNGUARDED
-                work = unguarded(self.state, request.body, headers, sender)
-            elif settings.policy.streaming == "window" and not request.structured:  # half of JSON is useless
-                work = windowed(self.state, request, headers, case, sender, decimals)
-            else:
-                work = buffered(self.state, request.body, headers, case, sender, decimals)
-            await while_connected(receive, work)
+    async def _gateway(
+        self, translate: Translate, headers: Headers, raw: bytes, name: str | None, sender: Sender
+    ) -> None:
+        body = json_object(raw)
+        if body is None:
+            raise bad_request("the body must be a JSON object")
+        asking = Asking(state=self.state, key=name, questions=self._questions)
+        await sender.json(200, await translate(body, asking))
+
+    async def _chat(self, headers: Headers, raw: bytes, name: str | None, sender: Sender) -> None:
+        settings = self.state.settings
+        request = read_request(raw, choices=settings.limits.choices)
+        current().model = self.state.upstream.names.known(request.model)
+        case = Case(
+            query=request.query,
+            structured=request.structured,
+            threshold=settings.policy.threshold_of(request.model, name),
+        )
+        decimals = settings.score_decimals if headers.get(DETAILS) == "1" else None
+        if not request.stream:
+            await self._whole(request.body, headers, case, sender, decimals)
+        elif settings.policy.streaming == "off":
+            current().outcome = UNGUARDED
+            await unguarded(self.state, request.body, headers, sender)
+        elif settings.policy.streaming == "window" and not request.structured:  # half of JSON is useless
+            await windowed(self.state, request, headers, case, sender, decimals)
+        else:
+            await buffered(self.state, request.body, headers, case, sender, decimals)
 
     async def _whole(
         self, body: bytes, headers: Headers, case: Case, sender: Sender, decimals: int | None
@@ -220,12 +224,7 @@ class Front:
         state.released(len(sent), unscanned=judged.shadow and failed)
         await sender.whole(200, sent, {**passed_back(response.headers), OUTCOME: judged.header})
 
-    async def _models(self, headers: Headers, receive: Receive, sender: Sender) -> None:
-        async with self._slot():
-            self._key(headers)
-            await while_connected(receive, self._listed(headers, sender))
-
-    async def _listed(self, headers: Headers, sender: Sender) -> None:
+    async def _models(self, headers: Headers, _raw: bytes, _name: str | None, sender: Sender) -> None:
         async with self.state.upstream.ask("GET", "/models", headers) as response:
             body = await self.state.upstream.whole(response)
         self.state.upstream.names.learn(body)

@@ -199,7 +199,7 @@ def _table(old: GuardFile, stored: Mapping[str, Any], new: Mapping[str, Any]) ->
     both = {
         "temperature": (old.scale.temperature, new["temperature"]),
         "offset": (old.offset, new["offset"]),
-        "threshold": (0.5 if old.threshold is None else old.threshold, new["threshold"]),
+        "threshold": (old.harmful_from, new["threshold"]),
         "calibration error (ECE)": (stored["ece"], new["ece_after_calibration"]),
         "Brier score": (stored["brier"], new["brier_after_calibration"]),
     }

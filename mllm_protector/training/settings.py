@@ -4,21 +4,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from annotated_types import Interval
 
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.errors import RunError
 from mllm_protector.models.backbone import fast_dtype
 from mllm_protector.models.generating import is_out_of_memory
 from mllm_protector.models.tuning import is_quantized
-from mllm_protector.ranges import Count, Rate, Share
+from mllm_protector.ranges import Count, Positive, Rate, Share
 
 Normalise = Literal["tokens", "examples"]
 Resume = Literal["auto", "never"]
-Positive = Annotated[float, Interval(ge=1e-9, le=1e9)]
 
 WITHOUT_INFLUENCE = (
     "micro_batch_tokens",

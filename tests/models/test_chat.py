@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mllm_protector.calls import check_call
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.records import CutText, Failure
@@ -292,11 +293,12 @@ def test_a_number_out_of_range_is_named() -> None:
     for settings, message in [
         ({"concurrency": 0}, "concurrency=0: must be at least 1"),
         ({"max_retries": -1}, "max_retries=-1: must be at least 0"),
-        ({"timeout": 0.0}, "timeout=0.0: must be more than 0 seconds"),
+        ({"timeout": 0.0}, "timeout=0.0: must be at least 1e-09"),
         ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
     ]:
+        given = {"model": "m", "concurrency": 1, "timeout": 1, "max_retries": 0, "temperature": 0} | settings
         with case(settings, message), pytest.raises(InputError, match=message):
-            chat("http://localhost:1/v1", **settings)
+            check_call("", ServedChat, given)
 
 
 def test_the_key_is_in_the_header_and_nowhere_else(
