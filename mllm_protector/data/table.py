@@ -75,7 +75,7 @@ def record(**columns: Any) -> AnswerPair | LabelledAnswer:
 
 
 def records_table(records: Sequence[Any]) -> Table[Any]:
-    """Records of one kind as a table; what is none yet is held in memory."""
+    """Records of one kind as a table; what is not a table yet is held in memory."""
     import datasets
 
     if isinstance(records, Table):

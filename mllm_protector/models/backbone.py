@@ -80,7 +80,7 @@ class Backbone:
             The model, and the names of its new modules (not in the checkpoint): the head, in float32.
 
         Raises:
-            InputError: the model cannot be loaded, or not in so few bits, or has no sequence classification
+            InputError: the model cannot be loaded or quantised, or has no sequence classification
                 form.
         """
         model, missing = self._load(AutoModelForSequenceClassification, num_labels=1)

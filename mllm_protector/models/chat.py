@@ -92,7 +92,7 @@ class ServedChat:
                 addresses with one name are one model. It is written into results, so it must not be secret.
 
         Raises:
-            InputError: no key, or a base_url that is no address or holds a secret.
+            InputError: no key, or a base_url that is not an address or holds a secret.
         """
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
         address = checked_address(self._base_url)
@@ -204,7 +204,7 @@ class ServedChat:
             reply = _too_large()
         except APIConnectionError as error:
             reply = self._connection_failure(error)
-        except (OpenAIError, ValueError, RecursionError):  # JSON that is none, text that is no Unicode
+        except (OpenAIError, ValueError, RecursionError):  # not JSON, or not Unicode
             reply = Failure(reason="the request or its reply is not valid JSON")
         if isinstance(reply, Failure) and not reply.unreachable:
             return replace(reply, reason=f"{reply.reason} at {self._address}")
@@ -254,7 +254,7 @@ def text_of(completion: Any) -> str | Failure:
         refusal = getattr(choice.message, "refusal", None)
         finish = getattr(choice, "finish_reason", None)
     except (AttributeError, IndexError, KeyError, TypeError):
-        return Failure(reason="the reply is no chat completion")
+        return Failure(reason="the reply is not a chat completion")
     if finish == "content_filter" or refusal:
         return Failure(reason="declined by the service", refused=True)
     if not isinstance(content, str):

@@ -52,7 +52,7 @@ MEASURED = (
     *("threshold", "threshold_how", "group_thresholds", "temperature", "offset", "calibration"),
     *("metrics", "versions", "weights", "files", "prompt_sha256", "base_fingerprint", "pretrained", "known"),
 )
-"""What is only known when a part is saved, or is no setting of a training."""
+"""What is only known when a part is saved, or is not a setting of a training."""
 
 TOY = "toy data"
 """The name of the embedded toy set among a part's sources."""

@@ -258,7 +258,7 @@ def _save_once(
         if folder.exists():
             ours = {path.name for path in temporary.iterdir()}
             for foreign in sorted({path.name for path in folder.iterdir()} - ours):
-                raise InputError(f"{folder / foreign}: is none of a tiny model's files; name another folder")
+                raise InputError(f"{folder / foreign}: not a file of a tiny model; name another folder")
             shutil.rmtree(folder)
         try:
             temporary.rename(folder)

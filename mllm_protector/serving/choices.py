@@ -27,7 +27,7 @@ class Unreadable(Exception):
 
 
 def json_object(raw: bytes) -> dict[str, Any] | None:
-    """The JSON object that some bytes are; ``None`` if they are none."""
+    """The JSON object that some bytes are; ``None`` if they are not one."""
     try:
         content = json.loads(raw)
     except (ValueError, RecursionError):
@@ -39,7 +39,7 @@ def text_of(message: Mapping[str, Any]) -> str:
     """The words of a message; equal ones in two fields count once.
 
     Raises:
-        Unreadable: a field that is no text.
+        Unreadable: a field is not text.
     """
     words = [_field(message, name) for name in TEXT_FIELDS]
     return "\n\n".join(dict.fromkeys(word for word in words if word))
@@ -52,7 +52,7 @@ def calls_of(message: Mapping[str, Any]) -> str:
     both values are there.
 
     Raises:
-        Unreadable: calls that are no list of objects.
+        Unreadable: the calls are not a list of objects.
     """
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):

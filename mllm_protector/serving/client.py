@@ -63,7 +63,7 @@ class GuardClient:
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """The last answer to a ping: as of ``Guarding.state``, and what waits in the worker's queues."""
+        """The last answer to a ping: as in ``Guarding.state``, and what waits in the worker's queues."""
         return self._state
 
     async def __aenter__(self) -> Self:
@@ -145,7 +145,7 @@ class GuardClient:
             await asyncio.sleep(wait)
 
     def _settle(self, line: bytes) -> None:
-        """Hand a reply to its request, which may have given up; ``ValueError`` if it is no reply."""
+        """Hand a reply to its request, which may have given up; ``ValueError`` if it is not one."""
         reply = json.loads(line)
         if not isinstance(reply, dict) or "id" not in reply:
             raise ValueError("not a reply")

@@ -74,7 +74,7 @@ class Judged:
         return f"shadow-{worst}" if self.shadow else worst
 
     def details(self, decimals: int) -> dict[str, Any]:
-        """Outcome and score of each choice, with so many decimals; 0 shows no score."""
+        """Outcome and score of each choice, rounded to ``decimals`` places; 0 shows no score."""
         choices = [
             {
                 "index": choice.get("index", place),

@@ -95,7 +95,7 @@ class RemoteDetector:
 
     @property
     def card(self) -> Card:
-        """What the scores depend on; where the servers are is no part of it."""
+        """What the scores depend on, wherever the servers are."""
         served = {"served": True, "tolerance": self.tolerance}
         return Card(identity={**card_of(self.guard, self.guard.window).identity, **served})
 

@@ -86,7 +86,7 @@ class RemoteDetoxifier:
 
     @property
     def card(self) -> Card:
-        """What the rewrites depend on; where the server is, is no part of it."""
+        """What the rewrites depend on, wherever the server is."""
         sampling = {"temperature": TEMPERATURE, "top_p": TOP_P}
         return Card(identity={**self.guard.identity, "served": self.model, "sampling": sampling})
 

@@ -86,7 +86,7 @@ async def model_worker(
 
     Raises:
         InputError: the path of the temporary folder is too long.
-        RunError: as of ``Child.start``.
+        RunError: as in ``Child.start``.
     """
     with TemporaryDirectory(prefix="mllm-protector-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "guard.sock"
@@ -112,7 +112,7 @@ async def _fronts(
     another. Their counters lie in a temporary folder, where each of them finds those of all.
 
     Raises:
-        RunError: as of ``Child.start``.
+        RunError: as in ``Child.start``.
     """
     with TemporaryDirectory(prefix="mllm-protector-metrics-", ignore_cleanup_errors=True) as folder:
 

@@ -23,7 +23,7 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuardSettings:
-    """The guard that the model worker loads; keys as of ``Protector.from_pretrained``.
+    """The guard that the model worker loads; keys as in ``Protector.from_pretrained``.
 
     Attributes:
         detector_urls: the servers of the exported detector; empty: it is computed here.

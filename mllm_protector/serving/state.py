@@ -82,7 +82,7 @@ class State:
         """What ``work`` gives, counted, timed and recorded.
 
         Raises:
-            ApiError: as of ``work``, or it cannot be recorded.
+            ApiError: as in ``work``, or it cannot be recorded.
         """
         started = time.perf_counter()
         with self.tracing.part("guard"):

@@ -38,7 +38,7 @@ class Held:
 
     Attributes:
         headers: for the client.
-        assembly: of a stream; ``None`` for an answer that is none.
+        assembly: of a stream; ``None`` for any other answer.
         completion: the whole, at its end.
         raw: the events as they came.
     """
@@ -52,7 +52,7 @@ class Held:
     def stream(self) -> Assembly:
         """The assembly of a stream."""
         if self.assembly is None:
-            raise ValueError("an answer that is no stream")
+            raise ValueError("an answer that is not a stream")
         return self.assembly
 
 
@@ -171,7 +171,7 @@ async def _assemble(state: State, response: httpx.Response, held: Held, grown: G
     """Read a stream to its end.
 
     Raises:
-        ApiError: it holds an error, is no stream of chunks, or ends before its choices do.
+        ApiError: it holds an error, is not a stream of chunks, or ends before its choices do.
     """
     frames, assembly, done = Frames(), held.stream, False
 

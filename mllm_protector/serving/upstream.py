@@ -167,11 +167,11 @@ class Upstream:
         """A body as the JSON object that it is.
 
         Raises:
-            ApiError: it is none, or holds nothing but an error.
+            ApiError: it is not one, or holds nothing but an error.
         """
         content = json_object(body)
         if content is None:
-            raise self.fault("malformed", "the upstream's answer is no JSON object")
+            raise self.fault("malformed", "the upstream's answer is not a JSON object")
         if content.get("error") and not content.get("choices"):
             fault = self.fault("error", "the upstream failed")
             fault.body = body
