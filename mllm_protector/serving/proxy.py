@@ -29,6 +29,7 @@ from mllm_protector.serving.exchange import current
 from mllm_protector.serving.gateways import litellm, moderations, webhook
 from mllm_protector.serving.gateways.asking import Asking
 from mllm_protector.serving.gateways.questions import Questions
+from mllm_protector.serving.guarded_stream import guarded_stream
 from mllm_protector.serving.guarding import Guarding
 from mllm_protector.serving.judging import Case, judge
 from mllm_protector.serving.metrics import Metrics
@@ -36,10 +37,9 @@ from mllm_protector.serving.page import page
 from mllm_protector.serving.sending import OUTCOME, Sender, read_body, while_connected
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
 from mllm_protector.serving.state import State
-from mllm_protector.serving.streaming import UNGUARDED, buffered, unguarded
+from mllm_protector.serving.streaming import UNGUARDED, unguarded
 from mllm_protector.serving.tracing import Tracing, configured
 from mllm_protector.serving.upstream import Upstream, passed_back
-from mllm_protector.serving.windowed import windowed
 
 log = logging.getLogger(__name__)
 
@@ -197,10 +197,8 @@ class Front:
         elif settings.policy.streaming == "off":
             current().outcome = UNGUARDED
             await unguarded(self.state, request.body, headers, sender)
-        elif settings.policy.streaming == "window" and not request.structured:  # half of JSON is useless
-            await windowed(self.state, request, headers, case, sender, decimals)
         else:
-            await buffered(self.state, request.body, headers, case, sender, decimals)
+            await guarded_stream(self.state, request, headers, case, sender, decimals)
 
     async def _whole(
         self, body: bytes, headers: Headers, case: Case, sender: Sender, decimals: int | None

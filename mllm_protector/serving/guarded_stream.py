@@ -1,7 +1,10 @@
-"""Streamed answers that are released behind a judged prefix (``window``).
+"""Streamed answers that are judged: held until the end (``buffer``), or released piece by piece (``window``).
 
-Each choice is judged on its own, one prefix at a time, while the upstream is read on; what arrives meanwhile
-is in the next prefix. So a guard that is slow makes the steps longer, and never lets anything pass. What is
+While an answer is held nothing is sent for a while, so that the upstream's errors and the verdict can still
+be said in status and headers. Then comments keep the connection open, and the header says ``pending``.
+
+In windows each choice is judged on its own, one prefix at a time, while the upstream is read on; what arrives
+meanwhile is in the next prefix. So a slow guard makes the steps longer, and never lets anything pass. What is
 read ahead is bounded as a held answer is (``limits.answer_mb``).
 
 Released in pieces are texts alone. Tool calls and log probabilities wait for the verdict on the whole answer.
@@ -56,7 +59,7 @@ class Growing:
     judging: asyncio.Task[None] | None = None
 
 
-async def windowed(
+async def guarded_stream(
     state: State,
     request: ChatRequest,
     headers: Mapping[str, str],
@@ -64,9 +67,20 @@ async def windowed(
     sender: Sender,
     decimals: int | None,
 ) -> None:
-    """Release an answer piece by piece, as far as the guard lets it; parameters and errors as ``buffered``.
+    """Release an answer as far as the guard lets it.
 
-    In shadow mode every event passes at once, and is counted as not judged.
+    With ``window``, shadow mode passes every event at once and counts it as not judged.
+
+    Args:
+        state: of the front.
+        request: what was asked.
+        headers: of the client.
+        case: how the answer is judged.
+        sender: the way to the client.
+        decimals: of the scores that the client asked to see; ``None`` if it did not ask.
+
+    Raises:
+        ApiError: the upstream or the guard failed.
     """
     started, first = time.perf_counter(), True
     stream = _Stream(state, case, request.choices, decimals)
@@ -105,6 +119,8 @@ class _Stream:
         self._case = case
         self._wanted = wanted
         self._decimals = decimals
+        # Half of a JSON answer is useless.
+        self._in_windows = self._policy.streaming == "window" and not case.structured
         self._choices: dict[int, Growing] = {}
         self._ended: asyncio.Future[Held | ApiError] = asyncio.get_running_loop().create_future()
 
@@ -135,6 +151,8 @@ class _Stream:
 
     def _grown(self, held: Held, raw: bytes) -> None:
         """Begin the verdicts that are due, now that an event was added."""
+        if not self._in_windows:
+            return
         if self._policy.shadow:
             given = {**held.headers, OUTCOME: f"shadow-{PENDING}"}
             self.out.put_nowait(Piece(raw, given, unscanned=True))
@@ -188,6 +206,10 @@ class _Stream:
         """Judge the whole, and release what is left."""
         judged = await self._state.judged(self._judged(held))
         if judged.shadow and held.assembly is not None:
+            if not self._in_windows:
+                unjudged = any(each.outcome is Outcome.GUARD_ERROR for each in judged.verdicts)
+                given = {**held.headers, OUTCOME: judged.header}
+                self.out.put_nowait(Piece(bytes(held.raw), given, unjudged))
             return
         begun = {index for index, choice in self._choices.items() if choice.shown}
         judged = replace(judged, content={**judged.content, "choices": self._left(judged)})
