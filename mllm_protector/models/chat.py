@@ -77,19 +77,9 @@ class ServedChat:
     ) -> None:
         """Read the key and check the address; nothing is sent.
 
-        Args:
-            model: as the server calls it.
-            concurrency: requests under way at once, at most.
-            timeout: seconds that one request may take, from connecting (10 at most) to the end of its reply.
-            max_retries: how often a request is repeated.
-            temperature: 0 for the likeliest reply; ``None`` sends none, for models that allow none.
-            base_url: the address up to and with ``/v1``; ``None`` takes ``OPENAI_BASE_URL`` or OpenAI's.
-            api_key_env: the environment variable that holds the key; ``None`` for a server that wants none.
-            seed: sent with each request, where the server knows seeds.
-            length_field: what the server calls the longest reply; OpenAI's reasoning models know only
-                ``max_completion_tokens``.
-            identity: a name for the model at the address, which replaces the address in the card: two
-                addresses with one name are one model. It is written into results, so it must not be secret.
+        ``configs/chat/served.yaml`` explains the arguments. ``timeout`` is in seconds, from connecting (10 at
+        most) to the end of the reply. ``identity`` replaces the address in the card, which is written into
+        results, so it must not be secret.
 
         Raises:
             InputError: no key, or a base_url that is not an address or holds a secret.

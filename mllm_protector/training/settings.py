@@ -90,13 +90,7 @@ class FitConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """When to write checkpoints, besides on SIGTERM and SIGINT.
-
-    Attributes:
-        every_steps: steps between checkpoints; ``None``: not by steps.
-        every_minutes: minutes between checkpoints; ``None``: not by time.
-        keep_last: how many checkpoints to keep.
-    """
+    """When to write checkpoints, besides on SIGTERM and SIGINT, and how many to keep."""
 
     every_steps: Count | None
     every_minutes: Positive | None
