@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mllm_protector.guard.windows import size_of
-from mllm_protector.serving.choices import COMPLETION_FIELDS, TEXT_FIELDS, Unreadable
+from mllm_protector.serving.choices import COMPLETION_FIELDS, TEXT_FIELDS, Unreadable, listed
 
 CHARACTERS = 4_000
 """Of a text in one released chunk."""
@@ -106,7 +106,7 @@ class Assembly:
             if value := _text(name, delta.get(name)):
                 self._texts[index].setdefault(name, []).append(value)
                 self._sizes[index] += size_of(value)
-        for call in _listed(delta.get("tool_calls")):
+        for call in listed(delta.get("tool_calls")):
             _merge(_place(message.setdefault("tool_calls", []), call), call)
         if isinstance(delta.get("function_call"), dict):
             _merge(message.setdefault("function_call", {}), delta["function_call"])
@@ -195,13 +195,6 @@ def _append_lists(choice: dict[str, Any], found: Mapping[str, Any]) -> None:
             known.extend(values)
         else:
             kept.setdefault(name, values)
-
-
-def _listed(calls: Any) -> list[dict[str, Any]]:
-    calls = calls or []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Unreadable("tool_calls is not a list of objects")
-    return calls
 
 
 def _place(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> dict[str, Any]:

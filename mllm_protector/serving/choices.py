@@ -54,9 +54,7 @@ def calls_of(message: Mapping[str, Any]) -> str:
     Raises:
         Unreadable: the calls are not a list of objects.
     """
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Unreadable("tool_calls is not a list of objects")
+    calls = listed(message.get("tool_calls"))
     said: list[Any] = [
         [(name, value) for name, value in call.items() if name not in UNSAID] for call in calls
     ]
@@ -66,6 +64,18 @@ def calls_of(message: Mapping[str, Any]) -> str:
         return "\n".join(line for call in said for line in _lines("", _Pairs(call)))
     except RecursionError:
         raise Unreadable("a tool call is nested too deeply") from None
+
+
+def listed(calls: Any) -> list[dict[str, Any]]:
+    """Tool calls as they are; ``None`` is an empty list.
+
+    Raises:
+        Unreadable: not a list of objects.
+    """
+    calls = calls or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Unreadable("tool_calls is not a list of objects")
+    return calls
 
 
 def passed(choice: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mllm_protector import prompts
-from mllm_protector.guard.protector import FAILED, REFUSED, TOO_LONG, Protector, Rewrite
+from mllm_protector.guard.protector import BYTES_PER_TOKEN, FAILED, REFUSED, TOO_LONG, Protector, Rewrite
 from mllm_protector.guard.rows import Row, scores_of
+from mllm_protector.guard.windows import size_of
 from mllm_protector.protocols import Card
 from mllm_protector.records import Outcome
 from mllm_protector.serving.metrics import WorkerMetrics
-from mllm_protector.serving.queueing import BYTES_PER_TOKEN, BatchQueue
+from mllm_protector.serving.queueing import BatchQueue
 from mllm_protector.serving.settings import QueueSettings
 
 Score = float | Outcome
@@ -138,4 +139,4 @@ class _QueuedDetector:
 
 
 def _size(row: Row) -> int:
-    return sum(len(text.encode(errors="surrogatepass")) for text in row)
+    return sum(map(size_of, row))
