@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import shutil
+import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,6 +57,18 @@ def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside ``folder``, to be filled and renamed to it; gone in the end if it was not."""
+    fresh = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)  # of a killed process with the same id
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,6 +17,9 @@ Amount = Annotated[int, Interval(ge=0, le=10**9)]
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 """Accepted by every generator of random numbers."""
 Share = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Interval(ge=1e-9, le=1e9)]
+Temperature = Annotated[float, Interval(ge=0, le=1e3)]
+"""Of sampling; 0 for the likeliest text."""
 Rate = Annotated[float, Interval(ge=1e-12, le=1e3)]
 """A learning rate."""
 Width = Annotated[int, Interval(ge=1, le=2**16)]

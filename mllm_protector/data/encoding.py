@@ -23,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_protector import normalisation, prompts
 from mllm_protector.data.tokens import (
-    OVERLAP,
     JoinedPrompt,
     Layout,
     encode_literal,
@@ -158,7 +157,7 @@ class DetectorEncoder(PromptEncoder):
         that of the whole answer, and the head is what an answer in use begins with. The question gives way
         as in ``windows``.
         """
-        each = self._windows([*map(normalised, queries)], [*map(normalised, answers)], None, OVERLAP)
+        each = self._windows([*map(normalised, queries)], [*map(normalised, answers)], None)
         self.truncated += sum(len(rows) > 1 for rows in each)
         return [rows[0] for rows in each]
 
@@ -168,7 +167,6 @@ class DetectorEncoder(PromptEncoder):
         queries: Sequence[str],
         answers: Sequence[str],
         window: int | None = None,
-        overlap: float = OVERLAP,
         decipher: bool = True,
     ) -> list[list[list[int]]]:
         """Token ids of each pair in as many rows as its answer needs, each with the question.
@@ -184,7 +182,6 @@ class DetectorEncoder(PromptEncoder):
             queries: one for each answer.
             answers: of any length; the number of rows grows in proportion to it.
             window: the most tokens of an answer in one row; ``None`` for as many as fit.
-            overlap: the share of a window that its neighbour repeats.
             decipher: read what an answer seems to say in a code, too.
 
         Returns:
@@ -199,15 +196,15 @@ class DetectorEncoder(PromptEncoder):
             for query, answer in zip(queries, answers, strict=True)
         ]
         asked, said = zip(*(pair for pairs in each for pair in pairs), strict=True) if each else ((), ())
-        rows = iter(self._windows(asked, said, window, overlap))
+        rows = iter(self._windows(asked, said, window))
         return [[row for _ in pairs for row in next(rows)] for pairs in each]
 
     def _windows(
-        self, queries: Sequence[str], answers: Sequence[str], window: int | None, overlap: float
+        self, queries: Sequence[str], answers: Sequence[str], window: int | None
     ) -> list[list[list[int]]]:
         rendered = []
         if self._whole is not None:
-            for rows, shortened in self._whole.windows(queries, answers, window, overlap):
+            for rows, shortened in self._whole.windows(queries, answers, window):
                 self._count_shortened(shortened)
                 rendered.append(rows)
             return rendered
@@ -215,7 +212,7 @@ class DetectorEncoder(PromptEncoder):
             wanted = len(answer) if window is None else min(len(answer), window)
             kept, size = share(query, wanted, self._room, self._gap)
             self._count_shortened(None if kept is query else len(query))
-            starts = window_starts(len(answer), size, overlap)
+            starts = window_starts(len(answer), size)
             ids = (self._layout.fill(kept, answer[start : start + size]) for start in starts)
             rendered.append([without_pad(row, self.pad_id) for row in ids])
         return rendered

@@ -53,7 +53,7 @@ class Published(FileSource[T]):
 
     @abstractmethod
     def parse(self, row: Values) -> T:
-        """A row as a record; ``ValueError`` says why it is none, ``Unwanted`` why it is left out."""
+        """A row as a record; ``ValueError`` says why it cannot be one, ``Unwanted`` why it is left out."""
 
     def parser(self, head: Sequence[Values], source: str) -> Parser[T]:
         """The function that turns a row into a record, chosen by the first rows."""
@@ -124,7 +124,7 @@ def require_commit(name: str, revision: str | None) -> str:
     """The revision itself, if it is a full hash.
 
     Raises:
-        InputError: it is none: a branch moves.
+        InputError: it is not one; a branch moves.
     """
     if not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise InputError(

@@ -160,7 +160,7 @@ class HHRLHF(Published[AnswerPair]):
     subset_option: ClassVar[str] = "data_dir"
 
     def parse(self, row: Values) -> AnswerPair:
-        """A row of two dialogues; the set's red team attempts are none."""
+        """A row of two dialogues; the set's red team attempts are not such rows."""
         before, accepted = _last_answer(row, "chosen")
         before_rejected, rejected = _last_answer(row, "rejected")
         if before != before_rejected:

@@ -201,7 +201,7 @@ class OwnFile(FileSource[T]):
 
     @abstractmethod
     def parse(self, row: Mapping[str, Any]) -> T:
-        """A row as a record; ``ValueError`` says why it is none."""
+        """A row as a record; ``ValueError`` says why it cannot be one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ They may be removed at any time when nothing runs.
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector.errors import InputError
-from mllm_protector.files import content_key, file_digest, read_json, write_text, writing
+from mllm_protector.files import content_key, file_digest, fresh_folder, read_json, write_text, writing
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
 R = TypeVar("R")
@@ -75,7 +74,7 @@ def record(**columns: Any) -> AnswerPair | LabelledAnswer:
 
 
 def records_table(records: Sequence[Any]) -> Table[Any]:
-    """Records of one kind as a table; what is none yet is held in memory."""
+    """Records of one kind as a table; what is not a table yet is held in memory."""
     import datasets
 
     if isinstance(records, Table):
@@ -172,20 +171,15 @@ def cached(kind: str, key: str, make: Callable[[Path], None]) -> Path:
     folder = cache_folder() / kind / key
     if folder.is_dir():
         return folder
-    temporary = folder.with_name(f".{key}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
-        with writing(f"{folder}: the cache ({VARIABLE} names its place)"):
-            _remove_abandoned(folder.parent)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            make(temporary)
+    with writing(f"{folder}: the cache ({VARIABLE} names its place)"):
+        _remove_abandoned(folder.parent)
+        with fresh_folder(folder) as fresh:
+            make(fresh)
             try:
-                temporary.rename(folder)
+                fresh.rename(folder)
             except OSError:
                 if not folder.is_dir():  # else another process was faster
                     raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -87,10 +87,10 @@ def ends(ids: list[int], size: int, gap: list[int]) -> list[int]:
     return [*ids[: kept - kept // 2], *gap, *ids[len(ids) - kept // 2 :]]
 
 
-def window_starts(length: int, size: int, overlap: float = OVERLAP) -> list[int]:
+def window_starts(length: int, size: int) -> list[int]:
     """Where the windows of a text of ``length`` tokens begin: each has ``size``, and they cover the text.
 
-    Neighbours share ``overlap`` of a window, and at least ``SENTENCE`` tokens; but no more than half of a
+    Neighbours share ``OVERLAP`` of a window, and at least ``SENTENCE`` tokens; but no more than half of a
     window, so that no token is read more than about twice. (A window shorter than twice ``SENTENCE``
     therefore only keeps sentences of half its own size whole.) The last window ends where the text ends and
     is as long as the others, so that no scrap of a few words is judged on its own. A text that fits, the
@@ -98,7 +98,7 @@ def window_starts(length: int, size: int, overlap: float = OVERLAP) -> list[int]
     """
     if length <= size:
         return [0]
-    shared = min(max(math.ceil(overlap * size), SENTENCE), size // 2)
+    shared = min(max(math.ceil(OVERLAP * size), SENTENCE), size // 2)
     return [*range(0, length - size, size - shared), length - size]
 
 
@@ -133,7 +133,7 @@ class JoinedPrompt:
         self._first, self._last = special_affixes(tokenizer)
 
     def windows(
-        self, queries: Sequence[str], answers: Sequence[str], window: int | None, overlap: float
+        self, queries: Sequence[str], answers: Sequence[str], window: int | None
     ) -> Iterator[tuple[list[list[int]], int | None]]:
         """Each pair in rows of at most ``max_length``; see ``encoding.DetectorEncoder.windows``.
 
@@ -145,10 +145,10 @@ class JoinedPrompt:
             InputError: not even one token of each text fits, or the pad id occurs in a text.
         """
         pairs = zip(token_texts(self.tokenizer, queries), token_texts(self.tokenizer, answers), strict=True)
-        return (self._windows(query, answer, window, overlap) for query, answer in pairs)
+        return (self._windows(query, answer, window) for query, answer in pairs)
 
     def _windows(
-        self, query: list[str], answer: list[str], window: int | None, overlap: float
+        self, query: list[str], answer: list[str], window: int | None
     ) -> tuple[list[list[int]], int | None]:
         wanted = len(answer) if window is None else min(len(answer), window)
         positions = list(range(len(query)))
@@ -158,7 +158,7 @@ class JoinedPrompt:
         while room >= 2:
             kept, size = share(positions, wanted, room, [_GAP_POSITION])
             asked = "".join(prompts.GAP if at == _GAP_POSITION else query[at] for at in kept)
-            starts = window_starts(len(answer), size, overlap)
+            starts = window_starts(len(answer), size)
             rows = [self._render(asked, "".join(answer[start : start + size])) for start in starts]
             excess = max(map(len, rows)) - self.max_length
             if excess <= 0:

@@ -6,7 +6,6 @@ and nothing that is tested is in a training text. It says nothing about real har
 """
 
 import hashlib
-import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -202,19 +201,17 @@ def write_benchmark(folder: Path, per_scenario: int) -> None:
         return
     if not _replaceable(folder):
         raise InputError(f"{folder}: holds something that is not a toy benchmark; choose another folder")
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        for name in SCENARIOS:
-            files.write_json(building / "processed_questions" / f"{name}.json", tables[name])
-            _write_images(items[name], building / "imgs" / name)
-        files.write_json(building / _MARKER_FILE, settings)
-        if folder.exists():
-            shutil.rmtree(folder)
-        building.rename(folder)
+        with files.fresh_folder(folder) as building:
+            for name in SCENARIOS:
+                files.write_json(building / "processed_questions" / f"{name}.json", tables[name])
+                _write_images(items[name], building / "imgs" / name)
+            files.write_json(building / _MARKER_FILE, settings)
+            if folder.exists():
+                shutil.rmtree(folder)
+            building.rename(folder)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the toy benchmark ({error.strerror})") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
 
 
 def _item(scenario: str, split: Split, number: int) -> _Item:

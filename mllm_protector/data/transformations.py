@@ -2,7 +2,8 @@
 
 Each is a function of the text and a seeded generator alone, so the same answer is always rewritten in the
 same way. A harmless answer stays harmless under all of them. A harmful one stays harmful unless its harm
-stands in the part that was cut off, so the cuts are measured but are no attacks (``Transformation.attack``).
+stands in the part that was cut off, so the cuts are measured but do not count as attacks
+(``Transformation.attack``).
 
 What is added around an answer (refusals, paragraphs, verdicts) comes in two wordings, one for training and
 one for measuring: a detector that was trained on the first has not seen the second.

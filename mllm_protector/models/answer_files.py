@@ -72,7 +72,7 @@ def read_answers(
     variants: Sequence[Variant] | None,
     model: str | None,
 ) -> tuple[Reading[Stored], str | None]:
-    """The answers of a file or folder, and whose they are if that is known; arguments as of ``Replay``.
+    """The answers of a file or folder, and whose they are if that is known; arguments as in ``Replay``.
 
     Raises:
         RecordError: a row cannot be used; the message is ``file:line: reason``.

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -31,6 +31,7 @@ from mllm_protector.models.tuning import Quantization, is_quantized, keep_traina
 
 log = logging.getLogger(__name__)
 
+Dtype = Literal["float32", "bfloat16", "auto"]
 DTYPES = ("float32", "bfloat16")
 
 FASTER = 1.3
@@ -53,21 +54,14 @@ class Backbone:
 
     name: str
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     attention: str | None = None
     trust_remote_code: bool = False
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown dtype or quantisation; settle ``auto``."""
         if self.dtype == "auto":
             object.__setattr__(self, "dtype", fast_dtype())
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype={self.dtype}: use {', '.join(DTYPES)} or auto")
-        if self.quantization not in (None, *get_args(Quantization)):
-            raise InputError(
-                f"quantization={self.quantization}: use {' or '.join(get_args(Quantization))}, or null"
-            )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer; an ``InputError`` if it cannot be loaded."""
@@ -86,7 +80,7 @@ class Backbone:
             The model, and the names of its new modules (not in the checkpoint): the head, in float32.
 
         Raises:
-            InputError: the model cannot be loaded, or not in so few bits, or has no sequence classification
+            InputError: the model cannot be loaded or quantised, or has no sequence classification
                 form.
         """
         model, missing = self._load(AutoModelForSequenceClassification, num_labels=1)

@@ -23,6 +23,7 @@ from mllm_protector.models.connections import (
     run_in_background,
 )
 from mllm_protector.protocols import Card
+from mllm_protector.ranges import Amount, Count, Positive, Temperature
 from mllm_protector.reading import whole_characters
 from mllm_protector.records import CutText, Failure
 
@@ -64,42 +65,25 @@ class ServedChat:
         self,
         *,
         model: str,
-        concurrency: int,
-        timeout: float,
-        max_retries: int,
-        temperature: float | None,
+        concurrency: Count,
+        timeout: Positive,
+        max_retries: Amount,
+        temperature: Temperature | None,
         base_url: str | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",
         seed: int | None = None,
         length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         identity: str | None = None,
     ) -> None:
-        """Read the key and check the settings; nothing is sent.
+        """Read the key and check the address; nothing is sent.
 
-        Args:
-            model: as the server calls it.
-            concurrency: requests under way at once, at most.
-            timeout: seconds that one request may take, from connecting (10 at most) to the end of its reply.
-            max_retries: how often a request is repeated.
-            temperature: 0 for the likeliest reply; ``None`` sends none, for models that allow none.
-            base_url: the address up to and with ``/v1``; ``None`` takes ``OPENAI_BASE_URL`` or OpenAI's.
-            api_key_env: the environment variable that holds the key; ``None`` for a server that wants none.
-            seed: sent with each request, where the server knows seeds.
-            length_field: what the server calls the longest reply; OpenAI's reasoning models know only
-                ``max_completion_tokens``.
-            identity: a name for the model at the address, which replaces the address in the card: two
-                addresses with one name are one model. It is written into results, so it must not be secret.
+        ``configs/chat/served.yaml`` explains the arguments. ``timeout`` is in seconds, from connecting (10 at
+        most) to the end of the reply. ``identity`` replaces the address in the card, which is written into
+        results, so it must not be secret.
 
         Raises:
-            InputError: a number out of range, no key, or a base_url that is no address or holds a secret.
+            InputError: no key, or a base_url that is not an address or holds a secret.
         """
-        for name, number, least in (("concurrency", concurrency, 1), ("max_retries", max_retries, 0)):
-            if number < least:
-                raise InputError(f"{name}={number}: must be at least {least}")
-        if timeout <= 0:
-            raise InputError(f"timeout={timeout}: must be more than 0 seconds")
-        if temperature is not None and temperature < 0:
-            raise InputError(f"temperature={temperature}: must be at least 0")
         self._base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
         address = checked_address(self._base_url)
         self.model = model
@@ -210,7 +194,7 @@ class ServedChat:
             reply = _too_large()
         except APIConnectionError as error:
             reply = self._connection_failure(error)
-        except (OpenAIError, ValueError, RecursionError):  # JSON that is none, text that is no Unicode
+        except (OpenAIError, ValueError, RecursionError):  # not JSON, or not Unicode
             reply = Failure(reason="the request or its reply is not valid JSON")
         if isinstance(reply, Failure) and not reply.unreachable:
             return replace(reply, reason=f"{reply.reason} at {self._address}")
@@ -260,7 +244,7 @@ def text_of(completion: Any) -> str | Failure:
         refusal = getattr(choice.message, "refusal", None)
         finish = getattr(choice, "finish_reason", None)
     except (AttributeError, IndexError, KeyError, TypeError):
-        return Failure(reason="the reply is no chat completion")
+        return Failure(reason="the reply is not a chat completion")
     if finish == "content_filter" or refusal:
         return Failure(reason="declined by the service", refused=True)
     if not isinstance(content, str):

@@ -108,7 +108,7 @@ def key_from(variable: str | None, host: str) -> str:
     """The key in an environment variable; a server on this machine needs none.
 
     Raises:
-        InputError: there is none, or what is there cannot be one.
+        InputError: it is not set, or holds something that cannot be a key.
     """
     key = "" if variable is None else os.environ.get(variable, "").strip()
     if not key and variable is not None and not _is_loopback(host):
@@ -117,7 +117,7 @@ def key_from(variable: str | None, host: str) -> str:
             "api_key_env=null for a server that wants no key"
         )
     if not (key.isascii() and key.isprintable()):
-        raise InputError(f"api_key_env={variable}: the value of this environment variable is no key")
+        raise InputError(f"api_key_env={variable}: the value of this environment variable is not a key")
     return key or "none"  # the client insists on one
 
 

@@ -83,7 +83,7 @@ class HarmDetector:
     @property
     def threshold(self) -> float:
         """Scores at or above it are harmful."""
-        return 0.5 if self.guard.threshold is None else self.guard.threshold
+        return self.guard.harmful_from
 
     def logits(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The logit of each answer to its query: the worst of its windows and readings, NaN if one is."""
@@ -142,7 +142,7 @@ def card_of(guard: GuardFile, window: int | None, *, decipher: bool = True) -> C
             "overlap": {"share": OVERLAP, "tokens": SENTENCE},
             "temperature": guard.temperature,
             "offset": guard.offset,
-            "threshold": 0.5 if guard.threshold is None else guard.threshold,
+            "threshold": guard.harmful_from,
         }
     )
 

@@ -142,7 +142,7 @@ def model_card(guard: GuardFile, encoder: DetectorEncoder, *, plain_text: bool) 
         base=f"`{base}`, revision {guard.base.get('revision') or 'not pinned'}",
         temperature=guard.scale.temperature,
         offset=guard.offset,
-        threshold=0.5 if guard.threshold is None else guard.threshold,
+        threshold=guard.harmful_from,
         threshold_how=guard.threshold_how or "not said how",
         max_length=guard.max_length,
         pad_id=guard.pad_id,

@@ -52,7 +52,7 @@ MEASURED = (
     *("threshold", "threshold_how", "group_thresholds", "temperature", "offset", "calibration"),
     *("metrics", "versions", "weights", "files", "prompt_sha256", "base_fingerprint", "pretrained", "known"),
 )
-"""What is only known when a part is saved, or is no setting of a training."""
+"""What is only known when a part is saved, or is not a setting of a training."""
 
 TOY = "toy data"
 """The name of the embedded toy set among a part's sources."""
@@ -161,6 +161,11 @@ class GuardFile:
     def backbone(self) -> Backbone:
         """The base as it was loaded for training."""
         return Backbone(**self.base)
+
+    @property
+    def harmful_from(self) -> float:
+        """A detector's threshold: scores at or above it are harmful."""
+        return 0.5 if self.threshold is None else self.threshold
 
     @property
     def scale(self) -> Scale:

@@ -47,13 +47,11 @@ class LocalChat:
     ) -> None:
         """Load a model from a folder or the hub. Pickled weights are refused.
 
-        Arguments as of ``HuggingFaceMLLM``; ``batch_size`` is of conversations.
+        Arguments as in ``HuggingFaceMLLM``; ``batch_size`` is of conversations.
 
         Raises:
             InputError: the model cannot be loaded, or not whole, or has no chat template.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size}: must be at least 1")
         origin = {"revision": revision, "trust_remote_code": trust_remote_code}
         with loading(name):
             # The config comes first because a wrong name then costs one lookup on the hub, not many.
@@ -112,7 +110,7 @@ class LocalChat:
 
     @property
     def card(self) -> Card:
-        """What the replies depend on. The batch size is no part of it."""
+        """What the replies depend on; not the batch size."""
         folder = Path(self.name)
         source: dict[str, Any] = {"model": self.name, "revision": self._revision}
         if folder.is_dir():

@@ -131,7 +131,7 @@ class HuggingFaceMLLM:
 
     @property
     def card(self) -> Card:
-        """What the answers depend on. The batch size is no part of it."""
+        """What the answers depend on; not the batch size."""
         sampling = {"decoding": "sampling", "temperature": self.temperature, "top_p": self.top_p}
         return Card(
             identity={

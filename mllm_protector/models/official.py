@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from mllm_protector import prompts
 from mllm_protector.errors import InputError
 from mllm_protector.files import read_json, write_json
-from mllm_protector.models.backbone import Backbone, loading
+from mllm_protector.models.backbone import Backbone, Dtype, loading
 from mllm_protector.models.guard_file import (
     ADAPTER_FILES,
     FILE_NAME,
@@ -45,7 +45,7 @@ def import_official_detector(
     adapter_revision: str | None,
     base: str,
     base_revision: str | None,
-    dtype: str,
+    dtype: Dtype,
     output_dir: str,
 ) -> Path:
     """Write the official detector as a folder, ``output_dir``, that ``load_detector`` loads.

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -82,15 +82,6 @@ def replaced_part(folder: Path) -> Iterator[Path]:
                 path.replace(folder / path.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def part_saver(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, guard: GuardFile
-) -> Callable[[Path, dict[str, float], dict[str, torch.Tensor]], None]:
-    """``save_part`` for a training: takes a folder, validation metrics, and the weights."""
-    return lambda folder, metrics, weights: save_part(
-        model, tokenizer, replace(guard, metrics=metrics), folder, weights
-    )
 
 
 def add_adapter(model: PreTrainedModel, folder: Path) -> torch.nn.Module:

@@ -47,7 +47,7 @@ class PlacesOfStates:
 
     Attributes:
         states: (P, hidden) float32, memory-mapped.
-        pad_id: an id that is no place.
+        pad_id: an id that is not a place.
     """
 
     def __init__(self, states: NDArray[np.float32], rows: Sequence[tuple[int, ...]], pad_id: int) -> None:

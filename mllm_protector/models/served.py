@@ -17,6 +17,7 @@ from mllm_protector.arguments import Asked, as_questions
 from mllm_protector.errors import InputError
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.protocols import Card
+from mllm_protector.ranges import Amount, Count, Positive, Temperature
 from mllm_protector.records import Failure, Question
 
 
@@ -27,11 +28,11 @@ class ServedMLLM:
         self,
         *,
         model: str,
-        max_new_tokens: int,
-        concurrency: int,
-        timeout: float,
-        max_retries: int,
-        temperature: float | None,
+        max_new_tokens: Count,
+        concurrency: Count,
+        timeout: Positive,
+        max_retries: Amount,
+        temperature: Temperature | None,
         base_url: str | None = None,
         api_key_env: str | None = "OPENAI_API_KEY",
         seed: int | None = None,
@@ -39,7 +40,7 @@ class ServedMLLM:
         identity: str | None = None,
         system_prompt: str | None = None,
         image_format: Literal["png", "jpeg"] = "png",
-        max_image_side: int | None = None,
+        max_image_side: Count | None = None,
     ) -> None:
         """Bind a model to how it is asked; nothing is sent.
 
@@ -48,11 +49,8 @@ class ServedMLLM:
         each question. Images larger than ``max_image_side`` pixels are scaled down to that.
 
         Raises:
-            InputError: as ``ServedChat``, or a number below 1.
+            InputError: as ``ServedChat``.
         """
-        for key, number in (("max_new_tokens", max_new_tokens), ("max_image_side", max_image_side)):
-            if number is not None and number < 1:
-                raise InputError(f"{key}={number}: must be at least 1")
         self.chat = ServedChat(
             model=model,
             base_url=base_url,

@@ -45,7 +45,7 @@ class SharedBackbone:
         weights = adapter_weights(folder)
         adapter = {key: value for key, value in weights.items() if "lora_" in key}
         config = LoraConfig.from_pretrained(str(folder))
-        # A plain adapter: the head of a classifier is no module of a causal LM.
+        # A plain adapter: a causal LM has no module for the head of a classifier.
         config.task_type, config.modules_to_save, config.inference_mode = None, None, True
         with fitting(folder):
             if self._adapted is None:
@@ -113,7 +113,7 @@ def load_shared(
 ) -> tuple[HarmDetector, Detoxifier]:
     """Load a LoRA detector and a LoRA detoxifier on one base: half the memory of loading them apart.
 
-    The parts cannot be saved again; they are in their folders. Arguments as of ``load_detoxifier``; ``base``
+    The parts cannot be saved again; they are in their folders. Arguments as in ``load_detoxifier``; ``base``
     is where the base of both is now.
 
     Raises:
@@ -149,7 +149,7 @@ def load_parts(
     device: str | None = None,
     max_new_tokens: int | None = None,
 ) -> tuple[HarmDetector, Detoxifier]:
-    """Load both parts, on one base where they can share it. Arguments as of ``load_shared``.
+    """Load both parts, on one base where they can share it. Arguments as in ``load_shared``.
 
     Raises:
         InputError: a folder does not hold what it should, or ``base`` is the base of neither.

@@ -6,7 +6,6 @@ weights are random: a tiny LM is a backbone to train, a tiny LLaVA an MLLM whose
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import (
 
 from mllm_protector.data.sources import Source
 from mllm_protector.errors import InputError
-from mllm_protector.files import read_json, write_json, writing
+from mllm_protector.files import fresh_folder, read_json, write_json, writing
 from mllm_protector.models.backbone import Backbone
 from mllm_protector.ranges import Count, Seed, Width
 from mllm_protector.records import labelled_answers
@@ -243,10 +242,7 @@ def _save_once(
         return folder
     if folder.exists() and not (folder / SETTINGS).is_file():
         raise InputError(f"{folder}: holds something else than a tiny model; name another folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process with the same id
-    temporary.mkdir(parents=True)
-    try:
+    with fresh_folder(folder) as temporary:
         with torch.random.fork_rng(devices=[]):  # the caller's random state is left as it was
             # Not torch.manual_seed: that would also seed the GPUs, which are not forked here.
             torch.default_generator.manual_seed(settings["seed"])
@@ -258,15 +254,13 @@ def _save_once(
         if folder.exists():
             ours = {path.name for path in temporary.iterdir()}
             for foreign in sorted({path.name for path in folder.iterdir()} - ours):
-                raise InputError(f"{folder / foreign}: is none of a tiny model's files; name another folder")
+                raise InputError(f"{folder / foreign}: not a file of a tiny model; name another folder")
             shutil.rmtree(folder)
         try:
             temporary.rename(folder)
         except OSError:
             if not _holds(folder, settings):  # another process was faster with the same model
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

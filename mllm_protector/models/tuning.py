@@ -84,7 +84,7 @@ class LoraTuning:
         Modules in ``fresh`` have no pretrained weights and are trained in full.
 
         Raises:
-            InputError: the model has no layers of the names in ``targets``, or not so many blocks.
+            InputError: the model has no layers of the names in ``targets``, or fewer blocks.
         """
         from peft import LoraConfig, get_peft_model
 

@@ -1,8 +1,9 @@
 """Errors as an OpenAI-compatible server says them."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from mllm_protector.serving.choices import json_object
 
 
 class ApiError(Exception):
@@ -37,13 +38,9 @@ class ApiError(Exception):
     @property
     def content(self) -> dict[str, Any]:
         """The JSON that says it; also within a stream."""
-        if self.body is not None:
-            try:
-                given = json.loads(self.body)
-            except (ValueError, RecursionError):
-                given = None
-            if isinstance(given, dict) and isinstance(given.get("error"), dict | str):
-                return {"error": given["error"]}
+        given = None if self.body is None else json_object(self.body)
+        if given is not None and isinstance(given.get("error"), dict | str):
+            return {"error": given["error"]}
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
 

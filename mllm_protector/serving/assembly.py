@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from mllm_protector.guard.windows import size_of
-from mllm_protector.serving.choices import COMPLETION_FIELDS, TEXT_FIELDS, Unreadable
+from mllm_protector.serving.choices import COMPLETION_FIELDS, TEXT_FIELDS, Unreadable, listed
 
 CHARACTERS = 4_000
 """Of a text in one released chunk."""
@@ -46,13 +46,13 @@ class Assembly:
         """Take a chunk.
 
         Raises:
-            Unreadable: it is none.
+            Unreadable: it is not a chunk.
         """
         choices = chunk.get("choices") if isinstance(chunk, dict) else None
         if choices is None:
             choices = []
         if not isinstance(chunk, dict) or not isinstance(choices, list):
-            raise Unreadable("a chunk that is no object with a list of choices")
+            raise Unreadable("a chunk that is not an object with a list of choices")
         for name in COMPLETION_FIELDS:
             if chunk.get(name) is not None and (name == "usage" or name not in self._top):
                 self._top[name] = chunk[name]
@@ -78,7 +78,7 @@ class Assembly:
         return {name: "".join(pieces) for name, pieces in self._texts[index].items()}
 
     def completion(self) -> dict[str, Any]:
-        """The whole as an answer that is no stream, choices in order."""
+        """The whole as an answer that is not a stream, choices in order."""
         choices = []
         for index in sorted(self._choices):
             choice = self._choices[index]
@@ -100,13 +100,13 @@ class Assembly:
             _append_lists(choice, part["logprobs"])
         delta = part.get("delta") or part.get("message") or {}
         if not isinstance(delta, dict):
-            raise Unreadable("a delta that is no object")
+            raise Unreadable("a delta that is not an object")
         message = choice["message"]
         for name in TEXT_FIELDS:
             if value := _text(name, delta.get(name)):
                 self._texts[index].setdefault(name, []).append(value)
                 self._sizes[index] += size_of(value)
-        for call in _listed(delta.get("tool_calls")):
+        for call in listed(delta.get("tool_calls")):
             _merge(_place(message.setdefault("tool_calls", []), call), call)
         if isinstance(delta.get("function_call"), dict):
             _merge(message.setdefault("function_call", {}), delta["function_call"])
@@ -144,7 +144,7 @@ def chunks(
 def some_chunks(
     top: Mapping[str, Any], index: int, texts: Mapping[str, str], *, null: bool, begun: bool
 ) -> Iterator[dict[str, Any]]:
-    """More texts of one choice as chunks, in the middle of a stream; ``null`` as of ``chunks``."""
+    """More texts of one choice as chunks, in the middle of a stream; ``null`` as in ``chunks``."""
     for delta in _deltas(texts, begun):
         yield {**_top(top, null), "choices": [_part({"index": index}, delta, None, None)]}
 
@@ -183,7 +183,7 @@ def _text(name: str, value: Any) -> str:
     listed = value if isinstance(value, list) else [{"text": "" if value is None else value}]
     parts = [part["text"] for part in listed if isinstance(part, dict) and isinstance(part.get("text"), str)]
     if len(parts) < len(listed):
-        raise Unreadable(f"a delta whose {name} is no text")
+        raise Unreadable(f"a delta whose {name} is not text")
     return "".join(parts)
 
 
@@ -195,13 +195,6 @@ def _append_lists(choice: dict[str, Any], found: Mapping[str, Any]) -> None:
             known.extend(values)
         else:
             kept.setdefault(name, values)
-
-
-def _listed(calls: Any) -> list[dict[str, Any]]:
-    calls = calls or []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Unreadable("tool_calls is not a list of objects")
-    return calls
 
 
 def _place(calls: list[dict[str, Any]], call: Mapping[str, Any]) -> dict[str, Any]:

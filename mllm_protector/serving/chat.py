@@ -7,7 +7,7 @@ values, and the guard must read what the upstream reads.
 are told apart by who speaks. System messages are left out: they are the operator's words, the same for every
 question, no detector was trained with them, and they would take the room of the dialogue. Only where no user
 says anything they are read too, so that a question cannot be hidden there. A turn without words is a mark
-such as ``[image]``; beside words there is none, because detectors learn from questions without marks.
+such as ``[image]``; words have no mark beside them, because detectors learn from questions without marks.
 """
 
 import json

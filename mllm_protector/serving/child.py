@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping, Sequence
@@ -107,7 +108,7 @@ class Child:
             process.kill()
             await process.wait()
             raise RunError(f"{self._name} was not ready within start_s={self._restart.start_s}") from None
-        if said != b"ready\n":
+        if said != READY:
             code = await process.wait()
             raise RunError(f"{self._name} ended with exit code {code} before it was ready")
         log.info("%s is ready (process %d)", self._name, process.pid)
@@ -143,3 +144,18 @@ class Child:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
+
+
+READY = b"ready\n"
+
+
+def parent_told() -> Callable[[], None]:
+    """In a child: what tells the parent that it is ready. All that it prints goes to the standard error."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+
+    def tell() -> None:
+        os.write(output, READY)
+        os.close(output)
+
+    return tell

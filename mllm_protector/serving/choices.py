@@ -26,11 +26,20 @@ class Unreadable(Exception):
     """An answer of a form that cannot be judged."""
 
 
+def json_object(raw: bytes) -> dict[str, Any] | None:
+    """The JSON object that some bytes are; ``None`` if they are not one."""
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def text_of(message: Mapping[str, Any]) -> str:
     """The words of a message; equal ones in two fields count once.
 
     Raises:
-        Unreadable: a field that is no text.
+        Unreadable: a field is not text.
     """
     words = [_field(message, name) for name in TEXT_FIELDS]
     return "\n\n".join(dict.fromkeys(word for word in words if word))
@@ -43,11 +52,9 @@ def calls_of(message: Mapping[str, Any]) -> str:
     both values are there.
 
     Raises:
-        Unreadable: calls that are no list of objects.
+        Unreadable: the calls are not a list of objects.
     """
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Unreadable("tool_calls is not a list of objects")
+    calls = listed(message.get("tool_calls"))
     said: list[Any] = [
         [(name, value) for name, value in call.items() if name not in UNSAID] for call in calls
     ]
@@ -57,6 +64,18 @@ def calls_of(message: Mapping[str, Any]) -> str:
         return "\n".join(line for call in said for line in _lines("", _Pairs(call)))
     except RecursionError:
         raise Unreadable("a tool call is nested too deeply") from None
+
+
+def listed(calls: Any) -> list[dict[str, Any]]:
+    """Tool calls as they are; ``None`` is an empty list.
+
+    Raises:
+        Unreadable: not a list of objects.
+    """
+    calls = calls or []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise Unreadable("tool_calls is not a list of objects")
+    return calls
 
 
 def passed(choice: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class GuardClient:
 
     @property
     def state(self) -> Mapping[str, Any]:
-        """The last answer to a ping: as of ``Guarding.state``, and what waits in the worker's queues."""
+        """The last answer to a ping: as in ``Guarding.state``, and what waits in the worker's queues."""
         return self._state
 
     async def __aenter__(self) -> Self:
@@ -89,15 +89,6 @@ class GuardClient:
         if reply is None:
             return Guarded(Outcome.TOO_LONG, prompts.REFUSAL, None, seconds)
         return _guarded(reply, answer, threshold, seconds)
-
-    async def score(self, query: str, answer: str) -> float:
-        """As ``Guarding.score``."""
-        reply = await self._ask({"op": "score", "query": query, "answer": answer})
-        if reply is None:
-            raise GuardUnavailable("the text is longer than the guard reads")
-        if not _is_share(reply.get("score")):
-            raise GuardUnavailable(ODD)
-        return float(reply["score"])
 
     async def _ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The worker's reply, ``None`` if the request is longer than it reads."""
@@ -154,7 +145,7 @@ class GuardClient:
             await asyncio.sleep(wait)
 
     def _settle(self, line: bytes) -> None:
-        """Hand a reply to its request, which may have given up; ``ValueError`` if it is no reply."""
+        """Hand a reply to its request, which may have given up; ``ValueError`` if it is not one."""
         reply = json.loads(line)
         if not isinstance(reply, dict) or "id" not in reply:
             raise ValueError("not a reply")

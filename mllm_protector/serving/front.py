@@ -6,7 +6,6 @@ change. When that ends, or at SIGTERM, it finishes what is under way and ends.
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from pydantic import TypeAdapter
 
 from mllm_protector.errors import InputError
 from mllm_protector.serving import logs
+from mllm_protector.serving.child import parent_told
 from mllm_protector.serving.client import GuardClient
 from mllm_protector.serving.proxy import Front
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings, QueueSettings
@@ -86,17 +86,15 @@ def main(arguments: Sequence[str]) -> int:
     for each in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all; the supervisor decides
         signal.signal(each, signal.SIG_IGN)
     logs.configure("front")
-    output = os.dup(1)
-    os.dup2(2, 1)
     try:
-        asyncio.run(_run(socket.socket(fileno=int(arguments[0])), output))
+        asyncio.run(_run(socket.socket(fileno=int(arguments[0])), parent_told()))
     except InputError as error:
         log.error("error: %s", error)
         return error.exit_code
     return 0
 
 
-async def _run(listening: socket.socket, output: int) -> None:
+async def _run(listening: socket.socket, started: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=LONGEST_LINE)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -112,7 +110,7 @@ async def _run(listening: socket.socket, output: int) -> None:
             proxy_headers=False,
             timeout_graceful_shutdown=max(1, round(settings.grace_s)),
         )
-        server = _Server(config, lambda: _say(output, b"ready\n"))
+        server = _Server(config, started)
         loop.add_signal_handler(signal.SIGTERM, server.stop)
         obeying = asyncio.create_task(_obey(reader, front))
         obeying.add_done_callback(lambda _: server.stop())
@@ -127,11 +125,6 @@ async def _run(listening: socket.socket, output: int) -> None:
 async def _obey(reader: asyncio.StreamReader, front: Front) -> None:
     while line := await reader.readline():
         front.apply(SETUP.validate_json(line).settings)
-
-
-def _say(output: int, words: bytes) -> None:
-    os.write(output, words)
-    os.close(output)
 
 
 if __name__ == "__main__":

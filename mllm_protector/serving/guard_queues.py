@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mllm_protector import prompts
-from mllm_protector.guard.protector import FAILED, REFUSED, TOO_LONG, Protector, Rewrite
+from mllm_protector.guard.protector import BYTES_PER_TOKEN, FAILED, REFUSED, TOO_LONG, Protector, Rewrite
 from mllm_protector.guard.rows import Row, scores_of
+from mllm_protector.guard.windows import size_of
 from mllm_protector.protocols import Card
 from mllm_protector.records import Outcome
-from mllm_protector.serving.queueing import BYTES_PER_TOKEN, BatchQueue
+from mllm_protector.serving.metrics import WorkerMetrics
+from mllm_protector.serving.queueing import BatchQueue
 from mllm_protector.serving.settings import QueueSettings
-from mllm_protector.serving.worker_metrics import WorkerMetrics
 
 Score = float | Outcome
 """P(harmful), or why there is none: ``too_long`` or ``guard_error``."""
@@ -45,12 +46,10 @@ class Result:
 class GuardQueues:
     """A protector that many requests use at once."""
 
-    def __init__(
-        self, protector: Protector, settings: QueueSettings, metrics: WorkerMetrics | None = None
-    ) -> None:
+    def __init__(self, protector: Protector, settings: QueueSettings, metrics: WorkerMetrics) -> None:
         """Set up both queues; nothing is computed before ``run``."""
         self.protector = protector
-        self.metrics = metrics or WorkerMetrics()
+        self.metrics = metrics
         batch = self.metrics.batch
         self.scoring = BatchQueue(self._scores, _size, settings, "scoring", batch)
         self.rewriting = BatchQueue(
@@ -66,16 +65,14 @@ class GuardQueues:
             group.create_task(self.scoring.run())
             group.create_task(self.rewriting.run())
 
-    async def score(self, row: Row, expires: float) -> Score:
-        """P(harmful) of an answer; arguments and errors as of ``BatchQueue.submit``."""
-        if len(row.answer) > BYTES_PER_TOKEN * self.protector.max_answer_tokens:
-            return Outcome.TOO_LONG
-        return await self.scoring.submit(row, expires)
-
     async def guard(self, row: Row, expires: float, threshold: float | None, rewrite: bool) -> Result:
-        """Score an answer, and replace it at or above the threshold (``None``: the detector's own)."""
+        """Score an answer, and replace it at or above the threshold (``None``: the detector's own).
+
+        ``expires`` and errors are those of ``BatchQueue.submit``.
+        """
         limit = self.protector.threshold if threshold is None else threshold
-        score = await self.score(row, expires)
+        too_long = len(row.answer) > BYTES_PER_TOKEN * self.protector.max_answer_tokens
+        score = Outcome.TOO_LONG if too_long else await self.scoring.submit(row, expires)
         if not isinstance(score, float):
             made = TOO_LONG if score == Outcome.TOO_LONG else FAILED
             return Result(made.outcome, made.text, None, limit)
@@ -142,4 +139,4 @@ class _QueuedDetector:
 
 
 def _size(row: Row) -> int:
-    return sum(len(text.encode(errors="surrogatepass")) for text in row)
+    return sum(map(size_of, row))

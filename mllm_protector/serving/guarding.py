@@ -44,14 +44,6 @@ class Guarding(Protocol):
         """
         ...
 
-    async def score(self, query: str, answer: str) -> float:
-        """P(harmful), a finite number from 0 to 1.
-
-        Raises:
-            GuardUnavailable: there is no score.
-        """
-        ...
-
     @property
     def ready(self) -> bool:
         """Whether the guard has answered lately."""
@@ -64,7 +56,7 @@ class Guarding(Protocol):
 
 
 class GuardUnavailable(RunError):
-    """The guard is down, not ready yet, failed at a score, or past its deadline."""
+    """The guard is down, not ready yet, or past its deadline."""
 
 
 class Overloaded(GuardUnavailable):

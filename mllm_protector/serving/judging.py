@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from mllm_protector import prompts
@@ -24,6 +25,9 @@ SHOWN = {
     Outcome.GUARD_ERROR: "guard_error",
 }
 """What the header says, from the best to the worst."""
+
+BREAK = "\n\n"
+"""Between words that are out and the refusal behind them."""
 
 FAILED = Guarded(Outcome.GUARD_ERROR, prompts.REFUSAL, None, 0.0)
 
@@ -70,7 +74,7 @@ class Judged:
         return f"shadow-{worst}" if self.shadow else worst
 
     def details(self, decimals: int) -> dict[str, Any]:
-        """Outcome and score of each choice, with so many decimals; 0 shows no score."""
+        """Outcome and score of each choice, rounded to ``decimals`` places; 0 shows no score."""
         choices = [
             {
                 "index": choice.get("index", place),
@@ -88,20 +92,27 @@ async def judge(
     case: Case,
     guard: Guarding,
     policy: PolicySettings,
+    *,
+    shown: Mapping[int, str] = MappingProxyType({}),
+    cut: Mapping[int, Guarded] = MappingProxyType({}),
 ) -> Judged:
     """Judge every choice on its own, all at once, and put replacements in the place of what is flagged.
 
-    In shadow mode the completion is unchanged.
+    In shadow mode the completion is unchanged. ``shown`` are words that are out, by the index of their
+    choice: such a choice is not rewritten, but refused behind them. ``cut`` are verdicts that are known.
 
     Raises:
         ApiError: the guard failed or has too much to do, and the policy wants an error.
     """
-    rewrite = policy.on_flag == "rewrite"
-    asked = [
-        verdict(each["message"], case, guard, rewrite=rewrite, busy_fails=policy.shadow) for each in choices
-    ]
+
+    async def judged(choice: Mapping[str, Any]) -> Guarded:
+        if (index := choice.get("index", 0)) in cut:
+            return cut[index]
+        rewrite = policy.on_flag == "rewrite" and index not in shown
+        return await verdict(choice["message"], case, guard, rewrite=rewrite, busy_fails=policy.shadow)
+
     try:
-        verdicts = await asyncio.gather(*asked)
+        verdicts = await asyncio.gather(*map(judged, choices))
     except Overloaded as busy:
         raise overloaded(busy) from None
     cases = [case] * len(choices)
@@ -111,7 +122,8 @@ async def judge(
         raise guard_failed()
     content = {name: completion[name] for name in COMPLETION_FIELDS if name in completion}
     content["choices"] = [
-        _put_back(choice, made, case, policy) for choice, made in zip(choices, verdicts, strict=True)
+        _put_back(choice, made, case, policy, shown.get(choice.get("index", 0)))
+        for choice, made in zip(choices, verdicts, strict=True)
     ]
     return Judged(content=content, verdicts=verdicts, cases=cases, raw=choices)
 
@@ -131,12 +143,15 @@ def guard_failed() -> ApiError:
     return ApiError(503, "the guard is not available", code="guard_unavailable", retry_after="1")
 
 
-def _put_back(choice: Mapping[str, Any], made: Guarded, case: Case, policy: PolicySettings) -> dict[str, Any]:
+def _put_back(
+    choice: Mapping[str, Any], made: Guarded, case: Case, policy: PolicySettings, shown: str | None
+) -> dict[str, Any]:
     if made.outcome is Outcome.ALLOWED:
         return passed(choice)
     rewritten = made.outcome is Outcome.REWRITTEN
     reason = "stop" if rewritten else policy.refused_finish_reason
-    return replaced(choice, made.text, reason, case.structured)
+    text = made.text if shown is None else shown + BREAK + made.text
+    return replaced(choice, text, reason, case.structured)
 
 
 async def verdict(

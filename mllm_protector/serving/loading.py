@@ -23,10 +23,10 @@ def load(settings: GuardSettings) -> Protector:
             max_answer_tokens=settings.max_answer_tokens,
         )
     from mllm_protector.models.detector import load_detector
-    from mllm_protector.serving.remote_detector import load_remote_detector
+    from mllm_protector.serving.remote_detector import RemoteDetector
 
     detector = (
-        load_remote_detector(
+        RemoteDetector(
             settings.detector,
             settings.detector_urls,
             timeout_s=settings.detector_timeout_s,
@@ -42,7 +42,7 @@ def load(settings: GuardSettings) -> Protector:
 
 def _corrector(settings: GuardSettings) -> Corrector:
     from mllm_protector.models.detoxifier import load_detoxifier
-    from mllm_protector.serving.remote_detoxifier import ChatDetoxifier, load_remote_detoxifier
+    from mllm_protector.serving.remote_detoxifier import ChatDetoxifier, RemoteDetoxifier
 
     folder, url, model = settings.detoxifier, settings.detoxifier_url, settings.detoxifier_model
     if url is None or model is None:
@@ -52,4 +52,4 @@ def _corrector(settings: GuardSettings) -> Corrector:
     given: dict[str, Any] = {"timeout_s": settings.detoxifier_timeout_s, "api_key_env": settings.api_key_env}
     if folder is None:
         return ChatDetoxifier(url, model, **given)
-    return load_remote_detoxifier(folder, url, model, **given)
+    return RemoteDetoxifier(folder, url, model, **given)

@@ -7,9 +7,11 @@ listed here is denied, because another route of the upstream would answer withou
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -18,31 +20,44 @@ from starlette.types import Receive
 
 from mllm_protector.records import Outcome
 from mllm_protector.serving import metrics as counting
-from mllm_protector.serving.api_errors import ApiError
+from mllm_protector.serving.api_errors import ApiError, bad_request
 from mllm_protector.serving.audit import AuditLog
 from mllm_protector.serving.chat import read_request
-from mllm_protector.serving.choices import Unreadable, read_choices
+from mllm_protector.serving.choices import Unreadable, json_object, read_choices
 from mllm_protector.serving.endpoint import Answer, Endpoint
 from mllm_protector.serving.exchange import current
+from mllm_protector.serving.gateways import litellm, moderations, webhook
 from mllm_protector.serving.gateways.asking import Asking
 from mllm_protector.serving.gateways.questions import Questions
-from mllm_protector.serving.gateways.routes import GATEWAYS, Translate, read_object
+from mllm_protector.serving.guarded_stream import guarded_stream
 from mllm_protector.serving.guarding import Guarding
 from mllm_protector.serving.judging import Case, judge
 from mllm_protector.serving.metrics import Metrics
-from mllm_protector.serving.overview import Overview
 from mllm_protector.serving.page import page
 from mllm_protector.serving.sending import OUTCOME, Sender, read_body, while_connected
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
 from mllm_protector.serving.state import State
-from mllm_protector.serving.streaming import UNGUARDED, buffered, unguarded
+from mllm_protector.serving.streaming import UNGUARDED, unguarded
 from mllm_protector.serving.tracing import Tracing, configured
 from mllm_protector.serving.upstream import Upstream, passed_back
-from mllm_protector.serving.windowed import windowed
 
 log = logging.getLogger(__name__)
 
 DETAILS = "x-mllm-protector-details"
+Work = Callable[[Headers, bytes, str | None, Sender], Coroutine[Any, Any, None]]
+"""Answers a client: its headers, its body, the name of its key, and the way to it."""
+
+Translate = Callable[[dict[str, Any], Asking], Awaitable[dict[str, Any]]]
+GATEWAYS: Mapping[str, Translate] = MappingProxyType(
+    {
+        "/beta/litellm_basic_guardrail_api": litellm.answer,
+        "/v1/moderations": moderations.answer,
+        "/request": webhook.on_request,
+        "/response": webhook.on_response,
+    }
+)
+"""What speaks the protocols of other gateways: POST with a JSON object, answered with one."""
+
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 SERVED = (
     f"POST {CHAT}, GET {MODELS}, GET /, GET /state, GET /health, GET /ready, GET /metrics, "
@@ -57,24 +72,17 @@ class Front:
         state: its parts.
     """
 
-    def __init__(
-        self,
-        settings: FrontSettings,
-        guard: Guarding,
-        metrics: Metrics | None = None,
-        tracing: Tracing | None = None,
-    ) -> None:
+    def __init__(self, settings: FrontSettings, guard: Guarding, tracing: Tracing | None = None) -> None:
         """Bind the parts; nothing is sent. ``tracing`` is as the environment says if it is not given.
 
         Raises:
             InputError: an environment variable is not set, or the audit log cannot be opened.
         """
-        metrics = metrics or Metrics()
+        metrics = Metrics()
         tracing = tracing or configured()
         upstream = Upstream(settings, metrics, tracing)
         audit = AuditLog(settings.audit, metrics.audit_errors) if settings.audit else None
         self.state = State(settings, guard, upstream, metrics, tracing, audit)
-        self._overview = Overview(self.state)
         self._under_way = 0
         self._questions = Questions()
 
@@ -92,14 +100,17 @@ class Front:
             await self.state.close()
 
         table: tuple[tuple[str, str, Answer], ...] = (
-            (CHAT, "POST", self._chat),
-            (MODELS, "GET", self._models),
+            (CHAT, "POST", self._for_clients(self._chat)),
+            (MODELS, "GET", self._for_clients(self._models, "GET")),
             ("/", "GET", self._page),
             ("/state", "GET", self._state),
             ("/health", "GET", self._health),
             ("/ready", "GET", self._ready),
             ("/metrics", "GET", self._metrics),
-            *((path, "POST", self._gateway(translate)) for path, translate in GATEWAYS.items()),
+            *(
+                (path, "POST", self._for_clients(partial(self._gateway, each)))
+                for path, each in GATEWAYS.items()
+            ),
         )
         endpoint = partial(Endpoint, self.state, SERVED)
         routes = [Route(path, endpoint(path, answer, method)) for path, method, answer in table]
@@ -151,45 +162,43 @@ class Front:
         most = int(limits.body_mb * MEGABYTE)
         return await read_body(headers, receive, most=most, seconds=limits.body_s)
 
-    def _gateway(self, translate: Translate) -> Answer:
-        """What answers another gateway."""
+    def _for_clients(self, work: Work, method: str = "POST") -> Answer:
+        """A route that wants a key, counts as under way, and ends when its client leaves."""
 
         async def answer(headers: Headers, receive: Receive, sender: Sender) -> None:
             async with self._slot():
                 name = current().key = self._key(headers)
-                body = read_object(await self._body(headers, receive))
-                asking = Asking(state=self.state, key=name, questions=self._questions)
-
-                async def work() -> None:
-                    await sender.json(200, await translate(body, asking))
-
-                await while_connected(receive, work())
+                raw = await self._body(headers, receive) if method == "POST" else b""
+                await while_connected(receive, work(headers, raw, name, sender))
 
         return answer
 
-    async def _chat(self, headers: Headers, receive: Receive, sender: Sender) -> None:
-        async with self._slot():
-            settings = self.state.settings
-            name = current().key = self._key(headers)
-            raw = await self._body(headers, receive)
-            request = read_request(raw, choices=settings.limits.choices)
-            current().model = self.state.upstream.names.known(request.model)
-            case = Case(
-                query=request.query,
-                structured=request.structured,
-                threshold=settings.policy.threshold_of(request.model, name),
-            )
-            decimals = settings.score_decimals if headers.get(DETAILS) == "1" else None
-            if not request.stream:
-                work = self._whole(request.body, headers, case, sender, decimals)
-            elif settings.policy.streaming == "off":
-                current().outcome = UNGUARDED
-                work = unguarded(self.state, request.body, headers, sender)
-            elif settings.policy.streaming == "window" and not request.structured:  # half of JSON is useless
-                work = windowed(self.state, request, headers, case, sender, decimals)
-            else:
-                work = buffered(self.state, request.body, headers, case, sender, decimals)
-            await while_connected(receive, work)
+    async def _gateway(
+        self, translate: Translate, headers: Headers, raw: bytes, name: str | None, sender: Sender
+    ) -> None:
+        body = json_object(raw)
+        if body is None:
+            raise bad_request("the body must be a JSON object")
+        asking = Asking(state=self.state, key=name, questions=self._questions)
+        await sender.json(200, await translate(body, asking))
+
+    async def _chat(self, headers: Headers, raw: bytes, name: str | None, sender: Sender) -> None:
+        settings = self.state.settings
+        request = read_request(raw, choices=settings.limits.choices)
+        current().model = self.state.upstream.names.known(request.model)
+        case = Case(
+            query=request.query,
+            structured=request.structured,
+            threshold=settings.policy.threshold_of(request.model, name),
+        )
+        decimals = settings.score_decimals if headers.get(DETAILS) == "1" else None
+        if not request.stream:
+            await self._whole(request.body, headers, case, sender, decimals)
+        elif settings.policy.streaming == "off":
+            current().outcome = UNGUARDED
+            await unguarded(self.state, request.body, headers, sender)
+        else:
+            await guarded_stream(self.state, request, headers, case, sender, decimals)
 
     async def _whole(
         self, body: bytes, headers: Headers, case: Case, sender: Sender, decimals: int | None
@@ -213,12 +222,7 @@ class Front:
         state.released(len(sent), unscanned=judged.shadow and failed)
         await sender.whole(200, sent, {**passed_back(response.headers), OUTCOME: judged.header})
 
-    async def _models(self, headers: Headers, receive: Receive, sender: Sender) -> None:
-        async with self._slot():
-            self._key(headers)
-            await while_connected(receive, self._listed(headers, sender))
-
-    async def _listed(self, headers: Headers, sender: Sender) -> None:
+    async def _models(self, headers: Headers, _raw: bytes, _name: str | None, sender: Sender) -> None:
         async with self.state.upstream.ask("GET", "/models", headers) as response:
             body = await self.state.upstream.whole(response)
         self.state.upstream.names.learn(body)
@@ -241,7 +245,7 @@ class Front:
             trusted = True
         except ApiError:
             trusted = False
-        await sender.json(200, await self._overview.content(trusted), {"cache-control": "no-store"})
+        await sender.json(200, await self.state.overview(trusted), {"cache-control": "no-store"})
 
     async def _metrics(self, headers: Headers, receive: Receive, sender: Sender) -> None:
         guard = self.state.guard

@@ -9,13 +9,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from mllm_protector.guard.protector import BYTES_PER_TOKEN
 from mllm_protector.serving.settings import MEGABYTE, QueueSettings
 
 E = TypeVar("E")
 V = TypeVar("V")
-
-BYTES_PER_TOKEN = 4
-"""About what a tokenizer makes of English."""
 
 LONGEST_RETRY = 60.0
 """Seconds that a caller is asked to wait at most."""

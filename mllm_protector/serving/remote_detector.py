@@ -38,8 +38,7 @@ class RemoteDetector:
 
     def __init__(
         self,
-        encoder: DetectorEncoder,
-        guard: GuardFile,
+        folder: str | Path,
         urls: Sequence[str],
         *,
         timeout_s: float = 10.0,
@@ -50,8 +49,7 @@ class RemoteDetector:
         """Ask every server for the known answers.
 
         Args:
-            encoder: of the detector.
-            guard: of its export.
+            folder: of the exported detector; it may lack the weights.
             urls: the roots of the servers, such as ``http://10.0.0.5:8000``.
             timeout_s: the longest that one request may take; it is made twice at most.
             tolerance: in logits, of the known answers.
@@ -59,13 +57,15 @@ class RemoteDetector:
             check_s: seconds between two checks.
 
         Raises:
-            InputError: no known answers, others than the encoder makes, not an address, or no key.
+            InputError: as ``read_guard_file``; no known answers, or others than the encoder makes; not an
+                address, or no key.
             RunError: no server can be used; the message says why, for each.
         """
-        self.encoder = encoder
-        self.guard = guard
+        folder = Path(folder)
+        self.guard = read_guard_file(folder, "detector", served=True)
+        self.encoder = detector_encoder(folder, self.guard)
         self.tolerance = tolerance
-        _require_known(encoder, guard)
+        _require_known(self.encoder, self.guard)
         self._replicas = Replicas(
             "detector_urls",
             urls,
@@ -78,7 +78,7 @@ class RemoteDetector:
     @property
     def threshold(self) -> float:
         """Scores at or above it are harmful."""
-        return 0.5 if self.guard.threshold is None else self.guard.threshold
+        return self.guard.harmful_from
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """P(harmful) in [0, 1] of each answer to its query.
@@ -95,7 +95,7 @@ class RemoteDetector:
 
     @property
     def card(self) -> Card:
-        """What the scores depend on; where the servers are is no part of it."""
+        """What the scores depend on, wherever the servers are."""
         served = {"served": True, "tolerance": self.tolerance}
         return Card(identity={**card_of(self.guard, self.guard.window).identity, **served})
 
@@ -159,11 +159,5 @@ def _require_known(encoder: DetectorEncoder, guard: GuardFile) -> None:
         )
 
 
-def load_remote_detector(folder: str | Path, urls: Sequence[str], **settings: Any) -> RemoteDetector:
-    """The detector of an exported folder, which is served elsewhere: the folder may lack the weights.
-
-    ``settings`` and errors are those of ``RemoteDetector``, and those of ``read_guard_file``.
-    """
-    folder = Path(folder)
-    guard = read_guard_file(folder, "detector", served=True)
-    return RemoteDetector(detector_encoder(folder, guard), guard, urls, **settings)
+load_remote_detector = RemoteDetector
+"""The name under which the documentation offers it."""

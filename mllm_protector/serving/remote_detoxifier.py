@@ -13,11 +13,10 @@ from typing import Any
 
 from mllm_protector import prompts
 from mllm_protector.arguments import require_texts
-from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.tokens import fill
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.models.detoxifier import TEMPERATURE, TOP_P, detoxifier_encoder, seed_of
-from mllm_protector.models.guard_file import GuardFile, read_guard_file
+from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.protocols import Card
 from mllm_protector.serving.replicas import CHECK_S, Ask, Replicas
 
@@ -36,8 +35,7 @@ class RemoteDetoxifier:
 
     def __init__(
         self,
-        encoder: DetoxifierEncoder,
-        guard: GuardFile,
+        folder: str | Path,
         url: str,
         model: str,
         *,
@@ -47,17 +45,18 @@ class RemoteDetoxifier:
     ) -> None:
         """Try the server on an example.
 
-        ``url`` goes up to and with ``/v1``, and ``model`` is the detoxifier's name there; the rest is as in
-        ``RemoteDetector``, but that a request is made once.
+        ``folder`` may lack the weights. ``url`` goes up to and with ``/v1``, and ``model`` is the
+        detoxifier's name there; the rest is as in ``RemoteDetector``, but that a request is made once.
 
         Raises:
-            InputError: not an address, or no key.
+            InputError: as ``read_guard_file``; not an address, or no key.
             RunError: the server cannot be used; the message says why.
         """
-        self.encoder = encoder
-        self.guard = guard
+        folder = Path(folder)
+        self.guard = read_guard_file(folder, "detoxifier", served=True)
+        self.encoder = detoxifier_encoder(folder, self.guard)
         self.model = model
-        self._example = encoder.encode(queries=EXAMPLE[:1], answers=EXAMPLE[1:])[0]
+        self._example = self.encoder.encode(queries=EXAMPLE[:1], answers=EXAMPLE[1:])[0]
         self._replicas = Replicas(
             "detoxifier_url",
             [url],
@@ -87,7 +86,7 @@ class RemoteDetoxifier:
 
     @property
     def card(self) -> Card:
-        """What the rewrites depend on; where the server is, is no part of it."""
+        """What the rewrites depend on, wherever the server is."""
         sampling = {"temperature": TEMPERATURE, "top_p": TOP_P}
         return Card(identity={**self.guard.identity, "served": self.model, "sampling": sampling})
 
@@ -166,11 +165,5 @@ def _read(sent: int, content: Any) -> str:
     return text.strip()
 
 
-def load_remote_detoxifier(folder: str | Path, url: str, model: str, **settings: Any) -> RemoteDetoxifier:
-    """The detoxifier of a trained folder, which is served elsewhere: the folder may lack the weights.
-
-    The rest and the errors are those of ``RemoteDetoxifier``, and those of ``read_guard_file``.
-    """
-    folder = Path(folder)
-    guard = read_guard_file(folder, "detoxifier", served=True)
-    return RemoteDetoxifier(detoxifier_encoder(folder, guard), guard, url, model, **settings)
+load_remote_detoxifier = RemoteDetoxifier
+"""The name under which the documentation offers it."""

@@ -13,7 +13,6 @@ from mllm_protector.errors import InputError
 from mllm_protector.protocols import MLLM
 from mllm_protector.ranges import Amount, Count
 from mllm_protector.serving import logs
-from mllm_protector.serving.reloading import front_settings
 from mllm_protector.serving.settings import (
     AuditSettings,
     GuardSettings,
@@ -73,20 +72,16 @@ def serve(
     """
     arguments = dict(locals())
     try:
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
+        from mllm_protector.serving.running import run
     except ImportError as error:
         raise InputError(
             f"{error}; install what serving needs: pip install 'mllm-protector[serve]'"
         ) from None
-    from mllm_protector.serving.running import run
-
     logs.configure("server")
     with ExitStack() as stack:
         if url is None:
             from mllm_protector.serving.demo import demo_server
 
             url = stack.enter_context(demo_server(mllm()))
-        settings = front_settings(url, arguments)
         with suppress(asyncio.CancelledError):
-            asyncio.run(run(settings, arguments, functools.partial(reread, serve)))
+            asyncio.run(run(url, arguments, functools.partial(reread, serve)))

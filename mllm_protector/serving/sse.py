@@ -35,7 +35,7 @@ class Frames:
         self._first = True
 
     def feed(self, piece: bytes) -> Iterator[Event]:
-        """The events that are complete with ``piece``; comments alone are none."""
+        """The events that are complete with ``piece``; a comment alone is not one."""
         self._rest += piece
         while (line := self._line()) is not None:
             if event := self._take(line):

@@ -1,8 +1,6 @@
-"""Streamed answers: held until they are judged (``buffer``), or passed through by explicit wish (``off``).
+"""Streams of the upstream: read to their end, or passed through without the guard by explicit wish (``off``).
 
-``windowed`` has the policy between the two. While an answer is held nothing is sent for a while, so that the
-upstream's errors and the verdict can still be said in status and headers. Then comments keep the connection
-open, and the header says ``pending``.
+``guarded_stream`` has the policies that judge them.
 """
 
 import asyncio
@@ -15,11 +13,10 @@ from typing import Any
 
 import httpx
 
-from mllm_protector.records import Outcome
 from mllm_protector.serving.api_errors import ApiError
 from mllm_protector.serving.assembly import Assembly, chunks
 from mllm_protector.serving.choices import Unreadable, read_choices
-from mllm_protector.serving.judging import Case, Judged, judge
+from mllm_protector.serving.judging import Judged
 from mllm_protector.serving.sending import OUTCOME, Sender
 from mllm_protector.serving.sse import DONE, Event, Frames, frame
 from mllm_protector.serving.state import State
@@ -38,7 +35,7 @@ class Held:
 
     Attributes:
         headers: for the client.
-        assembly: of a stream; ``None`` for an answer that is none.
+        assembly: of a stream; ``None`` for any other answer.
         completion: the whole, at its end.
         raw: the events as they came.
     """
@@ -52,52 +49,12 @@ class Held:
     def stream(self) -> Assembly:
         """The assembly of a stream."""
         if self.assembly is None:
-            raise ValueError("an answer that is no stream")
+            raise ValueError("an answer that is not a stream")
         return self.assembly
 
 
 Grown = Callable[[Held, bytes], None]
 """Told of each event that is added to a stream, with its bytes."""
-
-
-async def buffered(
-    state: State, body: bytes, headers: Mapping[str, str], case: Case, sender: Sender, decimals: int | None
-) -> None:
-    """Hold the whole answer, judge it, then release it as a stream.
-
-    Args:
-        state: of the front.
-        body: for the upstream.
-        headers: of the client.
-        case: how the answer is judged.
-        sender: the way to the client.
-        decimals: of the scores that the client asked to see; ``None`` if it did not ask.
-
-    Raises:
-        ApiError: the upstream or the guard failed.
-    """
-    started = time.perf_counter()
-    work = asyncio.ensure_future(_hold_and_judge(state, body, headers, case))
-    try:
-        while not (await asyncio.wait({work}, timeout=state.settings.policy.ping_s))[0]:
-            await sender.ping({})
-        held, judged = work.result()
-    finally:
-        work.cancel()
-        with suppress(asyncio.CancelledError, ApiError):
-            await work
-    given = {**held.headers, OUTCOME: judged.header}
-    state.took("first_byte", time.perf_counter() - started)
-    if judged.shadow and held.assembly is not None:
-        unjudged = any(each.outcome is Outcome.GUARD_ERROR for each in judged.verdicts)
-        state.released(len(held.raw), unscanned=unjudged)
-        await sender.events(bytes(held.raw) + frame(DONE), given)
-    else:
-        for piece in released(judged, held.assembly, decimals):
-            state.released(len(piece))
-            await sender.events(piece, given)
-        await sender.events(frame(DONE), given)
-    await sender.end()
 
 
 async def unguarded(state: State, body: bytes, headers: Mapping[str, str], sender: Sender) -> None:
@@ -123,12 +80,7 @@ async def unguarded(state: State, body: bytes, headers: Mapping[str, str], sende
     await sender.end()
 
 
-async def read(
-    state: State,
-    body: bytes,
-    headers: Mapping[str, str],
-    grown: Grown = lambda held, raw: None,
-) -> Held:
+async def read(state: State, body: bytes, headers: Mapping[str, str], grown: Grown) -> Held:
     """Read an answer to its end.
 
     Raises:
@@ -159,19 +111,11 @@ def choices_of(state: State, held: Held) -> Sequence[dict[str, Any]]:
         raise state.upstream.fault("malformed", f"the upstream's answer cannot be read: {error}") from None
 
 
-async def _hold_and_judge(
-    state: State, body: bytes, headers: Mapping[str, str], case: Case
-) -> tuple[Held, Judged]:
-    held = await read(state, body, headers)
-    work = judge(held.completion, choices_of(state, held), case, state.guard, state.settings.policy)
-    return held, await state.judged(work)
-
-
 async def _assemble(state: State, response: httpx.Response, held: Held, grown: Grown) -> None:
     """Read a stream to its end.
 
     Raises:
-        ApiError: it holds an error, is no stream of chunks, or ends before its choices do.
+        ApiError: it holds an error, is not a stream of chunks, or ends before its choices do.
     """
     frames, assembly, done = Frames(), held.stream, False
 

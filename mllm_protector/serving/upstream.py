@@ -1,9 +1,9 @@
 """The server that is guarded, over httpx. Its address is the one of the config, whatever a client sends."""
 
 import asyncio
-import json
 import os
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,9 +11,9 @@ import httpx
 
 from mllm_protector.errors import InputError
 from mllm_protector.serving.api_errors import ApiError
+from mllm_protector.serving.choices import json_object
 from mllm_protector.serving.exchange import REQUEST_ID, current
 from mllm_protector.serving.metrics import Metrics
-from mllm_protector.serving.model_names import ModelNames
 from mllm_protector.serving.pools import Pools
 from mllm_protector.serving.settings import MEGABYTE, FrontSettings
 from mllm_protector.serving.tracing import Tracing
@@ -39,11 +39,43 @@ AWAY = (502, 503, 504)
 REACHED_S = 2.0
 """The longest that ``reachable`` waits."""
 
+OTHER = "other"
+"""Stands for the name of a model that is not known."""
+
+MOST_NAMES = 1000
+_NAME = re.compile(r"[\w./:@+-]{1,128}", re.ASCII)
+
+
+class ModelNames:
+    """The names of models that may stand in logs: those that the upstream lists, and those of the config.
+
+    A client can write anything as the name of a model, so its words are only repeated where they are known.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def add(self, configured: Iterable[str]) -> None:
+        """Take over the names in a config."""
+        self._names |= {*configured}
+
+    def learn(self, listed: bytes) -> None:
+        """Take over the names in an upstream's answer to ``GET /v1/models``; anything else is ignored."""
+        data = (json_object(listed) or {}).get("data")
+        for each in data if isinstance(data, list) else []:
+            name = each.get("id") if isinstance(each, dict) else None
+            if isinstance(name, str) and _NAME.fullmatch(name) and len(self._names) < MOST_NAMES:
+                self._names.add(name)
+
+    def known(self, name: str) -> str:
+        """The name itself, or ``other``."""
+        return name if name in self._names else OTHER
+
 
 class Upstream:
     """Asks the upstream; every failure is an ``ApiError`` for the client."""
 
-    def __init__(self, settings: FrontSettings, metrics: Metrics, tracing: Tracing | None = None) -> None:
+    def __init__(self, settings: FrontSettings, metrics: Metrics, tracing: Tracing) -> None:
         """Bind to the address; nothing is sent.
 
         Raises:
@@ -52,7 +84,7 @@ class Upstream:
         self.settings = settings.upstream
         self.metrics = metrics
         self.names = ModelNames()
-        self._tracing = tracing or Tracing()
+        self._tracing = tracing
         self.apply(settings)
         self._key: str | None = None
         if name := self.settings.api_key_env:
@@ -135,14 +167,11 @@ class Upstream:
         """A body as the JSON object that it is.
 
         Raises:
-            ApiError: it is none, or holds nothing but an error.
+            ApiError: it is not one, or holds nothing but an error.
         """
-        try:
-            content = json.loads(body)
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            raise self.fault("malformed", "the upstream's answer is no JSON object")
+        content = json_object(body)
+        if content is None:
+            raise self.fault("malformed", "the upstream's answer is not a JSON object")
         if content.get("error") and not content.get("choices"):
             fault = self.fault("error", "the upstream failed")
             fault.body = body
@@ -186,11 +215,10 @@ class Upstream:
             return ApiError(502, f"the upstream answered with status {status}", code="upstream_status")
         body = await self.whole(response)
         headers = passed_back(response.headers)
-        if _is_answer(body):
-            message = f"the upstream answered with status {status} and an answer"
-            return ApiError(status, message, code="upstream_status", headers=headers)
-        headers["content-type"] = response.headers.get("content-type", "application/json")
         message = f"the upstream answered with status {status}"
+        if "choices" in (json_object(body) or {}):
+            return ApiError(status, f"{message} and an answer", code="upstream_status", headers=headers)
+        headers["content-type"] = response.headers.get("content-type", "application/json")
         return ApiError(status, message, code="upstream_status", body=body, headers=headers)
 
     def _failed(self, error: Exception) -> ApiError:
@@ -211,11 +239,3 @@ def passed_back(headers: Mapping[str, str]) -> dict[str, str]:
     if REQUEST_ID in headers:
         kept[UPSTREAM_ID] = headers[REQUEST_ID]
     return kept | {name: value for name, value in headers.items() if name.startswith("x-ratelimit-")}
-
-
-def _is_answer(body: bytes) -> bool:
-    try:
-        content: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "choices" in content

@@ -3,10 +3,9 @@
     {"id": 7, "op": "guard", "query": "...", "answer": "...", "threshold": null, "rewrite": true, "within": 9}
     {"id": 7, "outcome": "allowed", "text": "...", "score": 0.02, "threshold": 0.5, "seconds": 0.013}
 
-``op`` is ``guard``, ``score`` (query, answer, within; the reply has ``score``) or ``ping``. ``within`` are
-the seconds after which nobody waits for the reply any more. A request that has no result gets ``error``:
-``malformed``, ``overloaded`` (with ``retry_after``), ``expired``, ``failed`` or ``stopping``. A line over the
-limit ends its connection. Replies come in any order.
+``op`` is ``guard`` or ``ping``. ``within`` are the seconds after which nobody waits for the reply any more. A
+request that has no result gets ``error``: ``malformed``, ``overloaded`` (with ``retry_after``), ``expired``,
+``failed`` or ``stopping``. A line over the limit ends its connection. Replies come in any order.
 """
 
 import asyncio
@@ -28,11 +27,12 @@ from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.guard.rows import Row
 from mllm_protector.serving import logs
+from mllm_protector.serving.child import parent_told
 from mllm_protector.serving.guard_queues import GuardQueues
 from mllm_protector.serving.loading import load
+from mllm_protector.serving.metrics import WorkerMetrics
 from mllm_protector.serving.queueing import ExpiredError, FullError
 from mllm_protector.serving.settings import MEGABYTE, GuardSettings, QueueSettings
-from mllm_protector.serving.worker_metrics import WorkerMetrics, count_start
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,8 @@ LAST_WORDS = 2.0
 
 
 class Request(NamedTuple):
-    """A line that was read."""
+    """A request for the guard."""
 
-    op: str
     row: Row
     threshold: float | None
     rewrite: bool
@@ -57,7 +56,7 @@ class Request(NamedTuple):
 class Worker:
     """Serves a guard to any number of connections, each with any number of requests at once."""
 
-    def __init__(self, protector: Protector, settings: QueueSettings, *, restarts: int = 0) -> None:
+    def __init__(self, protector: Protector, settings: QueueSettings, restarts: int = 0) -> None:
         """Set it up within a running event loop; ``restarts`` is how often it was started again."""
         self.queues = GuardQueues(protector, settings, WorkerMetrics(restarts))
         self._settings = settings
@@ -130,23 +129,18 @@ class Worker:
         try:
             content = json.loads(line)
             number = _number(content)
-            request = _request(content)
+            request = None if content.get("op") == "ping" else _request(content)
         except (InputError, ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, InputError) else "not JSON"
             return {"id": number, "error": "malformed", "message": reason}
-        if request.op == "ping":
+        if request is None:
             return {"id": number, **self._state(started)}
         if self._stopping:
             return {"id": number, "error": "stopping"}
         expires = started + min(request.within, self._settings.deadline_s)
         found: dict[str, Any]
         try:
-            if request.op == "score":
-                score = await self.queues.score(request.row, expires)
-                found = {"score": score} if isinstance(score, float) else {"error": "failed"}
-            else:
-                result = await self.queues.guard(request.row, expires, request.threshold, request.rewrite)
-                found = asdict(result)
+            found = asdict(await self.queues.guard(request.row, expires, request.threshold, request.rewrite))
         except FullError as full:
             found = {"error": "overloaded", "retry_after": round(full.retry_after, 3)}
         except ExpiredError:
@@ -176,11 +170,8 @@ def _number(content: Any) -> int:
 
 
 def _request(content: dict[str, Any]) -> Request:
-    op = content.get("op")
-    if op == "ping":
-        return Request("ping", Row("", ""), None, False, 0.0)
-    if op not in ("guard", "score"):
-        raise InputError("op: must be guard, score or ping")
+    if content.get("op") != "guard":
+        raise InputError("op: must be guard or ping")
     for key in ("query", "answer"):
         if not isinstance(content.get(key), str):
             raise InputError(f"{key}: must be a text")
@@ -192,7 +183,7 @@ def _request(content: dict[str, Any]) -> Request:
         require_threshold("threshold", threshold)
     if not isinstance(rewrite, bool):
         raise InputError("rewrite: must be true or false")
-    return Request(op, Row(content["query"], content["answer"]), threshold, rewrite, float(within))
+    return Request(Row(content["query"], content["answer"]), threshold, rewrite, float(within))
 
 
 def promise_of(protector: Protector) -> str | None:
@@ -205,25 +196,30 @@ def main(arguments: Sequence[str], load: Callable[[GuardSettings], Protector] = 
     """Serve until SIGTERM, or until the standard input ends because the supervisor is gone.
 
     Args:
-        arguments: the path of the socket, and the settings as JSON (see ``supervisor``). "ready" is written
+        arguments: the path of the socket, and the settings as JSON (see ``running``). "ready" is written
             to the standard output when connections are accepted.
         load: makes the protector.
     """
     path, settings = arguments[0], json.loads(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the supervisor decides
     logs.configure("model worker")
-    restarts = count_start(Path(path).parent)
-    output = os.dup(1)
-    os.dup2(2, 1)
+    restarts = _count_start(Path(path).parent)
+    started = parent_told()
     try:
         protector = load(GuardSettings(**settings["guard"]))
     except InputError as error:
         log.error("error: %s", error)
         return error.exit_code
     queue = QueueSettings(**settings["queue"])
-    worker = partial(Worker, protector, queue, restarts=restarts)
-    asyncio.run(_run(worker, path, settings["hang_s"], lambda: _say(output, b"ready\n")))
+    asyncio.run(_run(partial(Worker, protector, queue, restarts), path, settings["hang_s"], started))
     return 0
+
+
+def _count_start(folder: Path) -> int:
+    """How often a worker was started here before; this start is noted in the folder of its socket."""
+    with (folder / "starts").open("ab") as file:
+        file.write(b".")
+        return file.tell() - 1
 
 
 async def _run(make: Callable[[], Worker], path: str, hang_s: float, started: Callable[[], None]) -> None:
@@ -251,11 +247,6 @@ async def _watch(queues: GuardQueues, hang_s: float) -> None:
         if queues.busy(time.monotonic()) > hang_s:
             log.critical("a batch has taken longer than hang_s=%s; the worker ends", hang_s)
             os._exit(HUNG)
-
-
-def _say(output: int, words: bytes) -> None:
-    os.write(output, words)
-    os.close(output)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Checkpoints:
         self._newest = 0
 
     def newest(self) -> Checkpoint | None:
-        """The newest intact checkpoint (every byte is checked); ``None`` if there are none at all.
+        """The newest intact checkpoint (every byte is checked); ``None`` if there is no checkpoint at all.
 
         Raises:
             RunError: there are some, but none is intact.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 IMAGE = "training.png"
 FEW = 50
-"""Up to so many points each gets a mark."""
+"""With up to this many points, each gets a mark."""
 
 Rows = Sequence[Mapping[str, Any]]
 

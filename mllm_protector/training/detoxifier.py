@@ -21,7 +21,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.files import content_key
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import Backbone
-from mllm_protector.models.parts import part_saver
+from mllm_protector.models.parts import save_part
 from mllm_protector.models.tuning import ProbeTuning, Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
@@ -30,7 +30,7 @@ from mllm_protector.records import AnswerPair, Correction, corrections
 from mllm_protector.training import loop
 from mllm_protector.training.checkpoints import require_metric
 from mllm_protector.training.logging import Tracker
-from mllm_protector.training.loop import Run, Task
+from mllm_protector.training.loop import Run, Task, Weights
 from mllm_protector.training.losses import LanguageLoss, mean_loss
 from mllm_protector.training.part import open_backbone, train_part, tuned, unmeasured
 from mllm_protector.training.settings import CheckpointConfig, FitConfig, Resume
@@ -128,13 +128,16 @@ def train_detoxifier(
             "perplexity_shuffled_rejected": perplexity(control),
         }
 
+    def save(folder: Path, metrics: dict[str, float], weights: Weights) -> None:
+        save_part(model, tokenizer, replace(guard, metrics=metrics), folder, weights)
+
     task = Task(
         model=model,
         examples=encoded,
         collate=pack_corrections if fit.packing else encoder,
         loss=loss,
         evaluate=evaluate,
-        save=part_saver(model, tokenizer, guard),
+        save=save,
         identity=guard.origin() | {"base": asdict(base), "tuning": str(tuning)},
     )
     fitted = train_part(partial(loop.fit, task, run), guard, encoded)

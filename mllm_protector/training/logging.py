@@ -164,7 +164,7 @@ class MetricLogger:
         self._progress.write(f"step {step:,} of {self._total:,}: validation {text}")
 
     def _lines_to_keep(self) -> Iterator[str]:
-        """The lines written up to the checkpoint; one that was cut off is none."""
+        """The lines written up to the checkpoint; a line that was cut off is left out."""
         keep = {"train": self._done, "validation": self._validated}
         if self._done:
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):

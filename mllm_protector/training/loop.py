@@ -272,7 +272,7 @@ def _optimizer(objective: torch.nn.Module, config: FitConfig) -> torch.optim.Opt
 
 
 def _validated(task: Task, parallel: Parallel, processes: Processes[Any], step: int) -> dict[str, float]:
-    # The bare model: a wrapped one talks to the other processes, which may have no batch left.
+    # The unwrapped model: a wrapped one talks to the other processes, which may have no batch left.
     with parallel.whole_model():
         metrics = task.evaluate(task.model, processes)
     task.model.train()

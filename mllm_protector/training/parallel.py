@@ -81,7 +81,7 @@ class Parallel:
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
-        """Inside, each process holds all weights and may run the bare model as often as it likes.
+        """Inside, each process holds all weights and may run the unwrapped model as often as it likes.
 
         All processes enter and leave together, outside of ``torch.inference_mode``.
         """
@@ -96,7 +96,7 @@ class Parallel:
                 shard.set_reshard_after_forward(self._reshard and shard is not self.objective, recurse=False)
 
     def weights(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The bare model's state dict, for ``model.save_pretrained(folder, state_dict=...)``.
+        """The unwrapped model's state dict, for ``model.save_pretrained(folder, state_dict=...)``.
 
         Every process must call it. The first process gets everything, on the CPU if it was sharded.
         """

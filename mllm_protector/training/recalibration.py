@@ -1,7 +1,6 @@
 """Calibrating a trained detector again, on other data with the same weights."""
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from mllm_protector.data.queries import opening_key
 from mllm_protector.data.sources import Source
 from mllm_protector.data.splits import Splits, shares_a_source
 from mllm_protector.errors import InputError
+from mllm_protector.files import fresh_folder
 from mllm_protector.guard.calibration import Aim, Sizes, choose_threshold, fit_scale
 from mllm_protector.guard.each_source import choose_for_each, in_words
 from mllm_protector.locks import locked
@@ -180,14 +180,10 @@ def _write(guard: GuardFile, folder: Path, target: Path | None) -> None:
             guard.write(folder)
             keep_mark(folder / FILE_NAME)
             return
-        target = target.resolve()
-        copy = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*NOT_COPIED))
+        with fresh_folder(target.resolve()) as copy:
+            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
             guard.write(copy)
             copy.rename(target)
-        finally:
-            shutil.rmtree(copy, ignore_errors=True)
     except OSError as error:
         raise InputError(
             f"{target or folder}: cannot be written ({error.strerror or error}); the detector is unchanged"
@@ -199,7 +195,7 @@ def _table(old: GuardFile, stored: Mapping[str, Any], new: Mapping[str, Any]) ->
     both = {
         "temperature": (old.scale.temperature, new["temperature"]),
         "offset": (old.offset, new["offset"]),
-        "threshold": (0.5 if old.threshold is None else old.threshold, new["threshold"]),
+        "threshold": (old.harmful_from, new["threshold"]),
         "calibration error (ECE)": (stored["ece"], new["ece_after_calibration"]),
         "Brier score": (stored["brier"], new["brier_after_calibration"]),
     }

@@ -53,7 +53,7 @@ class TrainingState:
     processes. Frozen parameters and buffers are left out: they come from the model's own folder.
 
     Attributes:
-        model: the bare model; its parameters may be sharded.
+        model: the unwrapped model; its parameters may be sharded.
         optimizer: over its trained parameters.
         scheduler: of that optimizer.
         processes: that train together.

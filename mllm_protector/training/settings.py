@@ -4,21 +4,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from annotated_types import Interval
 
 from mllm_protector.data.batching import MicroBatchLimit
 from mllm_protector.errors import RunError
 from mllm_protector.models.backbone import fast_dtype
 from mllm_protector.models.generating import is_out_of_memory
 from mllm_protector.models.tuning import is_quantized
-from mllm_protector.ranges import Count, Rate, Share
+from mllm_protector.ranges import Count, Positive, Rate, Share
 
 Normalise = Literal["tokens", "examples"]
 Resume = Literal["auto", "never"]
-Positive = Annotated[float, Interval(ge=1e-9, le=1e9)]
 
 WITHOUT_INFLUENCE = (
     "micro_batch_tokens",
@@ -92,13 +90,7 @@ class FitConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
-    """When to write checkpoints, besides on SIGTERM and SIGINT.
-
-    Attributes:
-        every_steps: steps between checkpoints; ``None``: not by steps.
-        every_minutes: minutes between checkpoints; ``None``: not by time.
-        keep_last: how many checkpoints to keep.
-    """
+    """When to write checkpoints, besides on SIGTERM and SIGINT, and how many to keep."""
 
     every_steps: Count | None
     every_minutes: Positive | None

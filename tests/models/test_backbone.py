@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mllm_protector.calls import check_call
 from mllm_protector.errors import InputError
 from mllm_protector.models import backbone as module
 from mllm_protector.models.backbone import Backbone, device_of, inference, pick_device, require_length
@@ -106,8 +107,8 @@ def test_a_wrong_name_costs_one_look_up(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_dtype_that_is_none_of_ours_is_refused():
     for dtype in ["float23", "nn", "int8", "float16", ""]:
-        with case(dtype), pytest.raises(InputError, match="use float32, bfloat16 or auto"):
-            Backbone(name="anything", dtype=dtype)
+        with case(dtype), pytest.raises(InputError, match="must be 'float32', 'bfloat16' or 'auto'"):
+            check_call("", Backbone, {"name": "anything", "dtype": dtype})
 
 
 def test_code_that_comes_with_a_model_neither_runs_nor_asks(llama: Path, monkeypatch: pytest.MonkeyPatch):

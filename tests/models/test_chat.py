@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mllm_protector.calls import check_call
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.models.chat import ServedChat
 from mllm_protector.records import CutText, Failure
@@ -28,15 +29,15 @@ FAULTS = {
     "empty body": (servers.empty_body(), "the request or its reply is not valid JSON"),
     "no JSON": (
         Reply(body=b"<html>", headers={"Content-Type": "text/html"}),
-        "the reply is no chat completion",
+        "the reply is not a chat completion",
     ),
-    "null": (Reply(body=b"null"), "the reply is no chat completion"),
-    "a list": (Reply(body=b"[1]"), "the reply is no chat completion"),
+    "null": (Reply(body=b"null"), "the reply is not a chat completion"),
+    "a list": (Reply(body=b"[1]"), "the reply is not a chat completion"),
     "deep": (Reply(body=b"[" * 100_000), "the request or its reply is not valid JSON"),
-    "no choices": (servers.no_choices(), "the reply is no chat completion"),
-    "choices null": (servers.completion(None), "the reply is no chat completion"),
-    "choice of no kind": (servers.completion(["x"]), "the reply is no chat completion"),
-    "error in a 200": (Reply(body=b'{"error": {"code": 502}}'), "the reply is no chat completion"),
+    "no choices": (servers.no_choices(), "the reply is not a chat completion"),
+    "choices null": (servers.completion(None), "the reply is not a chat completion"),
+    "choice of no kind": (servers.completion(["x"]), "the reply is not a chat completion"),
+    "error in a 200": (Reply(body=b'{"error": {"code": 502}}'), "the reply is not a chat completion"),
     "no content": (servers.no_content(), "the reply holds no text"),
 }
 
@@ -266,7 +267,7 @@ def test_a_missing_key_is_named_and_loopback_needs_none(monkeypatch: pytest.Monk
         chat(url)
     chat("http://node7:8000/v1", api_key_env=None)
     monkeypatch.setenv("OTHER", "schlüssel")
-    with pytest.raises(InputError, match="is no key") as refused:
+    with pytest.raises(InputError, match="is not a key") as refused:
         chat("https://example.com/v1", api_key_env="OTHER")
     assert "schl" not in str(refused.value)
 
@@ -292,11 +293,12 @@ def test_a_number_out_of_range_is_named() -> None:
     for settings, message in [
         ({"concurrency": 0}, "concurrency=0: must be at least 1"),
         ({"max_retries": -1}, "max_retries=-1: must be at least 0"),
-        ({"timeout": 0.0}, "timeout=0.0: must be more than 0 seconds"),
+        ({"timeout": 0.0}, "timeout=0.0: must be at least 1e-09"),
         ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
     ]:
+        given = {"model": "m", "concurrency": 1, "timeout": 1, "max_retries": 0, "temperature": 0} | settings
         with case(settings, message), pytest.raises(InputError, match=message):
-            chat("http://localhost:1/v1", **settings)
+            check_call("", ServedChat, given)
 
 
 def test_the_key_is_in_the_header_and_nowhere_else(

@@ -143,8 +143,6 @@ def test_a_local_model_that_is_not_whole_or_not_there_or_cannot_be_is_refused(
         local(folder)
     with pytest.raises(InputError, match="no such folder"):
         local(tmp_path / "nothing")
-    with pytest.raises(InputError, match="batch_size=0: must be at least 1"):
-        local(folders["llama"], batch_size=0)
     with pytest.raises(InputError, match="dtype=half precision: use auto"):
         local(folders["llama"], dtype="half precision")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mllm_protector.calls import check_call
 from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector, Refusal
 from mllm_protector.images import EncodedImage, ImageFile, ImageSource
@@ -193,9 +194,10 @@ def test_the_identity_holds_what_answers_depend_on_and_no_key(monkeypatch: pytes
 
 
 def test_a_number_below_one_is_named() -> None:
+    given = {"model": "m", "max_new_tokens": 8, "concurrency": 1, "timeout": 1, "max_retries": 0}
     for key in ["max_new_tokens", "max_image_side", "concurrency"]:
         with case(key), pytest.raises(InputError, match=f"{key}=0: must be at least 1"):
-            mllm("http://localhost:1/v1", **{key: 0})
+            check_call("", ServedMLLM, given | {"temperature": 0, key: 0})
 
 
 def test_the_guard_scores_an_answer_with_half_of_a_surrogate_pair_without_a_word(

@@ -103,7 +103,7 @@ def test_a_folder_of_something_else_is_never_replaced(tmp_path: Path) -> None:
         save_tiny_lm(tmp_path, TEXTS, **LM)
     folder = save_tiny_lm(tmp_path / "lm", TEXTS, **LM)
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"thesis\.txt: is none of a tiny model's files"):
+    with pytest.raises(InputError, match=r"thesis\.txt: not a file of a tiny model"):
         save_tiny_lm(folder, TEXTS, **LM | {"seed": 1})
     for kept in (tmp_path, folder):
         assert (kept / "thesis.txt").read_text() == "mine"

@@ -53,9 +53,6 @@ class WordGuard:
             return Guarded(Outcome.REWRITTEN, SAFE, 0.9, 0.0)
         return Guarded(Outcome.ALLOWED, answer, 0.1, 0.0)
 
-    async def score(self, query: str, answer: str) -> float:
-        return 0.9 if HARMFUL in answer else 0.1
-
 
 CUT: Literal["cut"] = "cut"
 Piece = bytes | float | Literal["cut"] | Callable[[], object]

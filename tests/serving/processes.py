@@ -1,12 +1,12 @@
 """``python scripts/serve.py`` as a user starts it: a process with its children, on loopback."""
 
+import asyncio
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +14,10 @@ from typing import Any
 
 import psutil
 
+from tests.serving import stubs
 from tests.serving.fakes import HTTP
-from tests.serving.stubs import socket_folder
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0
-"""Seconds after which a test that waits has failed."""
 
 
 class Server:
@@ -115,7 +113,7 @@ class Server:
 @contextmanager
 def started(folder: Path, *arguments: str) -> Iterator[Server]:
     """A server that answers, with ``folder`` as its working directory."""
-    with socket_folder() as temporary:
+    with stubs.socket_folder() as temporary:
         server = Server(folder, temporary, [*arguments])
         try:
             server.wait_for("is guarded")
@@ -125,8 +123,5 @@ def started(folder: Path, *arguments: str) -> Iterator[Server]:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Wait for something that happens in another process."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
+    """``stubs.until`` outside of an event loop."""
+    asyncio.run(stubs.until(condition))

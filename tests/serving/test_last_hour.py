@@ -1,6 +1,6 @@
 """What a front remembers of the last hour."""
 
-from mllm_protector.serving.last_hour import LATEST, LastHour
+from mllm_protector.serving.state import LATEST, LastHour
 
 
 class Clock:

@@ -16,8 +16,8 @@ import pytest
 
 from mllm_protector.serving import logs
 from mllm_protector.serving.exchange import CURRENT, begin
-from mllm_protector.serving.model_names import ModelNames
 from mllm_protector.serving.settings import ApiKey, FrontSettings
+from mllm_protector.serving.upstream import ModelNames
 from tests.serving.builders import policy_settings
 from tests.serving.fakes import HTTP, Said, completion, message, served
 from tests.serving.test_proxy import CANARY, QUESTION, ask, saying, to

@@ -24,6 +24,7 @@ from mllm_protector.records import Outcome
 from mllm_protector.serving.remote_detector import ROWS, RemoteDetector, load_remote_detector
 from tests.models.fixtures import LORA
 from tests.serving.fake_vllm import FakeVllm, Values
+from tests.serving.processes import until
 from tests.serving.stubs import running
 
 CHECK_S = 0.05
@@ -63,13 +64,6 @@ def pairs(count: int) -> dict[str, list[str]]:
     }
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
 def test_scores_are_those_of_the_detector_here(folder: Path, local: HarmDetector) -> None:
     texts = pairs(2 * ROWS + 5)
     texts["queries"] += ["", "</s> <pad>", "A long one?", "Ｗｈａｔ is this?"]
@@ -90,7 +84,8 @@ def test_the_model_worker_runs_on_it_unchanged(folder: Path, local: HarmDetector
     async def scores(detector: RemoteDetector) -> list[Any]:
         async with running(detector, patience_ms=50) as guard:
             asked = zip(texts["queries"], texts["answers"], strict=True)
-            return await asyncio.gather(*(guard.client.score(*pair) for pair in asked))
+            found = await asyncio.gather(*(guard.client.guard(*pair) for pair in asked))
+            return [each.score for each in found]
 
     with FakeVllm(local) as server, remote(folder, server) as detector:
         assert asyncio.run(scores(detector)) == pytest.approx(local.score(**texts), abs=1e-5)
@@ -203,11 +198,11 @@ def test_a_server_that_dies_is_left_out_and_asked_for_the_known_answers_before_i
         assert f"detector_urls: {one.url} is not used" in caplog.text
         one.values = lambda logits: [logit + 3 for logit in logits]
         one.start()
-        eventually(lambda: "serves another model" in caplog.text)
+        until(lambda: "serves another model" in caplog.text)
         for _ in range(4):
             assert detector.score(**pairs(3)) == expected
         one.values = lambda logits: logits
-        eventually(lambda: caplog.text.count(f"{one.url} is used") == 2)
+        until(lambda: caplog.text.count(f"{one.url} is used") == 2)
         other.stop()
         assert detector.score(**pairs(3)) == expected
 
@@ -262,8 +257,8 @@ def test_a_score_that_is_not_a_number_lets_nothing_pass(folder: Path, local: Har
 def test_closing_ends_the_checks(folder: Path, local: HarmDetector) -> None:
     with FakeVllm(local) as server:
         with remote(folder, server, check_s=CHECK_S):
-            eventually(lambda: len(server.asked) > 2)
-        eventually(lambda: "detector_urls" not in {thread.name for thread in threading.enumerate()})
+            until(lambda: len(server.asked) > 2)
+        until(lambda: "detector_urls" not in {thread.name for thread in threading.enumerate()})
         before = len(server.asked)
         time.sleep(4 * CHECK_S)
         assert len(server.asked) == before

@@ -38,7 +38,6 @@ DIGEST = hashlib.sha256(b"a key").hexdigest()
         (builders.policy_settings, "shadow", "no", "shadow=no: must be true or false"),
         (builders.policy_settings, "threshold", 1.01, "threshold=1.01: must be at most 1"),
         (builders.policy_settings, "model_thresholds", {"m": True}, "must be a number"),
-        (builders.front_settings, "grace_s", -1, "grace_s=-1: must be at least 0.001"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_in_one_line(
@@ -84,6 +83,6 @@ def test_a_threshold_is_the_keys_or_the_models_or_the_general_one() -> None:
 
 
 def test_a_front_needs_no_torch() -> None:
-    modules = "client, guarding, settings, supervisor"
+    modules = "client, guarding, running, settings"
     code = f"import sys; from mllm_protector.serving import {modules}; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -8,18 +8,20 @@ import tempfile
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.records import Outcome
+from mllm_protector.serving.child import Child
 from mllm_protector.serving.client import GuardClient
 from mllm_protector.serving.guarding import Guarded, GuardUnavailable
-from mllm_protector.serving.supervisor import Supervisor
+from mllm_protector.serving.running import model_worker
 from mllm_protector.serving.worker import HUNG
 from tests.serving.builders import guard_settings, queue_settings, restart_settings
 from tests.serving.stub_worker import COMMAND
@@ -37,26 +39,27 @@ def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @asynccontextmanager
-async def supervised(**changes: Any) -> AsyncIterator[tuple[Supervisor, GuardClient]]:
+async def supervised(**changes: Any) -> AsyncIterator[tuple[Child, GuardClient]]:
     settings = restart_settings(**changes)
     async with (
-        Supervisor(guard_settings(), queue_settings(deadline_s=60), settings, command=COMMAND) as supervisor,
-        connected(supervisor.path, deadline_s=60) as client,
+        model_worker(guard_settings(), queue_settings(deadline_s=60), settings, COMMAND) as (path, worker),
+        connected(path, deadline_s=60) as client,
     ):
-        yield supervisor, client
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        yield worker, client
 
 
-def supervisor_of(*code: str, **changes: Any) -> Supervisor:
-    """Of a worker that is a line of Python."""
+def worker_of(*code: str, **changes: Any) -> AbstractAsyncContextManager[tuple[Path, Child]]:
+    """A worker that is a line of Python."""
     command = (sys.executable, "-c", "; ".join(code))
-    return Supervisor(guard_settings(), queue_settings(), restart_settings(**changes), command=command)
+    return model_worker(guard_settings(), queue_settings(), restart_settings(**changes), command)
 
 
 def test_a_worker_that_is_killed_under_load_lets_nothing_pass_and_is_soon_back() -> None:
     async def test() -> None:
-        async with supervised() as (supervisor, client):
+        async with supervised() as (worker, client):
             assert (await client.guard("q", "an answer")).outcome == Outcome.ALLOWED
-            pid = supervisor.pid
+            pid = worker.pid
             assert pid is not None
             load = [asyncio.create_task(client.guard("q", f"slow {HARMFUL} {n}")) for n in range(64)]
             await asyncio.sleep(0.5)
@@ -72,33 +75,33 @@ def test_a_worker_that_is_killed_under_load_lets_nothing_pass_and_is_soon_back()
             results = await asyncio.gather(*(client.guard("q", f"an answer {n}") for n in range(20)))
             assert [each.text for each in results] == [f"an answer {n}" for n in range(20)]
             assert (await client.guard("q", HARMFUL)).outcome == Outcome.REWRITTEN
-            assert supervisor.restarts == 1
-            assert supervisor.pid not in (None, pid)
+            assert worker.restarts == 1
+            assert worker.pid not in (None, pid)
 
     asyncio.run(test())
 
 
 def test_a_text_that_kills_the_worker_kills_it_once() -> None:
     async def test() -> None:
-        async with supervised() as (supervisor, client):
+        async with supervised() as (worker, client):
             texts = ["an answer", "kill the worker", "another answer"]
             found = await asyncio.gather(*(client.guard("q", text) for text in texts), return_exceptions=True)
             assert [type(each) for each in found] == 3 * [GuardUnavailable]
             await until(lambda: client.ready)
             assert (await client.guard("q", "an answer")).outcome == Outcome.ALLOWED
-            assert supervisor.restarts == 1
+            assert worker.restarts == 1
 
     asyncio.run(test())
 
 
 def test_a_worker_that_hangs_is_ended_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
-        async with supervised(hang_s=1.5) as (supervisor, client):
+        async with supervised(hang_s=1.5) as (worker, client):
             with pytest.raises(GuardUnavailable, match="lost"):
                 await client.guard("q", "hang")
             await until(lambda: client.ready)
             assert (await client.guard("q", "an answer")).outcome == Outcome.ALLOWED
-            assert supervisor.restarts == 1
+            assert worker.restarts == 1
 
     asyncio.run(test())
     assert f"the model worker ended ({HUNG})" in caplog.text
@@ -106,8 +109,8 @@ def test_a_worker_that_hangs_is_ended_and_started_again(caplog: pytest.LogCaptur
 
 def test_sigterm_lets_the_worker_finish_and_end_with_0() -> None:
     async def test() -> None:
-        async with supervised(after_s=60, at_most_s=60) as (supervisor, client):
-            process = supervisor._process
+        async with supervised(after_s=60, at_most_s=60) as (worker, client):
+            process = worker._process
             assert process is not None
             under_way = asyncio.create_task(client.guard("q", "a slow answer"))
             await until(lambda: client.state.get("busy_seconds", 0) > 0)
@@ -124,15 +127,14 @@ def test_sigterm_lets_the_worker_finish_and_end_with_0() -> None:
 
 def test_the_worker_ends_with_its_supervisor_and_leaves_nothing_behind(own_folder: Path) -> None:
     async def test() -> Guarded:
-        async with supervised() as (supervisor, client):
-            assert stat.S_IMODE(supervisor.path.parent.stat().st_mode) == 0o700
-            process = supervisor._process
+        async with supervised() as (worker, client):
+            process = worker._process
             assert process is not None
             under_way = asyncio.create_task(client.guard("q", "a slow answer"))
             await asyncio.sleep(0.3)
-            await supervisor.__aexit__()
+            await worker.stop()
             assert process.returncode == 0
-            assert supervisor.pid is None
+            assert worker.pid is None
             return await under_way
 
     assert asyncio.run(test()).outcome == Outcome.ALLOWED
@@ -159,21 +161,21 @@ def test_a_worker_whose_supervisor_was_killed_ends_by_itself(own_folder: Path) -
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_no_loop(own_folder: Path) -> None:
-    async def start(supervisor: Supervisor) -> None:
-        async with supervisor:
+    async def start(worker: AbstractAsyncContextManager[Any]) -> None:
+        async with worker:
             pytest.fail("it started")
 
     settings = queue_settings(), restart_settings()
-    missing = Supervisor(guard_settings(detector="missing"), *settings, command=COMMAND)
-    silent = supervisor_of("import time", "time.sleep(100)", start_s=0.5)
-    for supervisor, words in (
+    missing = model_worker(guard_settings(detector="missing"), *settings, COMMAND)
+    silent = worker_of("import time", "time.sleep(100)", start_s=0.5)
+    for worker, words in (
         (missing, "exit code 2 before it was ready"),
-        (supervisor_of("print('hello')"), "exit code 0 before it was ready"),
+        (worker_of("print('hello')"), "exit code 0 before it was ready"),
         (silent, "not ready within start_s=0.5"),
     ):
         with pytest.raises(RunError, match=words):
-            asyncio.run(start(supervisor))
-        assert supervisor.pid is None
+            asyncio.run(start(worker))
+    assert not psutil.Process().children()
     assert not [*own_folder.iterdir()]
 
 
@@ -183,7 +185,7 @@ def test_a_path_too_long_for_a_socket_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(tempfile, "tempdir", str(deep))
 
     async def start() -> None:
-        async with supervisor_of("pass"):
+        async with worker_of("pass"):
             pytest.fail("it started")
 
     with pytest.raises(InputError, match="set TMPDIR to a shorter path"):
@@ -193,8 +195,8 @@ def test_a_path_too_long_for_a_socket_is_named(monkeypatch: pytest.MonkeyPatch, 
 def test_waits_between_restarts_grow(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         code = ("print('ready', flush=True)", "import time", "time.sleep(0.05)", "exit(3)")
-        async with supervisor_of(*code, after_s=0.1, at_most_s=60) as supervisor:
-            await until(lambda: supervisor.restarts == 3)
+        async with worker_of(*code, after_s=0.1, at_most_s=60) as (_, worker):
+            await until(lambda: worker.restarts == 3)
 
     asyncio.run(test())
     for seconds in (0.1, 0.2, 0.4):
@@ -209,14 +211,14 @@ def test_a_system_that_cannot_start_a_process_now_is_asked_again(own_folder: Pat
     settings = guard_settings(), queue_settings(), restart_settings()
 
     async def test() -> None:
-        async with Supervisor(*settings, command=command) as supervisor:
+        async with model_worker(*settings, command) as (_, worker):
             python.unlink()
-            assert supervisor.pid is not None
-            os.kill(supervisor.pid, signal.SIGKILL)
-            await until(lambda: supervisor.restarts == 2)
-            assert supervisor.pid is None
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            await until(lambda: worker.restarts == 2)
+            assert worker.pid is None
             python.symlink_to(sys.executable)
-            await until(lambda: supervisor.pid is not None)
+            await until(lambda: worker.pid is not None)
 
     asyncio.run(test())
 
@@ -229,7 +231,7 @@ def test_the_worker_counts_its_batches_and_how_often_it_was_started_again() -> N
     restarts, rows = "mllm_protector_model_worker_restarts_total", "mllm_protector_batch_rows_sum"
 
     async def test() -> None:
-        async with supervised() as (supervisor, client):
+        async with supervised() as (worker, client):
             assert value(client, restarts) == 0
             await asyncio.gather(*(client.guard("q", f"an answer {n}") for n in range(5)))
             await client.guard("q", HARMFUL)
@@ -238,9 +240,9 @@ def test_the_worker_counts_its_batches_and_how_often_it_was_started_again() -> N
             assert value(client, 'mllm_protector_queue_length{queue="scoring"}') == 0
             for name in ("batch_seconds", "queue_wait_seconds"):
                 assert value(client, f'mllm_protector_{name}_sum{{queue="scoring"}}') > 0, name
-            assert supervisor.pid is not None
-            os.kill(supervisor.pid, signal.SIGKILL)
-            await until(lambda: supervisor.restarts == 1 and client.ready)
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            await until(lambda: worker.restarts == 1 and client.ready)
             assert value(client, restarts) == 1
 
     asyncio.run(test())

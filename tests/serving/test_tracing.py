@@ -11,6 +11,7 @@ from mllm_protector.serving import tracing
 from mllm_protector.serving.proxy import Front
 from mllm_protector.serving.tracing import Tracing
 from tests.serving.fakes import HTTP, Said, Upstream, WordGuard, completion, message, serving, stream
+from tests.serving.processes import until
 from tests.serving.test_proxy import CANARY, QUESTION, saying, to
 
 pytest.importorskip("opentelemetry.sdk")
@@ -77,6 +78,7 @@ def test_a_stream_has_the_same_spans_and_concurrent_requests_keep_apart() -> Non
     with traced(stream(chunk, b"data: [DONE]\n\n")) as on:
         with ThreadPoolExecutor(8) as threads:
             [*threads.map(lambda each: each.ask(stream=True), 8 * [on])]
+        until(lambda: len(on.exporter.get_finished_spans()) >= 24)  # a client is answered before they end
         spans = on.exporter.get_finished_spans()
         assert len(spans) == 24
         assert len({span.context.trace_id for span in spans}) == 8

@@ -8,6 +8,7 @@ from mllm_protector.data import toy
 from mllm_protector.data.toy_answers import is_harmful
 from mllm_protector.errors import InputError
 from mllm_protector.training import toy_mllm as module
+from mllm_protector.training import toy_training
 from mllm_protector.training.toy_mllm import NOTE, toy_mllm
 
 SETTINGS: dict[str, Any] = {
@@ -37,7 +38,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("it was trained again")
 
     monkeypatch.setattr(module, "mllm_turns", lambda: toy.mllm_turns()[::80])
-    monkeypatch.setattr(module, "_train", refuse)
+    monkeypatch.setattr(toy_training, "train", refuse)
 
 
 @pytest.mark.usefixtures("no_training")
@@ -57,7 +58,7 @@ def test_a_folder_of_other_settings_is_refused(made: Path) -> None:
 def test_a_toy_of_other_words_is_trained_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = []
     monkeypatch.setattr(module, "mllm_turns", lambda: toy.mllm_turns()[::70])
-    monkeypatch.setattr(module, "_train", lambda folder, *_, **__: trained.append(folder))
+    monkeypatch.setattr(toy_training, "train", lambda folder, *_, **__: trained.append(folder))
     for _ in range(2):
         toy_mllm(folder=str(made), **SETTINGS)
     assert trained == [made]

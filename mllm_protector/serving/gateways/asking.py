@@ -100,7 +100,7 @@ def texts_of(value: Any, name: str) -> list[str]:
     """A list of texts; ``None`` is an empty one.
 
     Raises:
-        ApiError: it is none.
+        ApiError: it is not a list of texts.
     """
     texts = [] if value is None else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -112,7 +112,7 @@ def model_of(body: dict[str, Any]) -> str:
     """The name of the model that answered, empty where it is not given.
 
     Raises:
-        ApiError: it is no text.
+        ApiError: it is not a text.
     """
     model = body.get("model")
     if model is not None and not isinstance(model, str):

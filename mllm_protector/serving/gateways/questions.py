@@ -22,7 +22,7 @@ class Questions:
         characters: int = 16_000_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Keep each question for ``seconds``, at most ``most`` of together so many ``characters``."""
+        """Keep each question for ``seconds``; at most ``most`` questions of ``characters`` together."""
         self._seconds = seconds
         self._most = most
         self._characters = characters

@@ -1,7 +1,10 @@
-"""Streamed answers that are released behind a judged prefix (``window``).
+"""Streamed answers that are judged: held until the end (``buffer``), or released piece by piece (``window``).
 
-Each choice is judged on its own, one prefix at a time, while the upstream is read on; what arrives meanwhile
-is in the next prefix. So a guard that is slow makes the steps longer, and never lets anything pass. What is
+While an answer is held nothing is sent for a while, so that the upstream's errors and the verdict can still
+be said in status and headers. Then comments keep the connection open, and the header says ``pending``.
+
+In windows each choice is judged on its own, one prefix at a time, while the upstream is read on; what arrives
+meanwhile is in the next prefix. So a slow guard makes the steps longer, and never lets anything pass. What is
 read ahead is bounded as a held answer is (``limits.answer_mb``).
 
 Released in pieces are texts alone. Tool calls and log probabilities wait for the verdict on the whole answer.
@@ -22,16 +25,13 @@ from mllm_protector.records import Outcome
 from mllm_protector.serving.api_errors import ApiError
 from mllm_protector.serving.assembly import some_chunks
 from mllm_protector.serving.chat import ChatRequest
-from mllm_protector.serving.choices import COMPLETION_FIELDS, TEXT_FIELDS, replaced
+from mllm_protector.serving.choices import TEXT_FIELDS
 from mllm_protector.serving.guarding import Guarded
 from mllm_protector.serving.judging import SHOWN, Case, Judged, guard_failed, judge, verdict
 from mllm_protector.serving.sending import OUTCOME, PENDING, Sender
 from mllm_protector.serving.sse import DONE, frame
 from mllm_protector.serving.state import State
 from mllm_protector.serving.streaming import Held, choices_of, read, released
-
-BREAK = "\n\n"
-"""Between words that are out and the refusal behind them."""
 
 
 class Piece(NamedTuple):
@@ -59,7 +59,7 @@ class Growing:
     judging: asyncio.Task[None] | None = None
 
 
-async def windowed(
+async def guarded_stream(
     state: State,
     request: ChatRequest,
     headers: Mapping[str, str],
@@ -67,9 +67,20 @@ async def windowed(
     sender: Sender,
     decimals: int | None,
 ) -> None:
-    """Release an answer piece by piece, as far as the guard lets it; parameters and errors as ``buffered``.
+    """Release an answer as far as the guard lets it.
 
-    In shadow mode every event passes at once, and is counted as not judged.
+    With ``window``, shadow mode passes every event at once and counts it as not judged.
+
+    Args:
+        state: of the front.
+        request: what was asked.
+        headers: of the client.
+        case: how the answer is judged.
+        sender: the way to the client.
+        decimals: of the scores that the client asked to see; ``None`` if it did not ask.
+
+    Raises:
+        ApiError: the upstream or the guard failed.
     """
     started, first = time.perf_counter(), True
     stream = _Stream(state, case, request.choices, decimals)
@@ -108,6 +119,8 @@ class _Stream:
         self._case = case
         self._wanted = wanted
         self._decimals = decimals
+        # Half of a JSON answer is useless.
+        self._in_windows = self._policy.streaming == "window" and not case.structured
         self._choices: dict[int, Growing] = {}
         self._ended: asyncio.Future[Held | ApiError] = asyncio.get_running_loop().create_future()
 
@@ -138,6 +151,8 @@ class _Stream:
 
     def _grown(self, held: Held, raw: bytes) -> None:
         """Begin the verdicts that are due, now that an event was added."""
+        if not self._in_windows:
+            return
         if self._policy.shadow:
             given = {**held.headers, OUTCOME: f"shadow-{PENDING}"}
             self.out.put_nowait(Piece(raw, given, unscanned=True))
@@ -191,6 +206,10 @@ class _Stream:
         """Judge the whole, and release what is left."""
         judged = await self._state.judged(self._judged(held))
         if judged.shadow and held.assembly is not None:
+            if not self._in_windows:
+                unjudged = any(each.outcome is Outcome.GUARD_ERROR for each in judged.verdicts)
+                given = {**held.headers, OUTCOME: judged.header}
+                self.out.put_nowait(Piece(bytes(held.raw), given, unjudged))
             return
         begun = {index for index, choice in self._choices.items() if choice.shown}
         judged = replace(judged, content={**judged.content, "choices": self._left(judged)})
@@ -203,18 +222,16 @@ class _Stream:
 
     async def _judged(self, held: Held) -> Judged:
         """All that the client gets to see, with what is out already."""
-        raw = choices_of(self._state, held)
-        parts = await asyncio.gather(*(self._last(held, choice) for choice in raw))
-        top = {name: held.completion[name] for name in COMPLETION_FIELDS if name in held.completion}
-        return Judged(
-            content=held.completion
-            if self._policy.shadow
-            else {**top, "choices": [each for each, _ in parts]},
-            verdicts=[made for _, made in parts],
-            cases=[self._case] * len(raw),
-            raw=raw,
-            shadow=self._policy.shadow,
-        )
+        raw, known = choices_of(self._state, held), self._choices.items()
+        shown = {index: each.shown.get("content", "") for index, each in known if each.windows.shown}
+        cut = {index: each.cut for index, each in known if each.cut is not None}
+        guard, policy = self._state.guard, self._policy
+        judged = await judge(held.completion, raw, self._case, guard, policy, shown=shown, cut=cut)
+        for choice, made in zip(raw, judged.verdicts, strict=True):
+            late = choice.get("index", 0) in shown.keys() - cut.keys()
+            if late and made.outcome is not Outcome.ALLOWED:
+                self._count(made)
+        return judged
 
     def _left(self, judged: Judged) -> list[dict[str, Any]]:
         """The choices without the words that are out."""
@@ -226,24 +243,6 @@ class _Stream:
                 message = {**message, **_behind(message, known.shown)}
             choices.append({**choice, "message": message})
         return choices
-
-    async def _last(self, held: Held, choice: dict[str, Any]) -> tuple[dict[str, Any], Guarded]:
-        """A choice as the client sees it in the end, and the verdict on all of it."""
-        known = self._choices.get(choice.get("index", 0), Growing(Windows(tokens=1, hits=1)))
-        begun = known.windows.shown > 0
-        policy = replace(self._policy, on_flag="refuse") if begun else self._policy
-        if known.cut is not None:
-            made = known.cut
-            end = replaced(choice, made.text, policy.refused_finish_reason, structured=False)
-        else:
-            judged = await judge(held.completion, [choice], self._case, self._state.guard, policy)
-            [made], end = judged.verdicts, judged.content["choices"][0]
-            if begun and made.outcome is not Outcome.ALLOWED:
-                self._count(made)
-        if begun and not policy.shadow and made.outcome is not Outcome.ALLOWED:
-            words = known.shown.get("content", "") + BREAK + end["message"]["content"]
-            end = {**end, "message": {**end["message"], "content": words}}
-        return end, made
 
 
 def _behind(texts: Mapping[str, Any], shown: Mapping[str, str]) -> dict[str, str]:
