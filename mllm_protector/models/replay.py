@@ -83,7 +83,7 @@ class Replay:
                 self._by_words.setdefault(words, []).append(place)
         self._fitting: dict[tuple[str | None, str, Variant, bool], list[int]] = {}
         self._asked: set[int] = set()
-        weakref.finalize(self, _report_unasked, self._path.name, self._asked, len(self._stored))
+        self._reports = False
 
     def generate(self, questions: Sequence[Asked]) -> list[str | Failure]:
         """The stored answer to each question, or that there is none.
@@ -92,6 +92,9 @@ class Replay:
             InputError: not a list of questions, several different answers fit one, or its answer depends on
                 an image of which the file does not say the variant.
         """
+        if not self._reports:  # of a run that asks nothing there is nothing to say
+            weakref.finalize(self, _report_unasked, self._path.name, self._asked, len(self._stored))
+            self._reports = True
         return [self._answer(question) for question in as_questions(questions)]
 
     @property

@@ -319,6 +319,16 @@ def test_answers_that_no_question_asked_for_are_counted(
     assert "3 of its 5 answers fit no question" in caplog.text
 
 
+def test_a_run_that_asks_nothing_says_nothing_about_answers_that_fit_no_question(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    replay = Replay(path=jsonl(tmp_path, {"id": "a", "answer": "x"}))
+    del replay
+    gc.collect()
+    assert "fit no question" not in caplog.text
+
+
 def test_many_rows_and_a_huge_answer_are_read_in_linear_time(tmp_path: Path) -> None:
     count, huge = 30_000, "x" * 10_000_000
     rows: list[dict[str, Any]] = [
