@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from mllm_protector.calls import check_call
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokens import choose_pad_id
-from mllm_protector.calls import check_call
 from mllm_protector.errors import InputError
 from mllm_protector.models.backbone import Backbone, inference
 from mllm_protector.models.detector import HarmDetector, load_detector
@@ -188,5 +188,5 @@ def test_without_bitsandbytes_one_line_says_what_to_install(
 
 def test_a_quantisation_that_is_none_of_ours_is_refused():
     for quantization in ("4", "int8", "8 bit", "", 4):
-        with pytest.raises(InputError, match="quantization=.*: must be '8bit' or '4bit' or null"):
+        with pytest.raises(InputError, match=r"quantization=.*: must be '8bit' or '4bit' or null"):
             check_call("backbone", Backbone, {"name": "anything", "quantization": quantization})
