@@ -62,8 +62,8 @@ class Translator:
         gone = [reply.reason for reply in replies if isinstance(reply, Failure) and reply.unreachable]
         if replies and len(gone) == len(replies):
             raise RunError(
-                f"translator: cannot be reached ({gone[0]}); finished rows are kept: start its server, then the"
-                " same command again"
+                f"translator: cannot be reached ({gone[0]}); finished rows are kept: start its server, then"
+                " the same command again"
             )
         return [
             {FAILED: reply.reason}
