@@ -30,7 +30,7 @@ from mllm_protector.evaluation.store import Store
 from mllm_protector.evaluation.summary import measure
 from mllm_protector.files import file_digest, write_json, write_text
 from mllm_protector.protocols import Benchmark
-from mllm_protector.records import LoadedBenchmark
+from mllm_protector.records import LoadedBenchmark, Status
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -107,19 +107,25 @@ class Evaluation:
             RunError: more than ``max_unjudged`` has no verdict.
         """
         unjudged, answers = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+        failed = Counter[tuple[str, str, str]]()
         for row in self.result["measurements"]:
             key = row["benchmark"], row["judge"], row["arm"]
             if row["group"] == ALL and row["variant"] != IMAGES:
                 unjudged[key] += row["value"] if row["metric"] == "unjudged" else 0
                 answers[key] += row["n"] if row["metric"] == "asr_bounds" else 0
+                failed[key] += row["value"] if row["metric"] == Status.GUARD_ERROR else 0
         for (benchmark, judge, arm), count in unjudged.items():
             total = answers[benchmark, judge, arm]
             if count > self.max_unjudged * total:
                 raise RunError(
                     f"{benchmark}: the judge {judge} left {count:,} of {total:,} answers of the arm {arm}"
-                    f" unjudged, more than max_unjudged={self.max_unjudged}; everything is written, and the"
-                    " same command tries those again"
+                    f" unjudged{_blame(failed[benchmark, judge, arm])}, more than max_unjudged="
+                    f"{self.max_unjudged}; everything is written, and the same command tries those again"
                 )
+
+
+def _blame(failed: float) -> str:
+    return f" ({failed:,} because the guard failed)" if failed else ""
 
 
 def stores(cache: Path, process: int = 0) -> Tables:

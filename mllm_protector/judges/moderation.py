@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from openai import APIConnectionError, APIStatusError, OpenAI, OpenAIError
+from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI, OpenAIError
 from openai.types import Moderation
 
 from mllm_protector.arguments import require_threshold
@@ -14,6 +14,8 @@ from mllm_protector.models.connections import checked_address, key_from, public
 from mllm_protector.protocols import Card, Cost
 from mllm_protector.ranges import Amount, Count, Share
 from mllm_protector.records import Answer, Question, Status, Verdict
+
+UNREACHABLE = "nobody answers"
 
 
 class ModerationJudge:
@@ -61,7 +63,7 @@ class ModerationJudge:
 
         Raises:
             InputError: the endpoint refuses the key, the model or the address.
-            RunError: no credit is left.
+            RunError: no credit is left, or nobody answers at all.
         """
         key = key_from(self._key_env, self._host)  # read when it is needed, and never kept
         with (
@@ -73,7 +75,13 @@ class ModerationJudge:
             ) as client,
             ThreadPoolExecutor(self._concurrency) as pool,
         ):
-            return list(pool.map(partial(self._verdict, client), questions, answers))
+            verdicts = list(pool.map(partial(self._verdict, client), questions, answers))
+        sent = [verdict for verdict in verdicts if verdict.status != Status.EMPTY]
+        if sent and all(verdict.reason == UNREACHABLE for verdict in sent):
+            raise RunError(
+                f"{self._address}: {UNREACHABLE}; finished rows are kept, start the same command again"
+            )
+        return verdicts
 
     def cost(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Cost:
         """A request for each answer that is not empty; a token is four characters."""
@@ -110,8 +118,10 @@ class ModerationJudge:
                 problem = f"model={self.model}: {self._address} {FATAL[error.status_code]}"
                 raise (RunError if error.status_code == 402 else InputError)(problem) from None
             status, reason = Status.JUDGE_ERROR, f"the endpoint failed (HTTP {error.status_code})"
-        except APIConnectionError as error:
-            status, reason = Status.JUDGE_ERROR, f"no reply ({type(error).__name__})"
+        except APITimeoutError:
+            status, reason = Status.JUDGE_ERROR, "no reply in time"
+        except APIConnectionError:
+            status, reason = Status.JUDGE_ERROR, UNREACHABLE
         except (OpenAIError, ValueError, AttributeError, IndexError, TypeError) as error:
             status, reason = Status.JUDGE_ERROR, f"the reply is no moderation ({type(error).__name__})"
         return Verdict(id=answer.id, status=status, reason=reason)

@@ -1,6 +1,8 @@
 """The verdicts of another guard or judge, from a file: found by the words of question and answer."""
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,12 @@ class ReplayedVerdicts:
 
     def _parse(self, row: Mapping[str, Any]) -> tuple[str, bool]:
         key = content_key(text_field(row, "question"), text_field(row, "answer", allow_empty=True))
-        if row.get("score") is None:
+        given = row.get("score")
+        if given is None or given == "":
             return key, flag_field(row, "harmful")
-        score = float(row["score"])
+        score = math.nan
+        with suppress(TypeError, ValueError):
+            score = float(given)
         if not 0 <= score <= 1:
             raise ValueError("field 'score' must be a number from 0 to 1")
         return key, score >= self._threshold

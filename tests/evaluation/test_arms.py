@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation import models as module
 from mllm_protector.evaluation.arms import DetectorArm, JudgeArm, SafetyPrompt
 from mllm_protector.judges.moderation import ModerationJudge
@@ -181,6 +181,9 @@ def test_its_rewrites_are_the_detoxifiers_and_are_judged_too(
 def test_an_answer_without_a_verdict_is_not_shown(run: Run, tmp_path: Path) -> None:
     arms = {"llama_guard": JudgeArm(judge=lambda: Strict(nonsense="recipe"))}
     run(arms=arms, max_unjudged=1.0)
+    failing = {"llama_guard": JudgeArm(judge=lambda: Strict(nonsense="bad thing", name="failing"))}
+    with pytest.raises(RunError, match=r"arm llama_guard unjudged \(6 because the guard failed\), more"):
+        run(arms=failing, output_dir=str(tmp_path / "failing"))
     rows = [row for row in results(tmp_path / "out") if row["arm"] == "llama_guard"]
     unread = [row for row in rows if row["raw"] and "recipe" in row["raw"]]
     assert len(unread) == len(HARMLESS)
@@ -236,9 +239,13 @@ def test_verdicts_of_a_file_are_found_by_the_words(tmp_path: Path) -> None:
         Status.JUDGE_ERROR,
     ]
     assert judged(ReplayedVerdicts(path=str(path), threshold=0.3), rows)[1] == Status.HARMFUL
-    path.write_text(json.dumps(lines[1] | {"score": 1.5}) + "\n")
-    with pytest.raises(InputError, match=r"verdicts\.jsonl:1: field 'score' must be"):
-        ReplayedVerdicts(path=str(path))
+    for score in (1.5, "high", float("nan")):
+        path.write_text(json.dumps(lines[1] | {"score": score}) + "\n")
+        with pytest.raises(InputError, match=r"verdicts\.jsonl:1: (field 'score' must be|NaN is not JSON)"):
+            ReplayedVerdicts(path=str(path))
+    table = tmp_path / "verdicts.csv"
+    table.write_text(f"question,answer,harmful,score\n{rows[0][0].text},answer 0,true,\n")
+    assert judged(ReplayedVerdicts(path=str(table)), rows)[0] == Status.HARMFUL
 
 
 def moderation(flagged: Any, score: float) -> Reply:
@@ -262,6 +269,11 @@ def test_a_moderation_endpoint_is_read_strictly() -> None:
         empty = [(QUESTIONS[0], replace(pairs()[0][1], text=" "))]
         assert judged(endpoint(server), empty) == [Status.EMPTY]
         assert server.count == 6
+        questions, answers = zip(*pairs(), *empty, strict=True)
+        assert endpoint(server).cost(questions, answers).calls == 3
+        gone = endpoint(server)
+    with pytest.raises(RunError, match="nobody answers; finished rows are kept"):
+        judged(gone, pairs())
 
 
 def test_a_moderation_endpoint_that_refuses_the_key_stops_the_run() -> None:

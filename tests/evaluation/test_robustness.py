@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mllm_protector.errors import InputError
+from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation import robustness as module
 from mllm_protector.evaluation.robustness import AS_WRITTEN, DECIPHERED, eval_robustness
 from mllm_protector.models.detector import HarmDetector, load_detector
@@ -181,6 +181,17 @@ def test_a_translation_is_a_transformation_and_is_asked_for_once(
     assert Shouting.asked == 60
     measure(case_sensitive, translator=Shouting, transformations=["lower_case"])
     assert Shouting.asked == 60 + 2 * declined  # failures are tried again
+
+
+def test_a_translator_that_nobody_runs_stops_the_measurement(measure: Callable[..., dict[str, Any]]) -> None:
+    class Gone(Shouting):
+        def complete(
+            self, conversations: Sequence[Sequence[Mapping[str, Any]]], *, max_tokens: int
+        ) -> list[str | Failure]:
+            return [Failure(reason="nobody answers", unreachable=True) for _ in conversations]
+
+    with pytest.raises(RunError, match=r"^translator: cannot be reached \(nobody answers\)"):
+        measure(case_sensitive, translator=Gone, transformations=["leet"])
 
 
 def test_data_of_one_kind_are_refused(measure: Callable[..., dict[str, Any]]) -> None:
