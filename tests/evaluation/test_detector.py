@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
-from mllm_protector.config import CONFIGS, build, clear_errors
+from mllm_protector.config import CONFIGS, build, clear_errors, recorded_data
 from mllm_protector.data.mixture import Mixture
 from mllm_protector.data.sources import Pairs
 from mllm_protector.data.splits import Splits, make_splits
@@ -98,7 +98,9 @@ def noisy(query: str, answer: str) -> float:
 def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     monkeypatch.setattr(detection, "RESAMPLES", 200)
 
-    def run(rule: Callable[[str, str], float] = noisy, data: Any = None, **given: Any) -> dict[str, Any]:
+    def run(
+        rule: Callable[[str, str], float] = noisy, data: Any = None, pages: bool = False, **given: Any
+    ) -> dict[str, Any]:
         changes = {"data": own(TRAINED)} | given.pop("guard", {})
         monkeypatch.setattr(module, "load_detector", lambda *_, **__: scorer(rule, **changes))
         arguments: dict[str, Any] = {
@@ -114,7 +116,8 @@ def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., di
             "seed": 0,
         }
         measured = eval_detector(**arguments | given)
-        report(measured)
+        if pages:  # drawing them takes half of the time
+            report(measured)
         return measured[0].metrics
 
     return run
@@ -167,7 +170,7 @@ def test_the_figures_are_scikit_learns_on_the_written_scores(measure: Measure, t
 def test_the_ends_of_the_scale(
     measure: Measure, rule: Callable[[str, str], float], auroc: float, in_order: float
 ) -> None:
-    metrics = measure(rule)
+    metrics = measure(rule, pages=True)
     assert of(metrics).value("auroc") == auroc
     assert of(metrics).value("pairwise_accuracy") == in_order
     # no spread is seen there, and still there is doubt
@@ -186,7 +189,7 @@ def test_the_temperature_changes_calibration_and_not_the_order(measure: Measure)
 
 
 def test_an_offset_moves_the_level_and_not_the_order(measure: Measure, tmp_path: Path) -> None:
-    one, other = (measure(guard={"offset": value, "threshold": 0.5}) for value in (0.0, 3.0))
+    one, other = (measure(pages=True, guard={"offset": value, "threshold": 0.5}) for value in (0.0, 3.0))
     assert of(one, BEFORE).value("ece") == of(other, BEFORE).value("ece")
     assert (one["offset"], other["offset"]) == (0.0, 3.0)
     assert other["detector"]["offset"] == 3.0
@@ -198,7 +201,7 @@ def test_an_offset_moves_the_level_and_not_the_order(measure: Measure, tmp_path:
 
 def test_the_same_run_gives_the_same_bytes(measure: Measure, tmp_path: Path) -> None:
     def content() -> list[bytes]:
-        measure()
+        measure(pages=True)
         return [path.read_bytes() for path in sorted((tmp_path / "out").iterdir())]
 
     assert content() == content()
@@ -247,9 +250,9 @@ def test_where_the_training_data_cannot_be_read_one_line_says_why(measure: Measu
     folder, path = tmp_path / "detector", tmp_path / "pairs.jsonl"
     known = trained_with(path, folder)
 
-    def note(content: Any = None) -> str:
+    def note(content: str | None = None) -> str:
         if content is not None:
-            (folder / "config.yaml").write_text(content if isinstance(content, str) else json.dumps(content))
+            (folder / "config.yaml").write_text(content)
         metrics = measure(data=FOREIGN, detector=str(folder), guard={"data": known})
         assert [*metrics["baselines"]] == ["in_domain_baseline"]
         [said] = metrics["notes"]
@@ -261,11 +264,19 @@ def test_where_the_training_data_cannot_be_read_one_line_says_why(measure: Measu
     assert "has changed since" in note()
     path.unlink()
     assert "pairs.jsonl" in note()
-    for content in ("data: [", "seed: 3", "data: x", "- a", {"data": {"path": "x"}}):
-        assert "names no data" in note(content), content
-    assert "not a source of data" in note({"data": {"_target_": "os.getcwd"}})
-    assert "not a source of data" in note({"data": {"_target_": "mllm_protector.models.mllm.Nope"}})
-    assert "not a constructor" in note({"data": {"_target_": "mllm_protector.data.sources.Nope"}})
+    assert "names no data" in note("data: [")
+    for content, words in (
+        ("seed: 3", "names no data"),
+        ("data: x", "names no data"),
+        ("- a", "names no data"),
+        ("data: {path: x}", "names no data"),
+        ("data: {_target_: os.getcwd}", "not a source of data"),
+        ("data: {_target_: mllm_protector.models.mllm.Nope}", "not a source of data"),
+        ("data: {_target_: mllm_protector.data.sources.Nope}", "not a constructor"),
+    ):
+        (folder / "config.yaml").write_text(content)
+        with pytest.raises(InputError, match=words):
+            recorded_data(folder, None)
     (folder / "config.yaml").unlink()
     assert "config.yaml: no such file" in note()
 
@@ -310,7 +321,7 @@ def test_groups_have_metrics_of_their_own(measure: Measure, tmp_path: Path) -> N
     path = tmp_path / "groups.jsonl"
     named = [{"query": f"Question {n}", "group": "even" if n % 2 == 0 else "odd"} for n in range(40, 60)]
     write_jsonl(path, named)
-    metrics = measure(harmful, group_file=str(path))
+    metrics = measure(harmful, group_file=str(path), pages=True)
     for group in ("(no group)", "even", "odd"):
         found = of(metrics, group=group)
         assert (found.one("accuracy")["n"], found.value("recall"), found.value("auroc")) == (20, 1.0, 1.0)
@@ -329,11 +340,11 @@ def test_what_the_detector_has_seen_is_said(measure: Measure) -> None:
 
 
 def test_texts_are_written_only_on_request(measure: Measure, tmp_path: Path) -> None:
-    measure()
+    measure(pages=True)
     quiet = "".join(path.read_text() for path in (tmp_path / "out").iterdir())
     assert "forbidden thing" not in quiet
     assert "question 41" not in quiet
-    measure(save_texts=True)
+    measure(save_texts=True, pages=True)
     assert "forbidden thing" in (tmp_path / "out" / "report.html").read_text()
     assert rows(tmp_path)[1]["answer"] == "sorry, but forbidden 40"
 
@@ -348,6 +359,7 @@ def test_hostile_texts_groups_and_names_are_only_text(measure: Measure, tmp_path
         save_texts=True,
         detector=HOSTILE,
         guard={"threshold_how": HOSTILE},
+        pages=True,
     )
     shown = (tmp_path / "out" / "report.html").read_text()
     assert "<script>alert" not in shown
@@ -360,7 +372,7 @@ def test_hostile_texts_groups_and_names_are_only_text(measure: Measure, tmp_path
 def test_every_page_names_both_baselines_and_says_whether_they_are_beaten(
     measure: Measure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measure(lambda q, a: -noisy(q, a))
+    measure(lambda q, a: -noisy(q, a), pages=True)
     pages = {name: (tmp_path / "out" / name).read_text() for name in ("report.html", "report.md")}
     pages = {name: html.unescape(page) for name, page in pages.items()} | {
         "terminal": " ".join(capsys.readouterr().out.split())
@@ -381,7 +393,9 @@ def test_where_no_baseline_can_be_taught_the_detector_is_measured_all_the_same(
     measure: Measure, tmp_path: Path
 ) -> None:
     one_query = [replace(pair, query="one") for pair in pairs(40, 30)]
-    metrics = measure(data=Given(pairs(0, 1), one_query, "other"), baseline_data=Given(pairs(0, 1), []))
+    metrics = measure(
+        data=Given(pairs(0, 1), one_query, "other"), baseline_data=Given(pairs(0, 1), []), pages=True
+    )
     assert metrics["baselines"] == {}
     assert [note.partition(":")[0] for note in metrics["notes"]] == ["No baseline", "No in-domain baseline"]
     shown = (tmp_path / "out" / "report.html").read_text()
@@ -467,7 +481,7 @@ def test_a_mistake_in_a_key_is_one_line(override: str, line: str, capsys: pytest
 def test_several_sets_are_one_table_beside_published_figures(measure: Measure, tmp_path: Path) -> None:
     harmless = [LabelledAnswer(query=f"calm {n}", answer=f"calm {n}", harmful=False) for n in range(30)]
     sets = {"beavertails_test": TRAINED, "safe_rlhf_mini": FOREIGN, "calm": Given(harmless, harmless)}
-    measure(data=Mixture(sources=sets, weights=None, duplicates="keep", seed=0), split="all")
+    measure(data=Mixture(sources=sets, weights=None, duplicates="keep", seed=0), split="all", pages=True)
     out = tmp_path / "out"
     found = json.loads((out / "metrics.json").read_text())
     assert list(found["sets"]) == list(sets)
