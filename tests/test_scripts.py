@@ -239,5 +239,6 @@ def test_two_processes_train_the_detector_of_one(home: Path, tmp_path: Path) -> 
     two = read(tmp_path / "outputs" / "detector" / "metrics.json")
     one = read(home / "outputs" / "detector" / "metrics.json")
     assert {name: two[name] for name in DETECTION_METRICS} == pytest.approx(
-        {name: one[name] for name in DETECTION_METRICS}, abs=1e-5
+        {name: one[name] for name in DETECTION_METRICS},
+        abs=1e-4,  # scores differ by rounding, so a few of 76,000 pairs may change places
     )
