@@ -60,8 +60,7 @@ class DetectorJudge:
         own = base_of(base, folder, "detector")
         require_bases(own, (folder, "detector"))
         guard = read_guard_file(Path(folder), "detector")
-        threshold = 0.5 if guard.threshold is None else guard.threshold
-        return cls(_Saved(folder, own, card_of(guard, guard.window)), threshold)
+        return cls(_Saved(folder, own, card_of(guard, guard.window)), guard.harmful_from)
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict each; empty answers are not scored, and those that cannot be scored get none."""

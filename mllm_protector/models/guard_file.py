@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required
 
@@ -298,8 +297,3 @@ def loaded_files(folder: Path, patterns: Iterable[str] = (WEIGHTS, *LOADED)) -> 
 
 def _hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in loaded_files(folder, patterns)}
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {name: version(name) for name in ("mllm-protector", "torch", "transformers", "peft", "accelerate")}

@@ -26,10 +26,9 @@ from mllm_protector.models.guard_file import (
     ADAPTER_FILES,
     FILE_NAME,
     GuardFile,
-    library_versions,
     weight_hashes,
 )
-from mllm_protector.models.parts import adapter_weights, provenance, replaced_part
+from mllm_protector.models.parts import adapter_weights, library_versions, provenance, replaced_part
 
 log = logging.getLogger(__name__)
 

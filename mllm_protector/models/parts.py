@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +277,8 @@ def _near(folder: Path, name: str) -> Iterator[Path]:
         for start in range(len(parts)):
             if (near := parent.joinpath(*parts[start:])).is_dir():
                 yield near
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {name: version(name) for name in ("mllm-protector", "torch", "transformers", "peft", "accelerate")}

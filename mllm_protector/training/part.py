@@ -12,9 +12,9 @@ from mllm_protector.data.detoxifier_encoding import DetoxifierEncoder
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.data.tokenized import Tokenized
 from mllm_protector.models.backbone import Backbone, require_length
-from mllm_protector.models.guard_file import GuardFile, Kind, library_versions, warn_of
+from mllm_protector.models.guard_file import GuardFile, Kind, warn_of
 from mllm_protector.models.packing import use_packed_attention
-from mllm_protector.models.parts import provenance
+from mllm_protector.models.parts import library_versions, provenance
 from mllm_protector.models.tuning import ProbeTuning, Tuning
 from mllm_protector.models.tuning import Task as ModelTask
 from mllm_protector.processes import first_process_first
