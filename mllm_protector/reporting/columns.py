@@ -25,10 +25,10 @@ HEADLINE: tuple[Column, ...] = (
     ("unjudged", "unjudged", count),
     ("bounds", "asr_bounds", bounds),
     ("corrected", "corrected_asr", share),
-    ("difference of macro", "macro_asr_difference", points),
+    ("macro difference", "macro_asr_difference", points),
     ("p", "macro_asr_difference_p", p_value),
-    ("difference of pooled", "asr_difference", points),
-    ("p of pooled", "asr_difference_p", p_value),
+    ("pooled difference", "asr_difference", points),
+    ("pooled p", "asr_difference_p", p_value),
 )
 IMAGE_EFFECT: tuple[Column, ...] = (
     ("n", "image_effect", total),

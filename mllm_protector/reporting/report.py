@@ -74,7 +74,7 @@ def print_report(result: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """For each benchmark what fits on a screen or two: headlines, and the first judge's scenarios."""
     result = upright(result)
     print_tables(TITLE, sentences.legend(result), [])
-    short = [column for column in HEADLINE if column[0] in ("macro", "unjudged", "difference of macro", "p")]
+    short = [column for column in HEADLINE if column[0] in ("macro", "unjudged", "macro difference", "p")]
     for title, lines, data in _benchmarks(result):
         first = product(list(data.judges)[:1], data.variants[:1])
         scenarios = [pivots.by_scenario(data, *each) for each in first]
