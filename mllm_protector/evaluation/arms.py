@@ -158,8 +158,8 @@ class SafetyPrompt:
         if self.mllm is not None:
             return self.mllm()
         given = mllm.keywords.get("system_prompt") if isinstance(mllm, partial) else None
-        make: Callable[..., MLLM] = mllm
-        return make(system_prompt="\n\n".join(filter(None, (self.sentence, given))))
+        ask_anew: Callable[..., MLLM] = mllm
+        return ask_anew(system_prompt="\n\n".join(filter(None, (self.sentence, given))))
 
     def items(self, items: Sequence[Item], mllm: dict[str, Any]) -> list[Item]:
         """The items as this arm asks them, of a model of this identity."""

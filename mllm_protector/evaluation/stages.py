@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm_protector.errors import RunError
 from mllm_protector.evaluation.items import Item
-from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
+from mllm_protector.evaluation.store import FAILED, Filled, Store, fill, require_reached
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.guard_model import Probe
@@ -195,12 +195,7 @@ def probes_of(judge: Judge) -> Sequence[Probe]:
 def _answers(mllm: MLLM, rows: Sequence[Asked]) -> list[Row]:
     questions = [question for question, _ in rows]
     texts = mllm.generate(questions)
-    gone = [text.reason for text in texts if isinstance(text, Failure) and text.unreachable]
-    if texts and len(gone) == len(texts):
-        raise RunError(
-            f"the MLLM cannot be reached ({gone[0]}); finished rows are kept: start its server, then the "
-            "same command again"
-        )
+    require_reached("the MLLM", texts)
     return [
         {"question": question.id}
         | ({FAILED: text.reason} if isinstance(text, Failure) else {"text": text})

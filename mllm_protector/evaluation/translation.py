@@ -4,8 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_protector.errors import RunError
-from mllm_protector.evaluation.store import FAILED, Store, fill
+from mllm_protector.evaluation.store import FAILED, Store, fill, require_reached
 from mllm_protector.files import content_key
 from mllm_protector.protocols import Chat
 from mllm_protector.records import Failure
@@ -59,12 +58,7 @@ class Translator:
             [{"role": "user", "content": PROMPT.format(language=self._language, text=text)}] for text in texts
         ]
         replies = self._chat.complete(conversations, max_tokens=MAX_TOKENS)
-        gone = [reply.reason for reply in replies if isinstance(reply, Failure) and reply.unreachable]
-        if replies and len(gone) == len(replies):
-            raise RunError(
-                f"translator: cannot be reached ({gone[0]}); finished rows are kept: start its server, then"
-                " the same command again"
-            )
+        require_reached("translator:", replies)
         return [
             {FAILED: reply.reason}
             if isinstance(reply, Failure)
