@@ -36,8 +36,10 @@ class Traced:
     def ask(self, stream: bool = False, **headers: str) -> None:
         HTTP.post(f"{self.url}/v1/chat/completions", json={**QUESTION, "stream": stream}, headers=headers)
 
-    def spans(self) -> dict[str, ReadableSpan]:
-        return {span.name: span for span in self.exporter.get_finished_spans()}
+    def spans(self, requests: int = 1) -> tuple[ReadableSpan, ...]:
+        """Those of so many requests, once all have ended: a client is answered before that."""
+        until(lambda: sum(span.kind is SpanKind.SERVER for span in self.exporter.get_finished_spans()) >= requests)
+        return self.exporter.get_finished_spans()
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def test_a_request_is_a_span_with_upstream_and_guard_inside_and_no_text() -> Non
         on.ask(traceparent=PARENT, tracestate="vendor=1", authorization=f"Bearer {CANARY}")
         HTTP.get(f"{on.url}/health")
         HTTP.get(f"{on.url}/state")
-        spans = on.spans()
+        spans = {span.name: span for span in on.spans()}
         assert spans.keys() == {"POST /v1/chat/completions", "upstream", "guard"}
         request = spans["POST /v1/chat/completions"]
         assert request.kind is SpanKind.SERVER
@@ -78,8 +80,7 @@ def test_a_stream_has_the_same_spans_and_concurrent_requests_keep_apart() -> Non
     with traced(stream(chunk, b"data: [DONE]\n\n")) as on:
         with ThreadPoolExecutor(8) as threads:
             [*threads.map(lambda each: each.ask(stream=True), 8 * [on])]
-        until(lambda: len(on.exporter.get_finished_spans()) >= 24)  # a client is answered before they end
-        spans = on.exporter.get_finished_spans()
+        spans = on.spans(requests=8)
         assert len(spans) == 24
         assert len({span.context.trace_id for span in spans}) == 8
         for trace in {span.context.trace_id for span in spans}:
@@ -90,7 +91,7 @@ def test_a_stream_has_the_same_spans_and_concurrent_requests_keep_apart() -> Non
 def test_a_failed_request_is_marked_but_its_words_are_not_recorded() -> None:
     with traced(Said([f"no JSON {CANARY}".encode()])) as on:
         on.ask()
-        spans = on.spans()
+        spans = {span.name: span for span in on.spans()}
         request = spans["POST /v1/chat/completions"]
         assert request.status.status_code is StatusCode.ERROR
         assert request.attributes["http.response.status_code"] == 502
