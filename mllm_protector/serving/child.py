@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import threading
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping, Sequence
@@ -121,7 +122,8 @@ class Child:
             self._ended(self._process.pid)
             if time.monotonic() - started > self._restart.at_most_s:
                 wait = self._restart.after_s
-            log.error("%s ended (%d); it starts again in %.1f s", self._name, code, wait)
+            why = f"{code}: it hung for {self._restart.hang_s:g} s" if code == HUNG else code
+            log.error("%s ended (%s); it starts again in %.1f s", self._name, why, wait)
             await asyncio.sleep(wait)
             wait = min(2 * wait, self._restart.at_most_s)
             self.restarts += 1
@@ -148,6 +150,9 @@ class Child:
 
 READY = b"ready\n"
 
+HUNG = 70
+"""The exit code of a process that ends itself because it hangs."""
+
 
 def parent_told() -> Callable[[], None]:
     """In a child: what tells the parent that it is ready. All that it prints goes to the standard error."""
@@ -159,3 +164,18 @@ def parent_told() -> Callable[[], None]:
         os.close(output)
 
     return tell
+
+
+def end_if_hung(loop: asyncio.AbstractEventLoop, hang_s: float) -> None:
+    """From now on this process ends when its event loop takes no turn for ``hang_s`` seconds."""
+
+    def watch() -> None:
+        while not loop.is_closed():
+            turned = threading.Event()
+            with suppress(RuntimeError):  # it was closed just now
+                loop.call_soon_threadsafe(turned.set)
+            if not turned.wait(hang_s) and not loop.is_closed():
+                os._exit(HUNG)  # without a word: what hangs may be the log
+            time.sleep(min(1.0, hang_s / 4))
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -18,10 +18,10 @@ from pydantic import TypeAdapter
 
 from mllm_protector.errors import InputError
 from mllm_protector.serving import logs
-from mllm_protector.serving.child import parent_told
+from mllm_protector.serving.child import end_if_hung, parent_told
 from mllm_protector.serving.client import GuardClient
 from mllm_protector.serving.proxy import Front
-from mllm_protector.serving.settings import MEGABYTE, FrontSettings, QueueSettings
+from mllm_protector.serving.settings import MEGABYTE, FrontSettings, QueueSettings, Seconds
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,13 @@ class Setup:
     Attributes:
         path: of the model worker's socket.
         queue: of the model worker.
+        hang_s: after so many seconds without a turn of its event loop it ends.
         settings: its own.
     """
 
     path: str
     queue: QueueSettings
+    hang_s: Seconds
     settings: FrontSettings
 
     @property
@@ -100,6 +102,7 @@ async def _run(listening: socket.socket, started: Callable[[], None]) -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     setup = SETUP.validate_json(await reader.readline())
     settings = setup.settings
+    end_if_hung(loop, setup.hang_s)
     async with GuardClient(setup.path, setup.queue, reconnect_s=settings.reconnect_s) as client:
         front = Front(settings, client)
         config = uvicorn.Config(

@@ -69,7 +69,7 @@ async def run(url: str, arguments: Arguments, reread: Callable[[], Arguments]) -
     _warn(settings, host)
     with bound(host, port) as listening:
         async with model_worker(arguments["guard"], queue, restart) as (path, _):
-            setup = Setup(path=str(path), queue=queue, settings=settings)
+            setup = Setup(path=str(path), queue=queue, hang_s=restart.hang_s, settings=settings)
             async with _fronts(arguments["fronts"], listening, setup, restart) as fronts:
                 loop.add_signal_handler(signal.SIGHUP, _reload, fronts, setup, arguments, reread)
                 log.info("http://%s:%d/v1 is guarded, which is %s", host, port, settings.upstream.url)

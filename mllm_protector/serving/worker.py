@@ -27,7 +27,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.guard.protector import Protector
 from mllm_protector.guard.rows import Row
 from mllm_protector.serving import logs
-from mllm_protector.serving.child import parent_told
+from mllm_protector.serving.child import HUNG, end_if_hung, parent_told
 from mllm_protector.serving.guard_queues import GuardQueues
 from mllm_protector.serving.loading import load
 from mllm_protector.serving.metrics import WorkerMetrics
@@ -35,10 +35,6 @@ from mllm_protector.serving.queueing import ExpiredError, FullError
 from mllm_protector.serving.settings import MEGABYTE, GuardSettings, QueueSettings
 
 log = logging.getLogger(__name__)
-
-HUNG = 70
-"""The exit code of a worker whose batch never ended."""
-
 
 LAST_WORDS = 2.0
 """Seconds that a client may take to read its last replies."""
@@ -227,6 +223,7 @@ async def _run(make: Callable[[], Worker], path: str, hang_s: float, started: Ca
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     threading.Thread(target=_until_alone, args=(loop, stop), daemon=True).start()
+    end_if_hung(loop, hang_s)
     worker = make()
     watching = asyncio.create_task(_watch(worker.queues, hang_s))
     try:

@@ -22,7 +22,6 @@ from mllm_protector.serving.child import Child
 from mllm_protector.serving.client import GuardClient
 from mllm_protector.serving.guarding import Guarded, GuardUnavailable
 from mllm_protector.serving.running import model_worker
-from mllm_protector.serving.worker import HUNG
 from tests.serving.builders import guard_settings, queue_settings, restart_settings
 from tests.serving.stub_worker import COMMAND
 from tests.serving.stubs import connected, socket_folder, until
@@ -31,8 +30,9 @@ HARMFUL = "placeholder of a harmful answer"
 
 
 @pytest.fixture(autouse=True)
-def own_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the sockets' folders are made."""
+    tmp_path_factory.getbasetemp()  # made now, so not in the folder that is removed again
     with socket_folder() as folder:
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
         yield folder
@@ -104,7 +104,33 @@ def test_a_worker_that_hangs_is_ended_and_started_again(caplog: pytest.LogCaptur
             assert worker.restarts == 1
 
     asyncio.run(test())
-    assert f"the model worker ended ({HUNG})" in caplog.text
+    assert "the model worker ended (70: it hung for 1.5 s)" in caplog.text
+
+
+def test_a_process_whose_event_loop_hangs_is_ended_and_started_again_and_one_that_is_busy_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    code = """
+import asyncio, sys, time
+from mllm_protector.serving.child import end_if_hung
+async def run():
+    end_if_hung(asyncio.get_running_loop(), 0.5)
+    print("ready", flush=True)
+    for _ in range(10):
+        await asyncio.sleep(0)
+        time.sleep(0.1)
+    time.sleep(1000)
+asyncio.run(run())
+"""
+
+    async def test() -> None:
+        async with worker_of(code, hang_s=0.5) as (_, worker):
+            started = time.monotonic()
+            await until(lambda: worker.restarts == 1)
+            assert time.monotonic() - started > 1.5
+
+    asyncio.run(test())
+    assert "ended (70: it hung for 0.5 s)" in caplog.text
 
 
 def test_sigterm_lets_the_worker_finish_and_end_with_0() -> None:

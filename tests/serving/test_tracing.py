@@ -38,8 +38,9 @@ class Traced:
 
     def spans(self, requests: int = 1) -> tuple[ReadableSpan, ...]:
         """Those of so many requests, once all have ended: a client is answered before that."""
-        until(lambda: sum(span.kind is SpanKind.SERVER for span in self.exporter.get_finished_spans()) >= requests)
-        return self.exporter.get_finished_spans()
+        get = self.exporter.get_finished_spans
+        until(lambda: sum(span.kind is SpanKind.SERVER for span in get()) >= requests)
+        return get()
 
 
 @contextmanager
