@@ -10,6 +10,7 @@ that changes one much, as written too, and so is what an answer seems to say in 
 highest score counts.
 """
 
+import hashlib
 import math
 from array import array
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ BATCH_TOKENS = 4096
 AT_ONCE = 1024
 """Answers between two steps of a progress bar."""
 
+REMEMBERED = 65_536
+"""Rows whose logits a detector keeps."""
+
 
 class HarmDetector:
     """A trained detector, ready to score.
@@ -47,6 +51,9 @@ class HarmDetector:
     forward pass. A longer one of n tokens costs about n / (window - overlap) rows, each with the question
     and the prompt again: time grows in proportion to n, and memory stays what ``batch_tokens`` allows. The
     overlap is a quarter of a window, at least 32 tokens, and at most half a window.
+
+    Logits of the latest rows are kept, so that of an answer that grows, as in a judged stream, only the new
+    end is computed.
 
     The worst of many windows is more often high by chance than one window: where answers are long, choose
     the threshold on answers as long as these.
@@ -77,6 +84,7 @@ class HarmDetector:
         self.limit = MicroBatchLimit(tokens=batch_tokens)
         self.window = guard.window if window is None else window
         self.decipher = decipher
+        self._known: dict[bytes, float] = {}
         if self.window is not None and self.window < 1:
             raise InputError(f"window={self.window}: must be at least 1 token")
 
@@ -91,7 +99,7 @@ class HarmDetector:
         windows = self.encoder.windows(
             queries=queries, answers=answers, window=self.window, decipher=self.decipher
         )
-        return worst_logits(self.model, self.encoder, windows, limit=self.limit)
+        return worst_logits(self.model, self.encoder, windows, limit=self.limit, known=self._known)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """P(harmful) in [0, 1] of each answer to its query.
@@ -233,17 +241,23 @@ def worst_logits(
     windows: Sequence[Sequence[Sequence[int]]],
     *,
     limit: MicroBatchLimit,
+    known: dict[bytes, float] | None = None,
 ) -> list[float]:
     """The highest logit among the rows of each answer; NaN if one is, which ``max`` alone may overlook.
 
     A forward pass, limited as in ``score_logits``, may hold windows of several answers. Equal rows are
-    scored once.
+    scored once; ``known`` has logits of earlier calls, and is filled with new ones up to ``REMEMBERED``.
     """
-    keys = [array("i", row).tobytes() for rows in windows for row in rows]
-    different = dict(zip(keys, (row for rows in windows for row in rows), strict=True))
-    logits = score_logits(model, encoder, [*different.values()], limit=limit)
-    found = dict(zip(different, logits, strict=True))
-    return worst_of([found[key] for key in keys], windows)
+    known = {} if known is None else known
+    keys = [hashlib.sha256(array("i", row)).digest() for rows in windows for row in rows]
+    rows = zip(keys, (row for rows in windows for row in rows), strict=True)
+    new = {key: row for key, row in rows if key not in known}
+    known.update(zip(new, score_logits(model, encoder, [*new.values()], limit=limit), strict=True))
+    worst = worst_of([known[key] for key in keys], windows)
+    broken = [key for key in new if not math.isfinite(known[key])]
+    for key in (*broken, *islice([*known], max(0, len(known) - REMEMBERED))):
+        known.pop(key, None)
+    return worst
 
 
 def worst_of(logits: Sequence[float], windows: Sequence[Sequence[Any]]) -> list[float]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +99,43 @@ def test_a_window_without_a_number_is_not_overlooked(make_detector: Maker):
         [logit, other] = worst_logits(model, encoder, windows, limit=MicroBatchLimit())
         assert math.isnan(logit), broken
         assert other == 4.0
+
+
+def test_of_an_answer_that_grows_only_the_new_end_is_read_and_a_broken_score_is_not_kept(
+    make_detector: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(*given: Any, **named: Any) -> list[float]:
+        read.append(len(given[2]))
+        return score_logits(*given, **named)
+
+    monkeypatch.setattr("mllm_protector.models.detector.score_logits", counted)
+    detector = windowed(make_detector(), 40)
+    words = [f"Mix {number} flour." for number in range(99)]
+    for size in range(3, 99, 3):
+        texts = {"queries": ["Why?"], "answers": [" ".join(words[:size])]}
+        assert detector.logits(**texts) == pytest.approx(windowed(detector, 40).logits(**texts), abs=1e-5)
+    grown, whole = read[::2], read[1::2]
+    assert whole[-1] > 20
+    assert max(grown) <= 2
+    assert detector.logits(**texts) == detector.logits(**texts)
+    assert read[-2:] == [0, 0]
+
+    known: dict[bytes, float] = {}
+    monkeypatch.setattr("mllm_protector.models.detector.score_logits", lambda *_, **__: [math.nan])
+    worst_logits(detector.model, detector.encoder, [[[1, 2]]], limit=detector.limit, known=known)
+    assert not known
+    monkeypatch.setattr(
+        "mllm_protector.models.detector.score_logits", lambda *given, **_: [0.5] * len(given[2])
+    )
+    monkeypatch.setattr("mllm_protector.models.detector.REMEMBERED", 3)
+    windows = [[[1], [2]], [[3], [4], [5]]]
+    assert worst_logits(detector.model, detector.encoder, windows, limit=detector.limit, known=known) == [
+        0.5,
+        0.5,
+    ]
+    assert len(known) == 3
 
 
 def test_the_windows_of_an_answer_grow_in_proportion_to_it(make_detector: Maker):
