@@ -13,7 +13,8 @@ highest score counts.
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,9 @@ from mllm_protector.records import LabelledAnswer
 
 BATCH_TOKENS = 4096
 """Positions that are scored at once."""
+
+Row = Sequence[int]
+"""Token ids."""
 
 AT_ONCE = 1024
 """Answers between two steps of a progress bar."""
@@ -99,7 +103,8 @@ class HarmDetector:
         windows = self.encoder.windows(
             queries=queries, answers=answers, window=self.window, decipher=self.decipher
         )
-        return worst_logits(self.model, self.encoder, windows, limit=self.limit, known=self._known)
+        score = partial(score_logits, self.model, self.encoder, limit=self.limit)
+        return worst_logits(windows, score, self._known)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """P(harmful) in [0, 1] of each answer to its query.
@@ -220,7 +225,7 @@ def detector_encoder(folder: Path, guard: GuardFile, *, trust_remote_code: bool 
 
 
 def score_logits(
-    model: torch.nn.Module, encoder: DetectorEncoder, rows: Sequence[Sequence[int]], *, limit: MicroBatchLimit
+    model: torch.nn.Module, encoder: DetectorEncoder, rows: Sequence[Row], *, limit: MicroBatchLimit
 ) -> list[float]:
     """The logit of each row of ids, batched by length so that little is padded.
 
@@ -236,28 +241,30 @@ def score_logits(
 
 
 def worst_logits(
-    model: torch.nn.Module,
-    encoder: DetectorEncoder,
-    windows: Sequence[Sequence[Sequence[int]]],
-    *,
-    limit: MicroBatchLimit,
+    windows: Sequence[Sequence[Row]],
+    score: Callable[[Sequence[Row]], list[float]],
     known: dict[bytes, float] | None = None,
 ) -> list[float]:
     """The highest logit among the rows of each answer; NaN if one is, which ``max`` alone may overlook.
 
-    A forward pass, limited as in ``score_logits``, may hold windows of several answers. Equal rows are
-    scored once; ``known`` has logits of earlier calls, and is filled with new ones up to ``REMEMBERED``.
+    Args:
+        windows: the rows of each answer.
+        score: gives the logit of each row; called once, with rows that all differ.
+        known: logits of earlier calls, which are not computed again; filled with new ones, ``REMEMBERED`` at
+            most.
     """
     known = {} if known is None else known
     keys = [hashlib.sha256(array("i", row)).digest() for rows in windows for row in rows]
-    rows = zip(keys, (row for rows in windows for row in rows), strict=True)
-    new = {key: row for key, row in rows if key not in known}
-    known.update(zip(new, score_logits(model, encoder, [*new.values()], limit=limit), strict=True))
-    worst = worst_of([known[key] for key in keys], windows)
-    broken = [key for key in new if not math.isfinite(known[key])]
-    for key in (*broken, *islice([*known], max(0, len(known) - REMEMBERED))):
-        known.pop(key, None)
-    return worst
+    rows = dict(zip(keys, (row for rows in windows for row in rows), strict=True))
+    found = {key: logit for key in rows if (logit := known.get(key)) is not None}
+    new = [key for key in rows if key not in found]
+    scored = dict(zip(new, score([rows[key] for key in new]), strict=True))
+    known.update((key, logit) for key, logit in scored.items() if math.isfinite(logit))
+    if (excess := len(known) - REMEMBERED) > 0:
+        for oldest in [*known][:excess]:
+            known.pop(oldest, None)  # another thread may have done so
+    found |= scored
+    return worst_of([found[key] for key in keys], windows)
 
 
 def worst_of(logits: Sequence[float], windows: Sequence[Sequence[Any]]) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any
 from mllm_protector.arguments import require_texts
 from mllm_protector.data.encoding import DetectorEncoder
 from mllm_protector.errors import InputError
-from mllm_protector.models.detector import card_of, detector_encoder, worst_of
+from mllm_protector.models.detector import card_of, detector_encoder, worst_logits
 from mllm_protector.models.guard_file import GuardFile, read_guard_file
 from mllm_protector.models.known import TOLERANCE, difference
 from mllm_protector.protocols import Card
@@ -65,6 +65,7 @@ class RemoteDetector:
         self.guard = read_guard_file(folder, "detector", served=True)
         self.encoder = detector_encoder(folder, self.guard)
         self.tolerance = tolerance
+        self._known: dict[bytes, float] = {}
         _require_known(self.encoder, self.guard)
         self._replicas = Replicas(
             "detector_urls",
@@ -89,9 +90,8 @@ class RemoteDetector:
         """
         require_texts(queries=queries, answers=answers)
         windows = self.encoder.windows(queries=queries, answers=answers, window=self.guard.window)
-        rows = [row for each in windows for row in each]
-        logits = self._replicas.run(self._logits(rows))
-        return self.guard.scale.scores(worst_of(logits, windows))
+        worst = worst_logits(windows, lambda rows: self._replicas.run(self._logits(rows)), self._known)
+        return self.guard.scale.scores(worst)
 
     @property
     def card(self) -> Card:

@@ -25,7 +25,7 @@ from mllm_protector.files import content_key
 from mllm_protector.guard.calibration import Aim, Sizes
 from mllm_protector.metrics import DETECTION_METRICS, detection_metrics
 from mllm_protector.models.backbone import Backbone
-from mllm_protector.models.detector import worst_logits
+from mllm_protector.models.detector import score_logits, worst_logits
 from mllm_protector.models.guard_file import GuardFile, Scale
 from mllm_protector.models.parts import save_part
 from mllm_protector.models.precomputed import AtPlaces, precompute, run_upper_blocks_only
@@ -151,7 +151,8 @@ def train_detector(
         return uncalibrated | calibration_metrics(labels, logits, calibration, queries)
 
     def evaluate(model: torch.nn.Module, processes: Processes[float]) -> dict[str, float]:
-        worst = worst_logits(model, encoder, processes.mine(windows), limit=fit.validation_batch)
+        score = partial(score_logits, model, encoder, limit=fit.validation_batch)
+        worst = worst_logits(processes.mine(windows), score)
         return metrics_of(processes.gather(worst, len(windows)))
 
     def measured(metrics: dict[str, float]) -> GuardFile:

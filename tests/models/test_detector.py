@@ -2,6 +2,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -96,7 +97,7 @@ def test_a_window_without_a_number_is_not_overlooked(make_detector: Maker):
             )
         )
         windows = [[[0], [1], [2]], [[3], [4]]]
-        [logit, other] = worst_logits(model, encoder, windows, limit=MicroBatchLimit())
+        [logit, other] = worst_logits(windows, partial(score_logits, model, encoder, limit=MicroBatchLimit()))
         assert math.isnan(logit), broken
         assert other == 4.0
 
@@ -123,18 +124,10 @@ def test_of_an_answer_that_grows_only_the_new_end_is_read_and_a_broken_score_is_
     assert read[-2:] == [0, 0]
 
     known: dict[bytes, float] = {}
-    monkeypatch.setattr("mllm_protector.models.detector.score_logits", lambda *_, **__: [math.nan])
-    worst_logits(detector.model, detector.encoder, [[[1, 2]]], limit=detector.limit, known=known)
+    worst_logits([[[1, 2]]], lambda rows: [math.nan], known)
     assert not known
-    monkeypatch.setattr(
-        "mllm_protector.models.detector.score_logits", lambda *given, **_: [0.5] * len(given[2])
-    )
     monkeypatch.setattr("mllm_protector.models.detector.REMEMBERED", 3)
-    windows = [[[1], [2]], [[3], [4], [5]]]
-    assert worst_logits(detector.model, detector.encoder, windows, limit=detector.limit, known=known) == [
-        0.5,
-        0.5,
-    ]
+    assert worst_logits([[[1], [2]], [[3], [4], [5]]], lambda rows: [0.5] * len(rows), known) == [0.5, 0.5]
     assert len(known) == 3
 
 

@@ -235,7 +235,7 @@ def test_what_cannot_be_trained_on_is_refused_in_one_line(
 def test_scores_that_are_not_finite_stop_the_run_and_nothing_is_saved(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken: Callable[..., list[float]] = lambda model, encoder, rows, *, limit: [math.nan] * len(rows)  # noqa: E731
+    broken: Callable[..., list[float]] = lambda windows, score: [math.nan] * len(windows)  # noqa: E731
     monkeypatch.setattr("mllm_protector.training.detector.worst_logits", broken)
     with pytest.raises(RunError, match="score is not a number"):
         train(tmp_path, base)
