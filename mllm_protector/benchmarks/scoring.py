@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.reading import required, text_field
+from mllm_protector.refusals import find_refusal
 
 Scorer = Literal["exact", "yes_no", "option", "consensus"]
 """How an answer is compared: with any of the known answers, with yes or no, with an option by its letter or

@@ -18,10 +18,10 @@ from mllm_protector.data.tokens import encode_texts, special_affixes
 from mllm_protector.evaluation.measurements import Measurement, of_share
 from mllm_protector.evaluation.statistics import Floats, Ints, mean_interval, share
 from mllm_protector.guard.rewrites import Fault, fault_of, surviving_share, words
-from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import device_of, inference
 from mllm_protector.records import Correction
+from mllm_protector.refusals import find_refusal
 
 BATCH_TOKENS = 1024
 """Positions of one forward pass: with a vocabulary of 150,000 their logits take 600 MB."""

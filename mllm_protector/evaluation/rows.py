@@ -12,9 +12,9 @@ from mllm_protector.evaluation.stages import CUT, Row, shown, shown_is_cut
 from mllm_protector.evaluation.statistics import macro_mean
 from mllm_protector.evaluation.store import FAILED
 from mllm_protector.files import write_text
-from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.reading import flag_field, read_records, text_field
 from mllm_protector.records import BENIGN, JUDGED, LoadedBenchmark, Status
+from mllm_protector.refusals import find_refusal
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,9 +18,9 @@ from mllm_protector.files import content_key
 from mllm_protector.generation.prompts import STAND_IN, Prompts
 from mllm_protector.generation.replies import NOT_SENT, Form, KeptChat, answer_in, questions_in
 from mllm_protector.generation.scenario_file import Scenario
-from mllm_protector.judges.keyword import find_refusal
 from mllm_protector.protocols import Judge
 from mllm_protector.records import Answer, Failure, Question, Status, Verdict
+from mllm_protector.refusals import find_refusal
 
 log = logging.getLogger(__name__)
 

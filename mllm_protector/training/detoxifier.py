@@ -27,6 +27,7 @@ from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
 from mllm_protector.ranges import Count, Seed
 from mllm_protector.records import AnswerPair, Correction, corrections
+from mllm_protector.refusals import find_refusal
 from mllm_protector.training import loop
 from mllm_protector.training.checkpoints import require_metric
 from mllm_protector.training.logging import Tracker
@@ -47,6 +48,7 @@ def train_detoxifier(
     benchmarks: Mapping[str, Benchmark],
     contaminated: Contaminated,
     both_harmful: Literal["drop", "safer"],
+    refusals: Literal["keep", "drop"],
     backbone: Callable[[], Backbone],
     tuning: Tuning | ProbeTuning,
     fit: FitConfig,
@@ -86,10 +88,17 @@ def train_detoxifier(
     )
     prepared = prepare(data, benchmarks, contaminated=contaminated, folder=run.output_dir)
     splits = prepared.splits
-    train = corrections(_pairs(splits.train), both_harmful)
-    validation = list(corrections(_pairs(splits.validation), both_harmful))
+
+    def learnt(part: Iterable[Any]) -> Iterator[Correction]:
+        found = corrections(_pairs(part), both_harmful)
+        return found if refusals == "keep" else (each for each in found if not find_refusal(each.accepted))
+
+    train, validation = learnt(splits.train), list(learnt(splits.validation))
     if len(validation) < 2:
-        raise InputError("the validation split has fewer than two harmful answers with a harmless one beside")
+        which = "" if refusals == "keep" else " that does not refuse"
+        raise InputError(
+            f"the validation split has fewer than two harmful answers with a harmless one beside{which}"
+        )
 
     base = open_backbone(backbone, seed)
     tokenizer = base.load_tokenizer()
@@ -105,7 +114,7 @@ def train_detoxifier(
     loss = LanguageLoss(model)
     with first_process_first():
         encoded, encoded_validation, shuffled = (
-            tokenized(encoder, rows, content=content_key(splits.fingerprint, both_harmful, part))
+            tokenized(encoder, rows, content=content_key(splits.fingerprint, both_harmful, refusals, part))
             for rows, part in (
                 (train, ["train"]),
                 (validation, ["validation"]),
@@ -114,7 +123,7 @@ def train_detoxifier(
         )
     log.info("%d and %d pairs show a harmful answer made harmless", len(encoded), len(validation))
     target_tokens = sum(len(row.target) for row in encoded_validation)
-    data_facts = {**prepared.facts(), "both_harmful": both_harmful}
+    data_facts = {**prepared.facts(), "both_harmful": both_harmful, "refusals": refusals}
     guard = unmeasured("detoxifier", base, tuning, encoder, data_facts, chat=chat)
 
     def evaluate(model: torch.nn.Module, processes: Processes[tuple[float, int]]) -> dict[str, float]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from mllm_protector.judges.keyword import KEYWORD_BIAS, KeywordJudge, find_refusal
+from mllm_protector.judges.keyword import KEYWORD_BIAS, KeywordJudge
 from mllm_protector.records import Answer, Status, Verdict
+from mllm_protector.refusals import find_refusal
 from mllm_protector.scenarios import ADVICE, Criterion
 from tests.judges.scripted import judged, question
 

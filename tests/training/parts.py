@@ -70,6 +70,7 @@ def train_a_detoxifier(folder: Path, base: Path, **changes: Any) -> dict[str, An
     arguments = _arguments(folder, base) | {
         "fit": replace(CONFIG, epochs=3),
         "both_harmful": "drop",
+        "refusals": "keep",
         "chat": False,
     }
     return train_detoxifier(**arguments | changes)

@@ -118,6 +118,32 @@ def test_pairs_of_two_harmful_answers_are_dropped_or_learnt_as_asked(tmp_path: P
         assert metrics["examples"] == examples, both_harmful
 
 
+def test_pairs_whose_accepted_answer_refuses_can_be_left_out(tmp_path: Path, base: Path) -> None:
+    refusing = AnswerPair(
+        query="q",
+        accepted="I'm sorry, but I can't help with that.",
+        rejected="[harmful] b",
+        accepted_harmful=False,
+        rejected_harmful=True,
+    )
+    train_pairs, validation = (
+        [replace(pair, accepted="A safe way is to ask somebody.") for pair in part]
+        for part in (DATA.train, DATA.validation)
+    )
+    data = Given([*train_pairs, refusing], [*validation, refusing])
+    once = replace(CONFIG, max_steps=1)
+    found = {}
+    for refusals in ("keep", "drop"):
+        metrics = train(tmp_path / refusals, base, data=data, refusals=refusals, fit=once)
+        found[refusals] = metrics["examples"], metrics["validation_examples"]
+        stored = json.loads((tmp_path / refusals / "guard.json").read_text())
+        assert stored["data"]["refusals"] == refusals
+    assert found["drop"] == tuple(count - 1 for count in found["keep"])
+    only = Given(train_pairs, [refusing, refusing])
+    with pytest.raises(InputError, match="beside that does not refuse"):
+        train(tmp_path / "only", base, data=only, refusals="drop")
+
+
 def test_what_cannot_be_trained_on_is_refused_in_one_line(tmp_path: Path, base: Path) -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"data": Given(list(labelled_answers(DATA.train)), DATA.validation)}, "learns from pairs"),
