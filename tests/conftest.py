@@ -19,6 +19,7 @@ os.environ["MLLM_PROTECTOR_CACHE"] = tempfile.mkdtemp(prefix="mllm_protector_cac
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.models.fixtures import bases, make_detector, make_detoxifier, tuning
 
@@ -26,6 +27,10 @@ __all__ = ["bases", "make_detector", "make_detoxifier", "tuning"]
 
 atexit.register(shutil.rmtree, os.environ["MLLM_PROTECTOR_CACHE"], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
+# By itself hypothesis fails an example that takes 0.2 s, which a busy machine needs for any.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 CONNECT = socket.socket.connect
 

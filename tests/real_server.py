@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PATIENCE = 90.0
+PATIENCE = 300.0
 
 
 class RealServer:

@@ -59,6 +59,6 @@ def test_the_time_grows_with_the_length_and_not_with_its_square() -> None:
         "leet": "h3ll0 ",
         "dots": "a.",
     }.items():
-        start = time.perf_counter()
+        start = time.process_time()
         deciphered(piece * (300_000 // len(piece)))
-        assert time.perf_counter() - start < 10, name
+        assert time.process_time() - start < 10, name

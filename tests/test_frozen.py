@@ -27,7 +27,7 @@ def require_stored(name: str, found: Any, within: float = 1e-6) -> None:
 def test_short_trainings_end_with_the_stored_weights_in_any_way_of_running_them(tmp_path: Path) -> None:
     # Its trainings are forked, which a process that has computed a gradient must not do.
     command = [sys.executable, "-m", "tests.frozen", "weights", "--to", str(tmp_path)]
-    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = read(tmp_path / "weights.json")
     require_stored("weights", found, within=1e-4)

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from mllm_protector.processes import first_process_first, is_first_process
 from tests.forked import Started
 
-LIMIT, WORK = timedelta(seconds=2), 4.0
+LIMIT, WORK = timedelta(seconds=6), 8.0
 """Of the processes' own collectives, and in seconds of what the first one prepares: longer."""
 
 

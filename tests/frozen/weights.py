@@ -53,11 +53,11 @@ def _trained(part: str, way: str, folder: Path) -> dict[str, Any]:
     work = partial(train, part, folder, *SHORT, *WAYS[way])
     if way == "resumed":
         checkpoints = folder / "checkpoints"
-        assert Group(work, 1).end_or_kill(seconds=60, when=lambda: any(checkpoints.glob("step-*"))), (
+        assert Group(work, 1).end_or_kill(seconds=300, when=lambda: any(checkpoints.glob("step-*"))), (
             f"{part}: ended before it could be killed"
         )
         assert not (folder / "metrics.json").exists()
-    assert not Group(work, 2 if way == "two processes" else 1).end_or_kill(seconds=120), f"{part}: hangs"
+    assert not Group(work, 2 if way == "two processes" else 1).end_or_kill(seconds=300), f"{part}: hangs"
     found = _weights(folder) | {"figures": _figures(folder)}
     shutil.rmtree(folder)
     return found

@@ -92,7 +92,7 @@ PLANTED = {
 EXPECTED = {
     "confirmed": 2,
     "accepted: failed: the server failed (HTTP 500) at ADDRESS": 1,
-    "accepted: failed: no whole reply within timeout=0.5 s at ADDRESS": 1,
+    "accepted: failed: no whole reply within timeout=2 s at ADDRESS": 1,
     "accepted: failed: the request or its reply is not valid JSON at ADDRESS": 1,
     "accepted: refused": 1,
     "rejected: refused": 1,
@@ -127,7 +127,7 @@ def test_every_fault_of_a_server_is_recognised_and_counted(tmp_path: Path) -> No
             pairs=16,
             questions_per_call=16,
             dry_calls=1,
-            chat={"timeout": 0.5, "concurrency": 8},
+            chat={"timeout": 2.0, "concurrency": 8},
         )
     outcomes = result["total"]["outcomes"]
     assert {name.replace(server.base_url, "ADDRESS"): n for name, n in outcomes.items()} == EXPECTED

@@ -338,10 +338,10 @@ def test_an_answer_that_is_too_long_is_refused_unread(caplog: pytest.LogCaptureF
 
 def test_what_is_too_long_is_found_in_no_time_by_default():
     guarding = protector()
-    start = time.perf_counter()
+    start = time.process_time()
     assert guard(guarding, "a b " * 2_500_000)[0].outcome == Outcome.TOO_LONG
     assert guard(guarding, "a b " * 30_000)[0].outcome == Outcome.ALLOWED
-    assert time.perf_counter() - start < 5  # alone 0.1 s
+    assert time.process_time() - start < 5  # alone 0.1 s
 
 
 def test_discarded_rewrites_add_up_over_threads():

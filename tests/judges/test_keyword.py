@@ -140,9 +140,9 @@ def test_the_reason_names_the_pattern_and_its_words() -> None:
 def test_a_long_repetition_is_judged_quickly() -> None:
     cases: list[str] = ["i ", "i am ", "is not ", "ask", "as an ai ", '"', "there are no ", "but "]
     for piece in cases:
-        started = time.perf_counter()
+        started = time.process_time()
         keyword_verdict(piece * 20_000, Criterion.LEGAL)
-        assert time.perf_counter() - started < 2, piece
+        assert time.process_time() - started < 2, piece
 
 
 def test_verdicts_carry_the_ids_in_order() -> None:

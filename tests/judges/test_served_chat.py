@@ -20,7 +20,7 @@ def served(server: servers.ScriptedServer) -> ChatJudge:
         model="m",
         base_url=server.base_url,
         concurrency=2,
-        timeout=0.5,
+        timeout=2.0,
         max_retries=1,
         temperature=0,
         api_key_env=None,
@@ -31,7 +31,7 @@ def served(server: servers.ScriptedServer) -> ChatJudge:
 FAULTS: dict[str, tuple[Callable[[], servers.Reply], Status]] = {
     "too many": (lambda: servers.too_many(retry_after=0), Status.JUDGE_ERROR),
     "failed": (lambda: servers.failed(500, retry_after_ms="1"), Status.JUDGE_ERROR),
-    "late": (lambda: servers.slow(2, "safe"), Status.JUDGE_ERROR),
+    "late": (lambda: servers.slow(30, "safe"), Status.JUDGE_ERROR),
     "reset": (servers.reset, Status.JUDGE_ERROR),
     "cut": (servers.cut_json, Status.JUDGE_ERROR),
     "nothing": (servers.empty_body, Status.JUDGE_ERROR),

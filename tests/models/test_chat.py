@@ -107,10 +107,10 @@ def test_the_time_limit_is_for_the_whole_request_however_the_bytes_come() -> Non
     for slow in (servers.silent(), servers.trickle(0.05), servers.slow(5)):
         started = time.monotonic()
         with ScriptedServer([slow]) as server:
-            replies = chat(server, timeout=0.3, max_retries=1).complete(say("a"), max_tokens=7)
-        assert replies == [Failure(reason=f"no whole reply within timeout=0.3 s at {server.base_url}")], slow
+            replies = chat(server, timeout=0.6, max_retries=1).complete(say("a"), max_tokens=7)
+        assert replies == [Failure(reason=f"no whole reply within timeout=0.6 s at {server.base_url}")], slow
         assert server.count == 2, slow
-        assert time.monotonic() - started < 2, slow
+        assert time.monotonic() - started < 10, slow
 
 
 def test_a_compressed_reply_counts_as_it_is_unpacked() -> None:
@@ -202,29 +202,37 @@ def test_the_next_try_waits_as_long_as_the_server_asks() -> None:
     with ScriptedServer([servers.too_many(retry_after=0.6), "fine"]) as server:
         assert chat(server).complete(say("a"), max_tokens=7) == ["fine"]
     waited = server.requests[1].at - server.requests[0].at
-    assert 0.6 <= waited < 1.2
+    assert 0.6 <= waited < 6
 
 
 def test_no_more_requests_are_under_way_than_allowed() -> None:
+    def together(request: Request) -> Reply:
+        """Nothing is answered before as many are under way as may be."""
+        if server.busiest >= concurrency:
+            full.set()
+        assert full.wait(20)
+        return servers.slow(0.05)
+
     for concurrency in [1, 3]:
+        full = threading.Event()
         with case(concurrency):
-            with ScriptedServer([servers.slow(0.05)]) as server:
+            with ScriptedServer(together) as server:
                 chat(server, concurrency=concurrency).complete(say(*"abcdefghi"), max_tokens=7)
             assert server.busiest == concurrency
 
 
 def test_where_nobody_answers_every_row_says_so_and_waiting_rows_are_not_tried(closed: str) -> None:
     started = time.monotonic()
-    replies = chat(closed, concurrency=2, max_retries=2).complete(say(*"abcdefgh" * 20), max_tokens=7)
+    replies = chat(closed, concurrency=2, max_retries=2).complete(say(*"abcdefgh" * 200), max_tokens=7)
     assert {type(reply) for reply in replies} == {Failure}
     assert all(reply.unreachable and not reply.refused for reply in replies)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10  # minutes if each were tried
 
 
 def test_a_server_that_goes_away_in_the_middle_leaves_what_it_answered() -> None:
     def close_at_the_fourth(request: Request) -> str | Reply:
         if request.index == 3:
-            threading.Thread(target=server.close).start()
+            server.close()  # or it could answer the next try
             return servers.reset()
         return "fine"
 

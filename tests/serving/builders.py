@@ -38,13 +38,13 @@ def queue_settings(**changes: Any) -> QueueSettings:
 
 
 def restart_settings(**changes: Any) -> RestartSettings:
-    values = {"start_s": 300, "hang_s": 60, "stop_s": 10, "after_s": 0.1, "at_most_s": 5}
+    values = {"start_s": 300, "hang_s": 60, "stop_s": 60, "after_s": 0.1, "at_most_s": 5}
     return _made(RestartSettings, values | changes)
 
 
 def upstream_settings(**changes: Any) -> UpstreamSettings:
     values: dict[str, Any] = {"url": "http://127.0.0.1:1/v1", "api_key_env": None, "connections": 256}
-    return _made(UpstreamSettings, values | {"connect_s": 2, "read_s": 10, "total_s": 30} | changes)
+    return _made(UpstreamSettings, values | {"connect_s": 10, "read_s": 10, "total_s": 30} | changes)
 
 
 def limit_settings(**changes: Any) -> LimitSettings:

@@ -21,6 +21,7 @@ from mllm_protector.records import Outcome
 from mllm_protector.serving.guarding import Guarded, GuardUnavailable, Overloaded
 from mllm_protector.serving.proxy import Front
 from mllm_protector.serving.settings import FrontSettings
+from tests.serving.stubs import PATIENCE
 
 HTTP = httpx.Client(timeout=30, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
 HARMFUL = "FORBIDDEN"
@@ -153,18 +154,18 @@ def serving(app: ASGIApp) -> Iterator[str]:
     """An ASGI application on a free port; gives its address."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    end = time.monotonic() + 20
-    while not server.started and time.monotonic() < end:
+    end = time.monotonic() + PATIENCE
+    while not server.started and thread.is_alive() and time.monotonic() < end:
         time.sleep(0.005)
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE)
         with suppress(OSError):
             listening.close()
 

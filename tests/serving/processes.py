@@ -105,7 +105,7 @@ class Server:
         """Tell it to stop; gives its exit code. Its children end in any case."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(60)
+            return self.process.wait(stubs.PATIENCE)
         finally:
             self.process.kill()
 

@@ -120,9 +120,9 @@ def test_a_reply_to_another_id_answers_nobody(other: object) -> None:
 def test_a_late_reply_is_dropped_and_the_next_request_gets_its_own() -> None:
     async def test() -> None:
         detector = StubDetector()
-        async with running(detector, deadline_s=0.5) as guard:
+        async with running(detector, deadline_s=2) as guard:
             detector.gate.clear()
-            with pytest.raises(GuardUnavailable, match=r"within 0\.5 s"):
+            with pytest.raises(GuardUnavailable, match="within 2 s"):
                 await guard.client.guard("q", "late")
             detector.gate.set()
             await until(lambda: guard.worker.queues.scoring.busy_since is None)

@@ -29,7 +29,7 @@ def test_a_guard_that_hangs_costs_one_deadline_for_all_choices_and_tool_calls() 
 
     hanging = StubDetector()
     hanging.gate.clear()
-    assert DEADLINE_S <= asyncio.run(seconds(hanging, StubCorrector())) < 3 * DEADLINE_S
+    assert DEADLINE_S <= asyncio.run(seconds(hanging, StubCorrector())) < 6 * DEADLINE_S
     rewriting = StubCorrector()
     rewriting.gate.clear()
-    assert DEADLINE_S <= asyncio.run(seconds(StubDetector(), rewriting)) < 3 * DEADLINE_S
+    assert DEADLINE_S <= asyncio.run(seconds(StubDetector(), rewriting)) < 6 * DEADLINE_S

@@ -56,7 +56,7 @@ def command(log: Path, *arguments: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 def ready(url: str) -> bool:

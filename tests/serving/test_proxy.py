@@ -16,6 +16,7 @@ from mllm_protector.serving.proxy import Front
 from mllm_protector.serving.settings import ApiKey, FrontSettings
 from tests.serving.builders import front_settings, limit_settings, policy_settings, upstream_settings
 from tests.serving.fakes import HTTP, SAFE, USAGE, Asked, Said, Served, WordGuard, completion, message, served
+from tests.serving.stubs import PATIENCE
 
 CANARY = "CANARY-7f3a"
 DETAILS = {"x-mllm-protector-details": "1"}
@@ -188,16 +189,19 @@ def test_with_keys_only_their_owners_are_let_in_and_the_upstream_gets_its_own(
 
 
 def test_a_request_is_limited_before_the_upstream_is_asked() -> None:
-    limits = {"body_mb": 0.01, "body_s": 0.3, "requests": 1}
+    kind = {"content-type": "application/json"}
+    limits = {"body_mb": 0.01, "requests": 1}
     with served(saying(completion(message("fine"))), lambda url: to(url, limits=limits)) as on:
         path = f"{on.url}/v1/chat/completions"
         big = json.dumps({**QUESTION, "x": "a" * 20_000}).encode()
-        kind = {"content-type": "application/json"}
         assert HTTP.post(path, content=big, headers=kind).status_code == 413
         assert HTTP.post(path, content=iter([big]), headers=kind).status_code == 413
         assert HTTP.post(path, content=b"{}", headers={"content-type": "text/plain"}).status_code == 415
         zipped = HTTP.post(path, content=b"{}", headers=kind | {"content-encoding": "gzip"})
         assert zipped.status_code == 415
+        assert not on.upstream.asked
+    limits = {"body_s": 0.3}
+    with served(saying(completion(message("fine"))), lambda url: to(url, limits=limits)) as on:
 
         def slowly() -> Any:
             yield b"{"
@@ -205,19 +209,23 @@ def test_a_request_is_limited_before_the_upstream_is_asked() -> None:
             yield b"}"
 
         late = threading.Event()
+        path = f"{on.url}/v1/chat/completions"
         assert HTTP.post(path, content=slowly(), headers=kind).status_code == 408
         late.set()
         assert not on.upstream.asked
 
 
 def test_too_many_requests_at_once_are_told_to_come_again() -> None:
-    with served(saying(Said([2.0])), lambda url: to(url, limits={"requests": 1})) as on:
+    told = threading.Event()
+    said = Said([b"{", lambda: told.wait(PATIENCE)])
+    with served(saying(said), lambda url: to(url, limits={"requests": 1})) as on:
         first = threading.Thread(target=ask, args=(on,))
         first.start()
         assert on.upstream.reached.wait(10)
         answer = ask(on)
-        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        told.set()
         first.join()
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
 
 
 def test_no_text_gets_into_logs_or_metrics(caplog: pytest.LogCaptureFixture) -> None:

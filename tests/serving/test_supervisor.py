@@ -18,13 +18,14 @@ import pytest
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.records import Outcome
+from mllm_protector.serving import client as clients
 from mllm_protector.serving.child import Child
 from mllm_protector.serving.client import GuardClient
 from mllm_protector.serving.guarding import Guarded, GuardUnavailable
 from mllm_protector.serving.running import model_worker
 from tests.serving.builders import guard_settings, queue_settings, restart_settings
 from tests.serving.stub_worker import COMMAND
-from tests.serving.stubs import connected, socket_folder, until
+from tests.serving.stubs import PATIENCE, connected, socket_folder, until
 
 HARMFUL = "placeholder of a harmful answer"
 
@@ -36,6 +37,12 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     with socket_folder() as folder:
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
         yield folder
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client asks so often for the worker's state that it sees what lasts a second."""
+    monkeypatch.setattr(clients, "PING_EVERY", 0.05)
 
 
 @asynccontextmanager
@@ -66,7 +73,7 @@ def test_a_worker_that_is_killed_under_load_lets_nothing_pass_and_is_soon_back()
             os.kill(pid, signal.SIGKILL)
             killed = time.monotonic()
             found = await asyncio.gather(*load, return_exceptions=True)
-            assert time.monotonic() - killed < 1
+            assert time.monotonic() - killed < 30  # and not only when their deadline is over
             assert [type(each) for each in found] == 64 * [GuardUnavailable]
             assert not client.ready
             with pytest.raises(GuardUnavailable):
@@ -96,7 +103,7 @@ def test_a_text_that_kills_the_worker_kills_it_once() -> None:
 
 def test_a_worker_that_hangs_is_ended_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
-        async with supervised(hang_s=1.5) as (worker, client):
+        async with supervised(hang_s=3) as (worker, client):
             with pytest.raises(GuardUnavailable, match="lost"):
                 await client.guard("q", "hang")
             await until(lambda: client.ready)
@@ -104,7 +111,7 @@ def test_a_worker_that_hangs_is_ended_and_started_again(caplog: pytest.LogCaptur
             assert worker.restarts == 1
 
     asyncio.run(test())
-    assert "the model worker ended (70: it hung for 1.5 s)" in caplog.text
+    assert "the model worker ended (70: it hung for 3 s)" in caplog.text
 
 
 def test_a_process_whose_event_loop_hangs_is_ended_and_started_again_and_one_that_is_busy_is_not(
@@ -114,25 +121,26 @@ def test_a_process_whose_event_loop_hangs_is_ended_and_started_again_and_one_tha
 import asyncio, sys, time
 from mllm_protector.serving.child import end_if_hung
 async def run():
-    end_if_hung(asyncio.get_running_loop(), 0.5)
+    end_if_hung(asyncio.get_running_loop(), 1.5)
     print("ready", flush=True)
-    for _ in range(10):
+    for _ in range(20):
         await asyncio.sleep(0)
         time.sleep(0.1)
+    open(sys.argv[1], "w").close()
     time.sleep(1000)
 asyncio.run(run())
 """
 
     async def test() -> None:
-        async with worker_of(code, hang_s=0.5) as (_, worker):
-            started = time.monotonic()
+        async with worker_of(code, hang_s=1.5) as (path, worker):
             await until(lambda: worker.restarts == 1)
-            assert time.monotonic() - started > 1.5
+            assert path.exists()  # it got through the time in which it was busy
 
     asyncio.run(test())
-    assert "ended (70: it hung for 0.5 s)" in caplog.text
+    assert "ended (70: it hung for 1.5 s)" in caplog.text
 
 
+@pytest.mark.usefixtures("often")
 def test_sigterm_lets_the_worker_finish_and_end_with_0() -> None:
     async def test() -> None:
         async with supervised(after_s=60, at_most_s=60) as (worker, client):
@@ -141,7 +149,7 @@ def test_sigterm_lets_the_worker_finish_and_end_with_0() -> None:
             under_way = asyncio.create_task(client.guard("q", "a slow answer"))
             await until(lambda: client.state.get("busy_seconds", 0) > 0)
             process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.1)
+            await until(lambda: not client.ready)
             with pytest.raises(GuardUnavailable):
                 await client.guard("q", "a new request")
             found = await under_way
@@ -151,13 +159,14 @@ def test_sigterm_lets_the_worker_finish_and_end_with_0() -> None:
     asyncio.run(test())
 
 
+@pytest.mark.usefixtures("often")
 def test_the_worker_ends_with_its_supervisor_and_leaves_nothing_behind(own_folder: Path) -> None:
     async def test() -> Guarded:
         async with supervised() as (worker, client):
             process = worker._process
             assert process is not None
             under_way = asyncio.create_task(client.guard("q", "a slow answer"))
-            await asyncio.sleep(0.3)
+            await until(lambda: client.state.get("busy_seconds", 0) > 0)
             await worker.stop()
             assert process.returncode == 0
             assert worker.pid is None
@@ -181,7 +190,7 @@ def test_a_worker_whose_supervisor_was_killed_ends_by_itself(own_folder: Path) -
         await asyncio.sleep(0.3)
         assert process.returncode is None
         process.stdin.close()
-        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
 
     asyncio.run(test())
 
@@ -202,7 +211,7 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_loop(own_folder: Path) ->
     ):
         with pytest.raises(RunError, match=words):
             asyncio.run(start(worker))
-    assert psutil.Process().children() == before
+    assert not {*psutil.Process().children()} - {*before}
     assert not [*own_folder.iterdir()]
 
 

@@ -29,7 +29,7 @@ from tests.serving.window_streams import BAD, CUT_OFF, END, A, B, C, asked_for, 
 def test_a_harmless_answer_comes_while_the_upstream_speaks() -> None:
     guard = WordGuard()
     with served(saying(stream(chunk({"content": A}), 30.0, END, DONE)), windows(), guard) as on:
-        assert leave(on, stream=True, after=A.encode()) < 1.0
+        assert leave(on, stream=True, after=A.encode()) < 5.0
         assert on.count("unscanned_bytes_total") == 0 < on.count("released_bytes_total")
         assert on.count("request_seconds_count", part="first_byte") == 1
 
@@ -65,7 +65,7 @@ def test_harm_behind_words_that_are_out_cuts_the_stream_and_the_upstream() -> No
             assert outcome(events) == "refused"
             assert events[-1]["mllm_protector"]["choices"][0]["score"] == 0.95
             assert not any(word in answer.text for word in (HARMFUL, "three", "token"))
-            assert on.upstream.gone.wait(1)
+            assert on.upstream.gone.wait(5)
             assert on.count("stream_cuts_total", outcome="refused", mode="enforce") == 1
             assert on.count("outcomes_total", outcome="refused", mode="enforce") == 1
             assert on.count("unscanned_bytes_total") == 0

@@ -29,6 +29,7 @@ from tests.serving.fakes import (
     served,
     stream,
 )
+from tests.serving.processes import until
 from tests.serving.stubs import StubDetector, running
 from tests.serving.test_faulty_upstream import leave
 from tests.serving.test_proxy import QUESTION, saying
@@ -63,7 +64,7 @@ def test_a_guard_that_fails_in_the_middle_lets_nothing_more_pass() -> None:
             events = told(ask(on))
             assert words(events[:-1]) == A
             assert events[-1]["error"]["code"] == "guard_unavailable"
-            assert on.upstream.gone.wait(1)
+            assert on.upstream.gone.wait(5)
 
 
 def test_a_guard_that_fails_from_the_beginning_gives_a_refusal_and_once_harms_nobody() -> None:
@@ -105,12 +106,9 @@ def test_an_upstream_that_breaks_off_is_an_error_behind_what_was_judged() -> Non
 def test_a_client_that_leaves_while_the_guard_works_stops_everything() -> None:
     guard = WordGuard(30)
     with served(saying(stream(chunk({"content": A}), 30.0)), windows(ping_s=0.05), guard) as on:
-        assert leave(on, stream=True, after=b": ping") < 1.0
-        end = time.monotonic() + 5
-        while on.count("requests_under_way") and time.monotonic() < end:
-            time.sleep(0.01)
+        assert leave(on, stream=True, after=b": ping") < 5.0
+        until(lambda: on.count("clients_gone_total") == 1)
         assert on.count("requests_under_way") == 0
-        assert on.count("clients_gone_total") == 1
 
 
 def test_a_slow_guard_makes_longer_steps_and_the_upstream_is_read_on() -> None:
@@ -118,20 +116,18 @@ def test_a_slow_guard_makes_longer_steps_and_the_upstream_is_read_on() -> None:
     said = stream(*(chunk({"content": A}) for _ in range(40)), END, DONE, sent.set)
     guard = WordGuard(0.5)
     with served(saying(said), windows(), guard) as on:
-        started = time.monotonic()
         answering = threading.Thread(target=ask, args=(on,))
         answering.start()
-        assert sent.wait(5)
-        assert time.monotonic() - started < 0.5 * 40
+        assert sent.wait(0.5 * 40)
         answering.join()
-        assert len(guard.asked) <= 3
+        assert len(guard.asked) <= 10
         assert guard.asked[-1][1] == A * 40
 
 
 def test_comments_come_while_nothing_else_does() -> None:
     guard = WordGuard()
     said = paced(guard, A, B, last=(0.5, END, DONE))
-    with served(saying(said), windows(ping_s=0.1), guard) as on:
+    with served(saying(said), windows(ping_s=0.02), guard) as on:
         answer = ask(on)
         assert answer.text.count(": ping\n\n") >= 2
         assert words(told(answer)) == A + B

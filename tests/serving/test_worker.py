@@ -63,8 +63,9 @@ async def test_none_of_200_different_requests_gets_anothers_reply() -> None:
 
 
 def test_a_real_detector_runs_few_times_and_scores_as_it_does_alone(
-    make_detector: Callable[..., HarmDetector],
+    make_detector: Callable[..., HarmDetector], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("mllm_protector.models.detector.REMEMBERED", 0)
     detector = make_detector()
     answers = [f"an answer with the number {index}" for index in range(64)]
     alone = [detector.score(queries=["a question"], answers=[answer])[0] for answer in answers]
@@ -151,7 +152,7 @@ async def test_more_requests_than_may_wait_are_told_so_at_once() -> None:
         started = time.monotonic()
         with pytest.raises(Overloaded) as full:
             await guard.client.guard("q", "one too many")
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10
         assert 0 < full.value.retry_after <= 60
         detector.gate.set()
         assert [each.outcome for each in await asyncio.gather(*taken)] == 5 * [Outcome.ALLOWED]
@@ -274,6 +275,7 @@ async def test_requests_of_a_client_that_went_away_are_not_computed() -> None:
             await until(lambda: guard.worker.queues.scoring.waiting == 1)
         with pytest.raises(GuardUnavailable):
             await left
+        await until(lambda: len(guard.worker._writers) == 1)  # the worker has noticed
         detector.gate.set()
         assert (await first).outcome == Outcome.ALLOWED
         assert (await guard.client.guard("q", "last")).outcome == Outcome.ALLOWED
@@ -288,11 +290,11 @@ async def test_a_worker_that_stops_finishes_what_is_under_way_and_refuses_what_i
         taken = [asyncio.create_task(guard.client.guard("q", text)) for text in ("an answer", HARMFUL)]
         await until(lambda: detector.calls)
         guard.stop.set()
-        await asyncio.sleep(0.05)
+        await until(lambda: guard.worker._stopping)
         with pytest.raises(GuardUnavailable, match="stopping"):
             await guard.client.guard("q", "new")
         assert not guard.serving.done()
         detector.gate.set()
         assert [each.outcome for each in await asyncio.gather(*taken)] == ["allowed", "rewritten"]
-        await asyncio.wait_for(guard.serving, 10)
+        await asyncio.wait_for(guard.serving, 60)
         await until(lambda: not guard.client.ready)

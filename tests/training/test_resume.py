@@ -318,7 +318,7 @@ def test_a_script_asked_to_stop_says_so_in_one_line_and_resumes_when_repeated(tm
         "backbone.hidden_size=16",
         "backbone.layers=1",
         "backbone.heads=2",
-        "fit.max_steps=9",
+        "fit.max_steps=40",
         "fit.log_every=1",
     )
     folder = tmp_path / "outputs" / "detector"
