@@ -19,26 +19,10 @@ MANY = 10
 _BLOB = re.compile(r"[\w+/-]{20,}={0,2}", re.ASCII)
 """A line of base64."""
 
-_COMMON = frozenset(
-    [
-        "the",
-        "and",
-        "to",
-        "of",
-        "in",
-        "is",
-        "you",
-        "that",
-        "it",
-        "for",
-        "with",
-        "on",
-        "are",
-        "this",
-        "your",
-        "can",
-    ]
-)
+_COMMON = {
+    *("the", "and", "to", "of", "in", "is", "you", "that"),
+    *("it", "for", "with", "on", "are", "this", "your", "can"),
+}
 """Frequent English words of which none becomes another one under rot13."""
 
 _WORD = re.compile(r"[^\W_]+")

@@ -87,13 +87,6 @@ class Cost:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            calls=self.calls + other.calls,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-        )
-
 
 @runtime_checkable
 class Priced(Protocol):
