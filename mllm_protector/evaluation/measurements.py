@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from mllm_protector.evaluation.statistics import Proportion
+from mllm_protector.evaluation.statistics import Floats, Ints, Proportion, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +58,16 @@ def of_share(metric: str, share: Proportion, **where: Any) -> Measurement:
     """A share with Wilson's interval; ``where`` are the other fields."""
     rest = {"n": share.total, "method": "Wilson", **where}
     return Measurement(metric=metric, value=share.value, low=share.low, high=share.high, **rest)
+
+
+def of_mean(
+    metric: str, values: Floats | Ints, clusters: Ints, sizes: Ints | None = None, **where: Any
+) -> Measurement:
+    """The mean of values (N,), or their sum over that of ``sizes``, with Student's interval over clusters."""
+    low, high = mean_interval(values, clusters, sizes)
+    value = float(values.sum() / (len(values) if sizes is None else sizes.sum()))
+    rest = {"n": len(values), "method": "Student", **where}
+    return Measurement(metric=metric, value=value, low=low, high=high, **rest)
 
 
 def placed(rows: Iterable[Measurement], **where: Any) -> list[Measurement]:

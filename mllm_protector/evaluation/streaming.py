@@ -25,8 +25,8 @@ from mllm_protector.evaluation.labelled import (
     require_both_labels,
 )
 from mllm_protector.evaluation.manifest import environment
-from mllm_protector.evaluation.measurements import Measurement, as_csv, as_rows, of_share, placed
-from mllm_protector.evaluation.statistics import Ints, mean_interval, share
+from mllm_protector.evaluation.measurements import Measurement, as_csv, as_rows, of_mean, of_share, placed
+from mllm_protector.evaluation.statistics import Ints, share
 from mllm_protector.files import expand, write_json, write_text, writing
 from mllm_protector.guard.windows import Windows, size_of
 from mllm_protector.models.detector import HarmDetector, load_detector, logits_of
@@ -216,22 +216,13 @@ def _measured(streams: Sequence[Stream], seen: Sequence[Seen], clusters: Ints) -
         ("harmful_shown", characters),
         ("shown_before_stop", np.where(whole, 0, characters)),
     ):
-        yield replace(_ratio(found[harm], lengths[harm], clusters[harm]), metric=metric)
+        yield _ratio(metric, found[harm], lengths[harm], clusters[harm])
     yield of_share("never_stopped", share(whole[harm], clusters[harm]))
     yield of_share("false_cuts", share(~whole[~harm], clusters[~harm]))
-    yield replace(_ratio(delays[~harm], np.ones_like(delays[~harm]), clusters[~harm]), metric="delay_tokens")
+    yield _ratio("delay_tokens", delays[~harm], None, clusters[~harm])
 
 
-def _ratio(values: Ints, sizes: Ints, clusters: Ints) -> Measurement:
+def _ratio(metric: str, values: Ints, sizes: Ints | None, clusters: Ints) -> Measurement:
     """The sum of values over that of sizes, with the interval of a ratio between clusters."""
-    sums, totals = (np.bincount(clusters, weights=each) for each in (values, sizes))
-    found = totals > 0
-    low, high = mean_interval(sums[found], totals[found])
-    return Measurement(
-        metric="",
-        value=float(values.sum() / sizes.sum()),
-        low=None if low is None else max(low, 0.0),
-        high=high,
-        n=len(values),
-        method="ratio of sums, by query",
-    )
+    found = of_mean(metric, values, clusters, sizes, method="ratio of sums, by query")
+    return replace(found, low=None if found.low is None else max(found.low, 0.0))
