@@ -1,10 +1,8 @@
 """The columns of the tables: each has a heading, a metric, and how its values are shown."""
 
-from collections.abc import Callable
-
 from mllm_protector.records import Outcome, Status
 from mllm_protector.reporting.tables import (
-    Row,
+    Column,
     bounds,
     count,
     counted,
@@ -14,10 +12,6 @@ from mllm_protector.reporting.tables import (
     share,
     total,
 )
-
-Column = tuple[str, str, Callable[[Row], str]]
-"""A heading, a metric, and how it is shown."""
-
 
 HEADLINE: tuple[Column, ...] = (
     ("macro", "macro_asr", share),

@@ -11,7 +11,7 @@ from mllm_protector.evaluation.measurements import as_csv
 from mllm_protector.files import write_text
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.plots import points
-from mllm_protector.reporting.tables import Row, Table, decimal, latex, markdown, print_tables, share, upright
+from mllm_protector.reporting.tables import Row, Table, decimal, latex, publish, share, upright
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,6 @@ def report_sets(measured: Sequence[MeasuredDetector]) -> None:
         "F1 at the detector's own threshold",
         _figures(metrics, "f1"),
     )
-    write_text(folder / "sets.md", markdown(TITLE, lines, tables))
     write_text(folder / "sets.tex", latex(lines, tables))
     write_text(folder / "measurements.csv", as_csv(rows))
     page = render(
@@ -90,7 +89,7 @@ def report_sets(measured: Sequence[MeasuredDetector]) -> None:
     )
     write_text(folder / "sets.html", page)
     (folder / "sets.svg").write_bytes(plot)
-    print_tables(TITLE, lines, tables)
+    publish(folder / "sets.md", TITLE, lines, tables)
     log.info("written: %s (sets.md, sets.tex, sets.html, sets.svg, measurements.csv, metrics.json)", folder)
 
 
