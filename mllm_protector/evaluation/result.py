@@ -117,15 +117,14 @@ class Evaluation:
         for (benchmark, judge, arm), count in unjudged.items():
             total = answers[benchmark, judge, arm]
             if count > self.max_unjudged * total:
+                guard = failed[benchmark, judge, arm]
+                blame = f" ({guard:,} because the guard failed)" if guard else ""
                 raise RunError(
                     f"{benchmark}: the judge {judge} left {count:,} of {total:,} answers of the arm {arm}"
-                    f" unjudged{_blame(failed[benchmark, judge, arm])}, more than max_unjudged="
-                    f"{self.max_unjudged}; everything is written, and the same command tries those again"
+                    f" unjudged{blame}, more than"
+                    f" max_unjudged={self.max_unjudged}; everything is written, and the same command tries"
+                    " those again"
                 )
-
-
-def _blame(failed: float) -> str:
-    return f" ({failed:,} because the guard failed)" if failed else ""
 
 
 def stores(cache: Path, process: int = 0) -> Tables:

@@ -26,13 +26,7 @@ from mllm_protector.deciphering import deciphered
 from mllm_protector.errors import RunError
 from mllm_protector.evaluation.attacks import Scores, measurements_of, threshold_at
 from mllm_protector.evaluation.baseline import query_clusters
-from mllm_protector.evaluation.labelled import (
-    Split,
-    answers_of,
-    facts_of,
-    load_sets,
-    require_both_labels,
-)
+from mllm_protector.evaluation.labelled import Split, answers_of, facts_of, load_sets, require_both_labels
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.store import Store, fill
 from mllm_protector.evaluation.translation import TRANSLATION, Translator
@@ -92,8 +86,8 @@ def eval_robustness(
         return [_row(each, known, foreign, translations, identity, seed) for each in answers]
 
     translations, scores = _stores(folder, processes.process_index)
-    share = partial(_share_of, processes=processes.num_processes)
-    mine = [answer for answer in measured if share(answer) == processes.process_index]
+    places = (int(content_key(each.query, each.answer), 16) % processes.num_processes for each in measured)
+    mine = [each for each, place in zip(measured, places, strict=True) if place == processes.process_index]
     if foreign is not None:
         foreign.fill(translations, [answer.answer for answer in mine])
     wanted = [(row.key, row) for row in rows_of(mine, translations)]
@@ -200,10 +194,6 @@ def _drawn(answers: Sequence[LabelledAnswer], most: int | None, seed: int) -> li
         random.Random(seed).shuffle(own)  # so that a larger draw holds a smaller one, whose scores are known
         places += own[:most]
     return [answers[place] for place in sorted(places)]
-
-
-def _share_of(answer: LabelledAnswer, processes: int) -> int:
-    return int(content_key(answer.query, answer.answer), 16) % processes
 
 
 def _stores(folder: Path, process: int) -> tuple[Store, Store]:

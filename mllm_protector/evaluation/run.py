@@ -226,17 +226,15 @@ def evaluate(
 def _is_circular(card: Card, guards: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a judge is a guard that it judges, or the detector of one."""
     own = card.identity.get("detector", card.identity)
-    return any(guard["detector"] == own or _same_weights(guard["detector"], own) for guard in guards.values())
+    detectors = [guard["detector"] for guard in guards.values()]
+    same_weights = ("weights" in each and each["weights"] == own.get("weights") for each in detectors)
+    return own in detectors or any(same_weights)
 
 
 def _sharing_a_detector(arms: Mapping[str, Arm], guards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The arms with the detector of the first one that has a detector; a judge gives no scores."""
     own = [name for name, arm in arms.items() if isinstance(arm, DetectorArm)]
     return [name for name in own if guards[name]["detector"] == guards[own[0]]["detector"]]
-
-
-def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return "weights" in one and one["weights"] == other.get("weights")
 
 
 def _check(

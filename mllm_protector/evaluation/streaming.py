@@ -17,13 +17,7 @@ from mllm_protector.data.sources import Source
 from mllm_protector.data.tokens import token_texts
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.baseline import query_clusters
-from mllm_protector.evaluation.labelled import (
-    Split,
-    answers_of,
-    facts_of,
-    load_sets,
-    require_both_labels,
-)
+from mllm_protector.evaluation.labelled import Split, answers_of, facts_of, load_sets, require_both_labels
 from mllm_protector.evaluation.manifest import environment
 from mllm_protector.evaluation.measurements import Measurement, as_csv, as_rows, of_mean, of_share, placed
 from mllm_protector.evaluation.statistics import Ints, share
