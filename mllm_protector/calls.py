@@ -159,7 +159,7 @@ def construct(key: str, value: Any) -> Any:
 
 
 def make(key: str, factory: Callable[[], T]) -> T:
-    """What a factory makes.
+    """What a factory, or a method of a constructed object, makes.
 
     Raises:
         InputError: it refused its arguments. The message begins with the key, or with a file and its line.
@@ -170,8 +170,9 @@ def make(key: str, factory: Callable[[], T]) -> T:
         raise
     except InputError as error:
         first = re.split("[=:. ]", str(error), maxsplit=1)[0]
-        given = getattr(factory, "keywords", {})
-        prefix = f"{key}." if first in given else "" if first == key else f"{key}: "
+        owner = getattr(factory, "__self__", None)
+        given = hasattr(owner, first) or first in getattr(factory, "keywords", {})
+        prefix = f"{key}." if given else "" if first == key else f"{key}: "
         raise InputError(f"{prefix}{error}") from error
 
 
