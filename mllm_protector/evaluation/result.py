@@ -17,14 +17,7 @@ from mllm_protector.evaluation.grid import ALL, ENSEMBLE, IMAGES, JudgeFacts, ma
 from mllm_protector.evaluation.items import Item, contamination_notes, seen_in_training
 from mllm_protector.evaluation.manifest import environment, peak_memory
 from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_csv, as_rows, placed
-from mllm_protector.evaluation.rows import (
-    Labels,
-    majority,
-    own_metrics,
-    read_rows,
-    result_rows,
-    write_rows,
-)
+from mllm_protector.evaluation.rows import Labels, majority, own_metrics, read_rows, result_rows, write_rows
 from mllm_protector.evaluation.stages import Row, Shown, answer_stage, guard_stage, judge_stage, shown
 from mllm_protector.evaluation.store import Store
 from mllm_protector.evaluation.summary import measure

@@ -25,13 +25,7 @@ from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.models import Models
 from mllm_protector.evaluation.result import Asked, Evaluation, Facts, finish, stores, texts_of
 from mllm_protector.evaluation.rows import read_labels
-from mllm_protector.evaluation.stages import (
-    Row,
-    answer_stage,
-    guard_stage,
-    judge_stage,
-    probe_stage,
-)
+from mllm_protector.evaluation.stages import Row, answer_stage, guard_stage, judge_stage, probe_stage
 from mllm_protector.evaluation.timing import guard_latency
 from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.models.parts import require_bases

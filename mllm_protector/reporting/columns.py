@@ -81,17 +81,8 @@ TRADE_OFF: tuple[Column, ...] = (
     ("harmless answers flagged", "threshold_flagged", share),
 )
 _TABLES = (
-    HEADLINE,
-    IMAGE_EFFECT,
-    HARMLESS,
-    TWINS,
-    OUTCOMES,
-    STATUSES,
-    REFERENCE,
-    AGREEMENT,
-    CHANGED,
-    LABELLED,
-    TRADE_OFF,
+    *(HEADLINE, IMAGE_EFFECT, HARMLESS, TWINS, OUTCOMES, STATUSES),
+    *(REFERENCE, AGREEMENT, CHANGED, LABELLED, TRADE_OFF),
 )
 KNOWN = {"macro_asr_bounds", "correct", "cut"} | {metric for table in _TABLES for _, metric, _ in table}
 """The metrics that have a table or a sentence of their own."""
