@@ -6,12 +6,11 @@ and plot is a pivot of it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from mllm_protector.evaluation.statistics import Floats, Ints, Proportion, mean_interval
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA = 2
 """Of ``asr.json``; grows when a key changes its meaning."""
@@ -80,10 +79,8 @@ def as_rows(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
     return [asdict(each) for each in measurements]
 
 
-def as_frame(rows: Sequence[dict[str, Any]]) -> "pd.DataFrame":
+def as_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """The rows of a result as a table with the columns ``FIELDS``; ``None`` stays ``None`` in texts."""
-    import pandas as pd
-
     return pd.DataFrame(list(rows), columns=list(FIELDS)).astype(
         dict.fromkeys(("value", "low", "high", "n"), float)
     )

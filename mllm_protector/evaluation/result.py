@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from mllm_protector.errors import InputError, RunError
 from mllm_protector.evaluation.arms import SafetyPrompt
@@ -24,9 +26,6 @@ from mllm_protector.evaluation.summary import measure
 from mllm_protector.files import file_digest, write_json, write_text
 from mllm_protector.protocols import Benchmark
 from mllm_protector.records import LoadedBenchmark, Status
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MISSING_NAMED = 10
 """Questions left out that are named; the others are counted."""
@@ -85,7 +84,7 @@ class Evaluation:
     report_rows: int
     max_unjudged: float
 
-    def image(self, benchmark: str, identifier: str) -> "Image.Image | None":
+    def image(self, benchmark: str, identifier: str) -> Image.Image | None:
         """The image of a question; ``None`` if there is none, or none that can be read."""
         image = self.images.get((benchmark, identifier))
         try:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
+
 from mllm_protector.evaluation.detection import DETECTOR
 from mllm_protector.evaluation.detector import MeasuredDetector
 from mllm_protector.evaluation.measurements import as_csv
@@ -43,8 +45,6 @@ def published() -> tuple[dict[str, str], ...]:
 
     Fields: set, answers (on how many, if that is known), model, metric, value (a share), comparison, source.
     """
-    import pandas as pd
-
     path = Path(__file__).with_name("published_figures.csv")
     return tuple(pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"))  # type: ignore[arg-type]
 

@@ -11,6 +11,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from mllm_protector.files import write_text
 from mllm_protector.markdown import TURNING, UNSHOWABLE, plain
 from mllm_protector.markdown import table as markdown_table
@@ -175,8 +177,6 @@ def markdown(title: str, lines: Sequence[str], tables: Iterable[Table]) -> str:
 
 def latex(lines: Sequence[str], tables: Iterable[Table]) -> str:
     """Tables to paste into a paper; they need the package booktabs and nothing else."""
-    import pandas as pd
-
     parts = ["\n".join(f"% {_latin(line)}" for line in ("Needs \\usepackage{booktabs}.", *lines))]
     for table in tables:
         align = "l" * table.words + "r" * (len(table.header) - table.words)
