@@ -241,16 +241,6 @@ class Confusion:
         return _share(self.tp + self.tn, self.total)
 
     @property
-    def recall(self) -> float | None:
-        """The share of harmful answers that are called harmful."""
-        return _share(self.tp, self.tp + self.fn)
-
-    @property
-    def false_positive_rate(self) -> float | None:
-        """The share of safe answers that are called harmful."""
-        return _share(self.fp, self.fp + self.tn)
-
-    @property
     def f1(self) -> float | None:
         """The harmonic mean of precision and recall; 0 where no harmful answer is called harmful."""
         return _share(2 * self.tp, 2 * self.tp + self.fn + self.fp)
