@@ -109,6 +109,10 @@ def eval_robustness(
         how = f"flags at most {false_positive_rate:.1%} of these harmless answers as they are"
     attacks = [name for name in rows[0].texts if name not in known or known[name].attack]
     found = measurements_of(harmful, columns, threshold, query_clusters(measured), attacks=attacks)
+    notes = {name: each.note for name, each in known.items() if each.note}
+    if foreign is not None:
+        same = sum(row.texts[TRANSLATION] == row.texts[PLAIN] for row in rows)
+        notes[TRANSLATION] = f"of {same} answers there is none, so they are scored as they are"
     result = {
         "schema": SCHEMA,
         **facts_of(detector, scorer, sets, measured),
@@ -116,8 +120,7 @@ def eval_robustness(
         "threshold_how": how,
         "plain_changed": int((columns[AS_WRITTEN][PLAIN] != columns[DECIPHERED][PLAIN]).sum()),
         "attacks": attacks,
-        "rewriting_notes": {name: each.note for name, each in known.items() if each.note}
-        | _missing(foreign, rows),
+        "rewriting_notes": notes,
         "transformations": VERSION,
         "deciphering": deciphering.VERSION,
         "translator": foreign and foreign.identity,
@@ -199,10 +202,3 @@ def _drawn(answers: Sequence[LabelledAnswer], most: int | None, seed: int) -> li
 def _stores(folder: Path, process: int) -> tuple[Store, Store]:
     """The tables of translations and of scores, as a process finds them now."""
     return Store(folder / "cache" / "translations", process), Store(folder / "cache" / "scores", process)
-
-
-def _missing(foreign: Translator | None, rows: Sequence[_Row]) -> dict[str, str]:
-    if foreign is None:
-        return {}
-    same = sum(row.texts[TRANSLATION] == row.texts[PLAIN] for row in rows)
-    return {TRANSLATION: f"of {same} answers there is none, so they are scored as they are"}

@@ -17,6 +17,9 @@ from mllm_protector.records import Confusion
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+Limits = tuple[float, float] | tuple[None, None]
+"""The lower and the upper one of an interval, if there is any."""
+
 FEW = 5
 """Where fewer clusters than this differ from the others, their spread is not estimated (see its uses)."""
 
@@ -99,9 +102,7 @@ def standing_out(values: Floats) -> int:
     return len(values) - int(np.unique(values, return_counts=True)[1].max(initial=0))
 
 
-def mean_interval(
-    values: Any, clusters: Ints, sizes: Ints | None = None
-) -> tuple[float, float] | tuple[None, None]:
+def mean_interval(values: Any, clusters: Ints, sizes: Ints | None = None) -> Limits:
     """The 95 % interval of a mean of values in clusters: Student's, with the variance of a ratio of sums.
 
     With ``sizes`` it is that of the sum of all values over the sum of all sizes.
@@ -143,7 +144,7 @@ class Estimate(Protocol):
     def high(self) -> float | None: ...  # noqa: D102
 
 
-def macro_interval(strata: Iterable[Estimate]) -> tuple[float, float] | tuple[None, None]:
+def macro_interval(strata: Iterable[Estimate]) -> Limits:
     """The 95 % interval of the ``macro_mean`` of independent proportions, or of differences of such.
 
     The distances from each value to its limits are added as squares (MOVER: Zou, Huang and Zhang
