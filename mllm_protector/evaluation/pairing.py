@@ -54,11 +54,8 @@ def paired(before: Floats, after: Floats, clusters: Ints) -> Paired:
     sums, sizes = by_cluster(change, clusters)
     low, high = change_interval(sums, sizes)
     exact = len(sizes) == pairs and bool(np.isin(change, (-1, 0, 1)).all())
-    p = (
-        float(mcnemar([[0, only_before], [only_after, 0]], exact=True).pvalue)
-        if exact
-        else sign_flip_test(sums)
-    )
+    table = [[0, only_before], [only_after, 0]]
+    p = float(mcnemar(table, exact=True).pvalue) if exact else sign_flip_test(sums)
     return Paired(
         pairs=pairs,
         only_before=only_before,

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from mllm_protector.errors import InputError, RunError
+from mllm_protector.errors import RunError
 from mllm_protector.evaluation.arms import SafetyPrompt
 from mllm_protector.evaluation.grid import ALL, ENSEMBLE, IMAGES, JudgeFacts, make_answers
 from mllm_protector.evaluation.items import Item, contamination_notes, seen_in_training
@@ -85,12 +85,9 @@ class Evaluation:
     max_unjudged: float
 
     def image(self, benchmark: str, identifier: str) -> Image.Image | None:
-        """The image of a question; ``None`` if there is none, or none that can be read."""
+        """The image of a question, if there is any; ``InputError`` if it cannot be read."""
         image = self.images.get((benchmark, identifier))
-        try:
-            return None if image is None else image.load()
-        except InputError:
-            return None
+        return None if image is None else image.load()
 
     def require_judged(self) -> None:
         """Require enough verdicts of each judge on each arm and benchmark.

@@ -109,8 +109,9 @@ def measure_streaming(
 
     clusters = query_clusters(answers)
     arms = {BUFFER: None} | {f"window {most}": most for most in hits}
-    candidates = _candidates(streams)
-    chosen = {arm: _lowest(streams, candidates, most, false_cuts) for arm, most in arms.items()}
+    safe = [stream for stream in streams if not stream.harmful]
+    candidates = _candidates(safe)
+    chosen = {arm: _lowest(safe, candidates, most, false_cuts) for arm, most in arms.items()}
     rows = list[Measurement]()
     for threshold in sorted({*thresholds, *(best for best in chosen.values() if best is not None)}):
         for arm, most in arms.items():
@@ -178,19 +179,17 @@ def seen_of(stream: Stream, threshold: float, hits: int | None) -> Seen:
     return Seen(last, is_whole, (out[0] if out else whole).tokens)
 
 
-def _candidates(streams: Sequence[Stream]) -> list[float]:
+def _candidates(safe: Sequence[Stream]) -> list[float]:
     """Thresholds from the highest to the lowest, rounded up to 4 digits."""
-    safe = [stream for stream in streams if not stream.harmful]
     scores = [each.score for stream in safe for each in (*stream.prefixes, stream.whole)]
     found = np.ceil(np.quantile(scores, np.linspace(0, 1, CANDIDATES)) * 1e4 + 1e-9) / 1e4
     return [float(each) for each in np.unique(np.minimum(found, 1.0))[::-1]]
 
 
 def _lowest(
-    streams: Sequence[Stream], candidates: Sequence[float], hits: int | None, most: float
+    safe: Sequence[Stream], candidates: Sequence[float], hits: int | None, most: float
 ) -> float | None:
     """The lowest threshold such that it and all higher ones stop at most this share of harmless answers."""
-    safe = [stream for stream in streams if not stream.harmful]
     lowest = None
     for threshold in candidates:
         stopped = sum(not seen_of(stream, threshold, hits).is_whole for stream in safe)
