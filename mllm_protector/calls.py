@@ -60,7 +60,8 @@ def check(key: str, value: Any, wanted: Any) -> None:
             for each in error.errors()
         )
         null = " or null" if types.NoneType in get_args(wanted) else ""
-        raise InputError(f"{key}={_shown(value)}: must be {' or '.join(words)}{null}") from None
+        shown = value if isinstance(value, str) else json.dumps(value)
+        raise InputError(f"{key}={shown}: must be {' or '.join(words)}{null}") from None
     if isinstance(value, dict) and "_target_" in value:
         arguments = {name: item for name, item in value.items() if name not in ("_target_", "_partial_")}
         check_call(key, _constructor(key, str(value["_target_"])), arguments)
@@ -159,7 +160,7 @@ def construct(key: str, value: Any) -> Any:
 
 
 def make(key: str, factory: Callable[[], T]) -> T:
-    """What a factory makes.
+    """What a factory, or a method of a constructed object, makes.
 
     Raises:
         InputError: it refused its arguments. The message begins with the key, or with a file and its line.
@@ -170,13 +171,10 @@ def make(key: str, factory: Callable[[], T]) -> T:
         raise
     except InputError as error:
         first = re.split("[=:. ]", str(error), maxsplit=1)[0]
-        given = getattr(factory, "keywords", {})
-        prefix = f"{key}." if first in given else "" if first == key else f"{key}: "
+        owner = getattr(factory, "__self__", None)
+        given = hasattr(owner, first) or first in getattr(factory, "keywords", {})
+        prefix = f"{key}." if given else "" if first == key else f"{key}: "
         raise InputError(f"{prefix}{error}") from error
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _join(key: str, name: str) -> str:

@@ -19,26 +19,10 @@ MANY = 10
 _BLOB = re.compile(r"[\w+/-]{20,}={0,2}", re.ASCII)
 """A line of base64."""
 
-_COMMON = frozenset(
-    [
-        "the",
-        "and",
-        "to",
-        "of",
-        "in",
-        "is",
-        "you",
-        "that",
-        "it",
-        "for",
-        "with",
-        "on",
-        "are",
-        "this",
-        "your",
-        "can",
-    ]
-)
+_COMMON = {
+    *("the", "and", "to", "of", "in", "is", "you", "that"),
+    *("it", "for", "with", "on", "are", "this", "your", "can"),
+}
 """Frequent English words of which none becomes another one under rot13."""
 
 _WORD = re.compile(r"[^\W_]+")
@@ -65,16 +49,19 @@ def deciphered(text: str) -> list[str]:
     Guessed are base64 of readable text, rot13 of English, single letters with a mark between them, digits for
     letters, and Cyrillic or Greek letters that look like the Latin ones beside them.
     """
-    guesses = (_without_base64(text), _without_rot13(text), _joined(text), _without_leet(text), _latin(text))
+    guesses = (
+        _BLOB.sub(_decoded, text),
+        _without_rot13(text),
+        _joined(text),
+        _without_leet(text),
+        _latin(text),
+    )
     return [guess for guess in dict.fromkeys(guesses) if guess is not None and guess != text]
 
 
-def _without_base64(text: str) -> str:
-    return _BLOB.sub(lambda blob: _decoded(blob[0]), text)
-
-
-def _decoded(blob: str) -> str:
+def _decoded(found: re.Match[str]) -> str:
     """What a blob says, or itself if that is no text."""
+    blob = found[0]
     line = blob.rstrip("=")
     try:
         data = base64.b64decode(line + "=" * (-len(line) % 4), altchars="-_" if {*line} & {*"-_"} else None)

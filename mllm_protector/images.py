@@ -29,11 +29,9 @@ class ImageSource(Protocol):
 
     def load(self) -> Image.Image:
         """The image in RGB, or ``InputError`` naming what cannot be read."""
-        ...
 
     def digest(self) -> str:
         """A sha256 of what the pixels depend on, found without decoding; ``InputError`` as ``load``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

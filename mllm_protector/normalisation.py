@@ -22,20 +22,15 @@ MUCH = 0.1
 MARKS = 4
 """The most combining marks on one letter; scripts that write their vowels as marks need no more."""
 
-_INVISIBLE = (
-    (0x034F, 0x034F),  # combining grapheme joiner
-    (0x115F, 0x1160),  # Hangul fillers
-    (0x17B4, 0x17B5),  # Khmer inherent vowels
-    (0x180B, 0x180F),  # Mongolian variation selectors
-    (0x2065, 0x2065),  # reserved among the invisible operators
-    (0x3164, 0x3164),  # Hangul filler
-    (0xFE00, 0xFE0F),  # variation selectors
-    (0xFFA0, 0xFFA0),  # half-width Hangul filler
-    (0xFFF0, 0xFFF8),  # reserved among the specials
-    (0xE0000, 0xE0FFF),  # tags and further variation selectors
+INVISIBLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-"""Characters without a shape of their own that are not of the categories of control and format characters.
+"""Characters without a shape of their own, for a regular expression: zero-width ones, fillers, variation
+selectors, tags, those that turn the direction, and so on.
 Source: ``Default_Ignorable_Code_Point`` in Unicode's DerivedCoreProperties.txt."""
+
+_HIDDEN = re.compile(f"[{INVISIBLE}]")
 
 _BLANK = "\u2800"
 """The Braille pattern without dots: a space to the eye, and none to Unicode."""
@@ -50,7 +45,7 @@ class _Shown(dict[int, int | None]):
     def __missing__(self, code: int) -> int | None:
         character = chr(code)
         unseen = unicodedata.category(character) in ("Cc", "Cf", "Cs") and not character.isspace()
-        hidden = unseen or any(first <= code <= last for first, last in _INVISIBLE)
+        hidden = unseen or _HIDDEN.match(character)
         self[code] = ord(" ") if character == _BLANK else None if hidden else code
         return self[code]
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Sequence
 from time import monotonic
-from types import TracebackType
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -45,9 +44,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

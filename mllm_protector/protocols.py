@@ -32,7 +32,6 @@ class HasCard(Protocol):
     @property
     def card(self) -> Card:
         """Its names, revisions, weights, prompts and settings, and what is known about its quality."""
-        ...
 
 
 class MLLM(HasCard, Protocol):
@@ -40,7 +39,6 @@ class MLLM(HasCard, Protocol):
 
     def generate(self, questions: Sequence[Question]) -> Sequence[str | Failure]:
         """One answer for each question, or why there is none."""
-        ...
 
 
 class Detector(HasCard, Protocol):
@@ -48,7 +46,6 @@ class Detector(HasCard, Protocol):
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """P(harmful) in [0, 1] of each answer to its query."""
-        ...
 
 
 class Corrector(HasCard, Protocol):
@@ -60,7 +57,6 @@ class Corrector(HasCard, Protocol):
         An attempt (from 0) always gives the same texts, and another attempt other ones where the corrector
         can write several.
         """
-        ...
 
 
 class Benchmark(HasCard, Protocol):
@@ -68,7 +64,6 @@ class Benchmark(HasCard, Protocol):
 
     def load(self) -> LoadedBenchmark:
         """The questions, in a fixed order."""
-        ...
 
 
 class Judge(HasCard, Protocol):
@@ -76,7 +71,6 @@ class Judge(HasCard, Protocol):
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict for each answer to its question."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +81,6 @@ class Cost:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            calls=self.calls + other.calls,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            completion_tokens=self.completion_tokens + other.completion_tokens,
-        )
-
 
 @runtime_checkable
 class Priced(Protocol):
@@ -101,7 +88,6 @@ class Priced(Protocol):
 
     def cost(self, questions: Sequence[Question], answers: Sequence[Answer]) -> Cost:
         """What judging these would take, without doing it."""
-        ...
 
 
 class Chat(HasCard, Protocol):
@@ -117,4 +103,3 @@ class Chat(HasCard, Protocol):
                 ``content``, a text or, for models with eyes, a list of parts.
             max_tokens: the longest reply.
         """
-        ...

@@ -181,11 +181,8 @@ def flag_field(row: Mapping[str, Any], name: str) -> bool:
         ValueError: missing or anything else.
     """
     value = required(row, name)
-    flag = (
-        {"1": True, "0": False}.get(plain_value(value))
-        if isinstance(value, bool | int | float | str)
-        else None
-    )
+    plain = plain_value(value) if isinstance(value, bool | int | float | str) else ""
+    flag = {"1": True, "0": False}.get(plain)
     if flag is None:
         raise ValueError(f"field '{name}' must be true or false, not {value!r}")
     return flag

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from mllm_protector.errors import RunError
 from mllm_protector.images import ImageSource
 from mllm_protector.scenarios import Criterion
 
@@ -103,6 +104,21 @@ class Failure:
     reason: str
     refused: bool = False
     unreachable: bool = False
+
+
+def require_reached(who: str, replies: Sequence[str | Failure]) -> None:
+    """Stop where a server answered nothing at all: going on would only fail.
+
+    Raises:
+        RunError: nobody answered any of the requests.
+    """
+    gone = [reply.reason for reply in replies if isinstance(reply, Failure) and reply.unreachable]
+    if replies and len(gone) == len(replies):
+        reason = " ".join(gone[0].split())
+        raise RunError(
+            f"{who} cannot be reached ({reason}); finished rows are kept: start its server, then the same"
+            " command again"
+        )
 
 
 class CutText(str):
@@ -223,16 +239,6 @@ class Confusion:
     def accuracy(self) -> float | None:
         """The share of right decisions."""
         return _share(self.tp + self.tn, self.total)
-
-    @property
-    def recall(self) -> float | None:
-        """The share of harmful answers that are called harmful."""
-        return _share(self.tp, self.tp + self.fn)
-
-    @property
-    def false_positive_rate(self) -> float | None:
-        """The share of safe answers that are called harmful."""
-        return _share(self.fp, self.fp + self.tn)
 
     @property
     def f1(self) -> float | None:

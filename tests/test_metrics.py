@@ -7,7 +7,6 @@ from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
     f1_score,
-    recall_score,
 )
 
 from mllm_protector.evaluation import detection
@@ -86,12 +85,8 @@ def test_a_confusion_matrix_has_scikit_learns_shares() -> None:
     for threshold in (0.2, 0.5, 0.9, 2.0):
         flagged = [score >= threshold for score in scores]
         point = confusion(labels, flagged)
-        assert point.recall == recall_score(labels, flagged)
         assert point.accuracy == accuracy_score(labels, flagged)
         assert point.f1 == pytest.approx(f1_score(labels, flagged, zero_division=0.0))
-        harmless = [flag for label, flag in zip(labels, flagged, strict=True) if not label]
-        assert point.false_positive_rate == np.mean(harmless)
-    assert confusion([True, True], [False, True]).false_positive_rate is None
 
 
 def test_weighted_average_precision_is_scikit_learns_under_every_weighting() -> None:

@@ -131,7 +131,8 @@ class QuestionFile:
             key = f"parts.{name}." if name else ""
             require_named(key, self.path or str(self.name), part.columns, part.where, fields)
             if not items:
-                raise InputError(f"{key}where: no row has {_listed(part.where)}")
+                wanted = ", ".join(f"{field}={value}" for field, value in part.where.items())
+                raise InputError(f"{key}where: no row has {wanted}")
         read = [item for _, items in parts.values() for item in items]
         _require_single_ids(read)
         _require_pairs(read)
@@ -233,10 +234,6 @@ def _require_pairs(items: Sequence[Item]) -> None:
         if twin is not None and number > 1:
             kind = "harmless" if harmless else "unsafe"
             raise InputError(f"columns.twin: {twin!r} stands at {number} {kind} questions; a pair has one")
-
-
-def _listed(where: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in where.items())
 
 
 def _rows_by_id(path: Path) -> list[Row]:

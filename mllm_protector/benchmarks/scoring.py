@@ -12,7 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mllm_protector.reading import required, text_field
 from mllm_protector.refusals import find_refusal
@@ -32,14 +32,6 @@ _WORD = re.compile(r"(?<!\w)-?\d+(?:\.\d+)?(?!\w)|\w+")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _DENIAL = re.compile(r"\b(?:not|cannot|none|nothing|neither|never|without)\b|n['\u2019]t\b", re.IGNORECASE)
 _LATER_YES_OR_NO = re.compile(r"[.!?:\n]\W*(yes|no)\s*(?:[.,!;:*]|$)", re.IGNORECASE)
-
-
-class KnownAnswer(Protocol):
-    """What an answer is compared with."""
-
-    def score(self, text: str) -> float:
-        """How right the text is, in [0, 1]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +131,10 @@ class Option:
             return in_words[0]
         vague: list[str] = re.findall(cue, text)
         return letters.index(vague[-1]) if vague else None
+
+
+KnownAnswer = Exact | Consensus | YesNo | Option
+"""What an answer is compared with; ``score`` says how right a text is, in [0, 1]."""
 
 
 def known_answer(scorer: Scorer, row: Mapping[str, Any], name: str, options: Sequence[str]) -> KnownAnswer:

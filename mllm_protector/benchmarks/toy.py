@@ -35,7 +35,9 @@ class ToyBenchmark:
         write_benchmark(Path(self.folder), self.per_scenario)
         loaded = self._files().load()
         harmless = [
-            _with_base(each) for each in benign_questions(self.benign) if each.variant in self.variants
+            replace(each, base=f"{each.scenario}/{each.id.rpartition('/')[2]}")
+            for each in benign_questions(self.benign)
+            if each.variant in self.variants
         ]
         return replace(
             loaded, questions=[*loaded.questions, *harmless], truth=is_harmful, score=_benign_score
@@ -49,11 +51,6 @@ class ToyBenchmark:
 
     def _files(self) -> MMSafetyBench:
         return MMSafetyBench(root=self.folder, variants=self.variants)
-
-
-def _with_base(question: Question) -> Question:
-    number = question.id.rpartition("/")[2]
-    return replace(question, base=f"{question.scenario}/{number}")
 
 
 def _benign_score(question: Question, text: str) -> float:

@@ -28,7 +28,7 @@ from mllm_protector.errors import InputError
 from mllm_protector.records import Correction
 
 
-class DetoxifierEncoder(PromptEncoder):
+class DetoxifierEncoder(PromptEncoder[Correction, EncodedCorrection]):
     """Renders (query, rejected answer) for the detoxifier, and the accepted answer behind it."""
 
     example = EncodedCorrection

@@ -13,10 +13,11 @@ head and the tail. No text is cut without a count.
 """
 
 import logging
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,9 @@ from mllm_protector.normalisation import normalised, readings
 from mllm_protector.records import LabelledAnswer
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+E = TypeVar("E", bound=Sized)
 
 Batch = dict[str, torch.Tensor]
 
@@ -68,14 +72,17 @@ class EncodedCorrection:
         return len(self.prompt) + len(self.target)
 
 
-class PromptEncoder:
-    """The common part of both encoders.
+class PromptEncoder(ABC, Generic[R, E]):
+    """The common part of both encoders, of records as examples.
 
     Attributes:
+        example: what a record is encoded as.
         truncated: answers that were cut: of the detector in training, of the detoxifier always. A pair of the
             detoxifier with a question that was cut is one of them.
         shortened: questions of the detector of which only head and tail were rendered.
     """
+
+    example: type[E]
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_id: int, max_length: int, prompt: str) -> None:
         self.tokenizer = tokenizer
@@ -86,6 +93,14 @@ class PromptEncoder:
         self.shortened = 0
         self._layout = Layout([])
         self._gap = encode_literal(tokenizer, prompts.GAP)
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Everything that the ids of a text depend on beside the tokenizer and this code, for JSON."""
+
+    @abstractmethod
+    def encode_records(self, records: Sequence[R]) -> list[E]:
+        """One example for each record."""
 
     def _identity(self, kind: str, **own: Any) -> dict[str, Any]:
         # The prompt's own ids are among it: a chat template may write the date.
@@ -100,7 +115,7 @@ class PromptEncoder:
         }
 
 
-class DetectorEncoder(PromptEncoder):
+class DetectorEncoder(PromptEncoder[LabelledAnswer, EncodedAnswer]):
     """Renders (question, answer) for the harm detector, padded on the right."""
 
     example = EncodedAnswer

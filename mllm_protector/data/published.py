@@ -37,12 +37,8 @@ class PKUSafeRLHF(Published[AnswerPair | LabelledAnswer]):
 
     licence: ClassVar[str] = "CC BY-NC 4.0 (its card on the hub)"
     columns: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "response_0",
-        "response_1",
-        "is_response_0_safe",
-        "is_response_1_safe",
-        "safer_response_id",
+        *("prompt", "response_0", "response_1"),
+        *("is_response_0_safe", "is_response_1_safe", "safer_response_id"),
     )
 
     def parse(self, row: Values) -> AnswerPair:

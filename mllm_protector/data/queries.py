@@ -10,17 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mllm_protector.normalisation import INVISIBLE
 from mllm_protector.reading import read_records, text_field
 
 # Chinese and Japanese are written without spaces: each character is a word.
 _IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 _WORD = re.compile(rf"[^\W_{_IDEOGRAPHS}]+|[{_IDEOGRAPHS}]")
-_INVISIBLE = (
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
-    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
-)
-"""Unicode's Default_Ignorable_Code_Point: zero-width characters, those that turn the direction, and so on."""
-_INSIDE_WORDS = re.compile(f"['\u2019\u02bc{_INVISIBLE}]")
+_INSIDE_WORDS = re.compile(f"['\u2019\u02bc{INVISIBLE}]")
 _ASSISTANT = "\n\nAssistant:"
 
 

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from mllm_protector import prompts
 from mllm_protector import records as record_types
 from mllm_protector.data import detoxifier_encoding, encoding, table, tokens
-from mllm_protector.data.encoding import EncodedAnswer
+from mllm_protector.data.encoding import E, EncodedAnswer, PromptEncoder, R
 from mllm_protector.data.table import (
     Table,
     cached,
@@ -40,9 +40,6 @@ from mllm_protector.records import LabelledAnswer
 
 log = logging.getLogger(__name__)
 
-R_contra = TypeVar("R_contra", contravariant=True)
-E = TypeVar("E", bound=Sized)
-
 Balance = Literal["none", "undersample", "oversample"]
 """Use every answer once; or leave out some of the more frequent label; or repeat some of the rarer one."""
 
@@ -58,24 +55,6 @@ LONGEST, SHORTEST, SHORTEST_HARMFUL = 0.9, 0.1, 0.5
 """Shares of an answer that a prefix may have."""
 
 _WORD_END = re.compile(r"(?<=\w)(?![\w'’-])")
-
-
-class Encoder(Protocol[R_contra, E]):
-    """What ``tokenized`` asks of an encoder; see ``encoding.DetectorEncoder``."""
-
-    tokenizer: PreTrainedTokenizerBase
-    truncated: int
-    shortened: int
-
-    @property
-    def example(self) -> type[E]:
-        """What a record is encoded as."""
-
-    def identity(self) -> dict[str, Any]:
-        """All that the ids depend on beside tokenizer and code."""
-
-    def encode_records(self, records: Sequence[R_contra]) -> list[E]:
-        """One example for each record."""
 
 
 class Tokenized(Table[E]):
@@ -99,7 +78,7 @@ class Tokenized(Table[E]):
         return Tokenized(self.rows.select(places), self._make, self.lengths[places])
 
 
-def tokenized(encoder: Encoder[R_contra, E], records: Iterable[R_contra], *, content: str) -> Tokenized[E]:
+def tokenized(encoder: PromptEncoder[R, E], records: Iterable[R], *, content: str) -> Tokenized[E]:
     """The records as an encoder renders them.
 
     They lie in the cache (``table.cached``), by their content and by everything that makes their ids: the
@@ -199,7 +178,7 @@ def lengths_digest(lengths: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps(list(lengths)).encode()).hexdigest()
 
 
-def _encoded(encoder: Encoder[R_contra, E], records: Iterable[R_contra]) -> Iterator[E]:
+def _encoded(encoder: PromptEncoder[R, E], records: Iterable[R]) -> Iterator[E]:
     with Progress("tokenising", "row") as bar:
         for some in in_batches(records):
             yield from encoder.encode_records(some)

@@ -190,7 +190,8 @@ def _with_answer(words: Wording, template: str, text: str, rng: random.Random) -
 
 
 def _in_markdown(words: Wording, text: str, rng: random.Random) -> str:
-    lines = "\n".join(f"- **{first}** {rest}".rstrip() for first, _, rest in _partitioned(text))
+    parts = (each.partition(" ") for each in _sentences(text))
+    lines = "\n".join(f"- **{first}** {rest}".rstrip() for first, _, rest in parts)
     return f"## {rng.choice(words.headings)}\n\n{lines}"
 
 
@@ -207,8 +208,3 @@ def _cut(percent: int, text: str, _: random.Random) -> str:
 
 def _sentences(text: str) -> list[str]:
     return [each for each in _SENTENCE_END.split(text.strip()) if each]
-
-
-def _partitioned(text: str) -> list[tuple[str, str, str]]:
-    """Each sentence as its first word, the space behind it, and the rest."""
-    return [each.partition(" ") for each in _sentences(text)]

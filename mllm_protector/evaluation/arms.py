@@ -7,9 +7,9 @@ moderation model (``JudgeArm``). ``SafetyPrompt`` guards nothing and asks the ML
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mllm_protector.calls import make
 from mllm_protector.errors import InputError
@@ -22,29 +22,6 @@ from mllm_protector.ranges import Share
 from mllm_protector.records import Answer, Question, Status
 
 SCORES = {Status.HARMFUL: 1.0, Status.SAFE: 0.0}
-
-
-class Arm(Protocol):
-    """An arm that guards."""
-
-    @property
-    def rewrite(self) -> bool:
-        """Whether the detoxifier of the run stands behind it; otherwise it refuses."""
-        ...
-
-    @property
-    def detector(self) -> str | None:
-        """The folder of its own detector."""
-        ...
-
-    @property
-    def needs_detector(self) -> bool:
-        """Whether it needs the detector of the run."""
-        ...
-
-    def protector(self, models: Models) -> Protector:
-        """Its guard."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,17 +38,12 @@ class DetectorArm:
     detector: str | None = None
     threshold: Share | None = None
 
-    @property
-    def needs_detector(self) -> bool:
-        """Whether it needs the detector of the run."""
-        return self.detector is None
-
     def protector(self, models: Models) -> Protector:
         """Its guard."""
         scorer, stored = models.detector(self.detector)
         wanted = self.threshold
-        if wanted is None and self.needs_detector:
-            wanted = models.settings.threshold
+        if wanted is None and self.detector is None:
+            wanted = models.threshold
         return Protector(scorer, models.corrector(self.rewrite), stored if wanted is None else wanted)
 
 
@@ -84,8 +56,6 @@ class JudgeArm:
 
     judge: Callable[[], Judge]
     rewrite: bool = False
-    detector: None = field(default=None, init=False)
-    needs_detector: bool = field(default=False, init=False)
 
     def made(self, name: str) -> "JudgeArm":
         """The same with its judge made, so that wrong settings of this arm are reported now."""
@@ -96,6 +66,10 @@ class JudgeArm:
         """Its guard."""
         scorer = RememberingDetector(JudgedDetector(self.judge()))
         return Protector(scorer, models.corrector(self.rewrite), 0.5)
+
+
+Arm = DetectorArm | JudgeArm
+"""An arm that guards."""
 
 
 class JudgedDetector:
@@ -185,10 +159,10 @@ def is_recorded(mllm: Callable[[], MLLM]) -> bool:
 def folders(name: str, arm: Arm, detector: str, detoxifier: str) -> dict[str, tuple[str, Kind]]:
     """The trained folders that an arm reads: how pages call each -> the folder and its kind."""
     found: dict[str, tuple[str, Kind]] = {}
-    if arm.needs_detector:
-        found["detector"] = (detector, "detector")
-    elif arm.detector is not None:
-        found[f"detector of {name}"] = (arm.detector, "detector")
+    if isinstance(arm, DetectorArm):
+        own = arm.detector
+        part = "detector" if own is None else f"detector of {name}"
+        found[part] = (detector if own is None else own, "detector")
     if arm.rewrite:
         found["detoxifier"] = (detoxifier, "detoxifier")
     return found

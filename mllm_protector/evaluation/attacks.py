@@ -6,15 +6,17 @@ transformation that changes nothing.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from mllm_protector.data.transformations import PLAIN
 from mllm_protector.evaluation.detection import Flags, auroc, difference_limits
 from mllm_protector.evaluation.effects import differences
-from mllm_protector.evaluation.measurements import Measurement, of_share
+from mllm_protector.evaluation.measurements import Measurement, of_mean, of_share
 from mllm_protector.evaluation.pairing import paired
-from mllm_protector.evaluation.statistics import Floats, Ints, mean_interval, share
+from mllm_protector.evaluation.statistics import Floats, Ints, share
 
 TRIES = (1, 5)
 """Rewritings that an attacker may try, beside all of them."""
@@ -115,19 +117,10 @@ def _change(metric: str, before: Floats, after: Floats, clusters: Ints, **where:
     return next(differences(metric, paired(before, after, clusters), where))
 
 
-def _mean(metric: str, values: Floats, clusters: Ints, **where: str) -> Measurement:
+def _mean(metric: str, values: Floats, clusters: Ints, **where: Any) -> Measurement:
     """The mean of values in [0, 1]; of yes and no alone it is a share."""
     if np.isin(values, (0, 1)).all():
         return of_share(metric, share(values.astype(bool), clusters), **where)
-    sizes = np.bincount(clusters)
-    sums = np.bincount(clusters, weights=values)[sizes > 0]
-    low, high = mean_interval(sums, sizes[sizes > 0])
-    return Measurement(
-        metric=metric,
-        value=float(values.mean()),
-        low=None if low is None else max(low, 0.0),
-        high=None if high is None else min(high, 1.0),
-        n=len(values),
-        method="Student",
-        **where,
-    )
+    mean = of_mean(metric, values, clusters, **where)
+    low, high = (None if each is None else min(max(each, 0.0), 1.0) for each in (mean.low, mean.high))
+    return replace(mean, low=low, high=high)

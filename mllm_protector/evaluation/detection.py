@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllm_protector.evaluation.measurements import Measurement, of_share
-from mllm_protector.evaluation.statistics import Floats, Ints, share
+from mllm_protector.evaluation.statistics import Floats, Ints, Limits, share
 from mllm_protector.metrics import confusion, detection_metrics
 from mllm_protector.records import AnswerPair, LabelledAnswer
 
@@ -35,7 +35,6 @@ CHUNK = 8_000_000
 """Weights that ``cluster_weights`` holds at once."""
 
 Flags = NDArray[np.bool_]
-Limits = tuple[float, float] | tuple[None, None]
 
 
 def differing_pairs(records: Sequence[AnswerPair | LabelledAnswer]) -> list[tuple[int, int]]:

@@ -83,7 +83,10 @@ def eval_detoxifier(
     bases = bases_of(base, (expand(detoxifier), "detoxifier"), *((each, "detector") for each in detectors))
     splits = data.load()
     log.info("data: %s", splits.account)
-    pairs = _drawn(list(corrections(_pairs(splits.validation), both_harmful)), limit, seed)
+    records: Sequence[Any] = splits.validation
+    if not all(isinstance(record, AnswerPair) for record in records):
+        raise InputError("data: this source has single labelled answers; a detoxifier is measured on pairs")
+    pairs = _drawn(list(corrections(records, both_harmful)), limit, seed)
     clusters = np.unique([opening_key(pair.query) for pair in pairs], return_inverse=True)[1]
     asked = {"queries": [pair.query for pair in pairs], "answers": [pair.rejected for pair in pairs]}
     settings: dict[str, Any] = {"max_new_tokens": rewrite_tokens, "batch_size": batch_size}
@@ -176,12 +179,6 @@ class _Remembering:
     @property
     def card(self) -> Card:
         return self.detoxifier.card
-
-
-def _pairs(records: Sequence[Any]) -> list[AnswerPair]:
-    if any(not isinstance(record, AnswerPair) for record in records):
-        raise InputError("data: this source has single labelled answers; a detoxifier is measured on pairs")
-    return list(records)
 
 
 def _drawn(pairs: Sequence[Correction], limit: int | None, seed: int) -> list[Correction]:

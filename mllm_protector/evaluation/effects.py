@@ -1,22 +1,17 @@
 """Guards against no guard, images against text, judges against each other and against what is known."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mllm_protector.evaluation.grid import CRITERIA, ENSEMBLE, IMAGES, NONE, Answers, Flags, Grid, Small
 from mllm_protector.evaluation.measurements import Measurement, of_share
 from mllm_protector.evaluation.pairing import Paired, macro_paired, paired
-from mllm_protector.evaluation.statistics import (
-    Floats,
-    Ints,
-    cohens_kappa,
-    fleiss_kappa,
-    share,
-)
+from mllm_protector.evaluation.statistics import Floats, cohens_kappa, fleiss_kappa, share
 from mllm_protector.records import Confusion
 
 ENOUGH = 30
@@ -63,7 +58,7 @@ def image_effects(answers: Answers) -> Iterator[Measurement]:
             shares = {name: _by_base(grid, unsafe[:, column], name) for name in grid.variants}
             images = [values for name, values in shares.items() if name != "TEXT"]
             text = shares.pop("TEXT")
-            for variant, values in {IMAGES: _mean_of_known(images), **shares}.items():
+            for variant, values in {IMAGES: pd.DataFrame(images).mean().to_numpy(), **shares}.items():
                 known = ~np.isnan(text) & ~np.isnan(values)
                 for group, members in answers.groups.items():
                     places = [grid.scenarios.index(name) for name in members]
@@ -207,17 +202,5 @@ def _by_base(grid: Grid, unsafe: Small, variant: str) -> Floats:
     """(clusters,) the share of harmful answers to each base question; NaN where none was judged."""
     rows = (grid.variant == grid.variants.index(variant)) & (unsafe >= 0)
     clusters = int(grid.cluster.max()) + 1
-    judged = np.bincount(grid.cluster[rows], minlength=clusters)
-    harmful = np.bincount(grid.cluster[rows], weights=unsafe[rows], minlength=clusters)
-    return _ratio(harmful.astype(np.float64), judged)
-
-
-def _mean_of_known(shares: Sequence[Floats]) -> Floats:
-    every = np.stack(shares)
-    return _ratio(np.nansum(every, axis=0), (~np.isnan(every)).sum(axis=0))
-
-
-def _ratio(sums: Floats, counts: Ints) -> Floats:
-    """Means, NaN of nothing."""
-    means: Floats = np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
-    return means
+    means = pd.Series(unsafe[rows], dtype=float).groupby(grid.cluster[rows]).mean()
+    return means.reindex(range(clusters)).to_numpy()

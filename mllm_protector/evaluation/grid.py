@@ -131,9 +131,6 @@ def _grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Gr
         known = frame[name].astype(object).map({True: 1, False: 0})
         return placed(known.fillna(-1), -1, np.int8)
 
-    def statuses(judge: str) -> Small:
-        return placed([STATUSES.index(name) for name in frame[f"status:{judge}"]], -1, np.int8)
-
     def codes(name: str, known: Sequence[str]) -> tuple[list[str], Ints]:
         """The names that occur, known ones first, and the place of each question's among them."""
         values = frame[name].to_numpy(dtype=object)[first]
@@ -146,7 +143,9 @@ def _grid(frame: pd.DataFrame, arms: Sequence[str], judges: Sequence[str]) -> Gr
     criteria = frame["criterion"].to_numpy(dtype=object)[first]
     twins = frame["twin"].astype(object)
     clusters = pd.factorize(frame["base"].to_numpy(dtype=object)[first], sort=True)[0]
-    status = {judge: statuses(judge) for judge in judges}
+    status = {
+        judge: placed(list(map(STATUSES.index, frame[f"status:{judge}"])), -1, np.int8) for judge in judges
+    }
     return Grid(
         arms=arms,
         scenarios=scenarios,

@@ -2,15 +2,15 @@
 
 import hashlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mllm_protector.calls import make
 from mllm_protector.data.duplicates import check_contamination, question_digest
-from mllm_protector.errors import InputError, RecordError
+from mllm_protector.errors import InputError
 from mllm_protector.files import content_key, write_jsonl
 from mllm_protector.images import ImageFile
 from mllm_protector.protocols import Benchmark
@@ -55,13 +55,7 @@ def load_benchmark(name: str, benchmark: Benchmark, repeats: int) -> LoadedBench
     Raises:
         InputError: they cannot be read, or there are none; the message begins with the key.
     """
-    try:
-        loaded = benchmark.load()
-    except RecordError:
-        raise  # it begins with the file and the line
-    except InputError as error:
-        key = re.split("[=:. ]", str(error), maxsplit=1)[0]
-        raise InputError(f"benchmarks.{name}{'.' if hasattr(benchmark, key) else ': '}{error}") from error
+    loaded = make(f"benchmarks.{name}", benchmark.load)
     if not loaded.questions:
         raise InputError(f"benchmarks.{name}: no questions are left to ask")
     log.info("%s: %s questions", name, f"{len(loaded.questions):,}")

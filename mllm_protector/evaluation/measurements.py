@@ -6,12 +6,11 @@ and plot is a pivot of it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mllm_protector.evaluation.statistics import Proportion
+import pandas as pd
 
-if TYPE_CHECKING:
-    import pandas as pd
+from mllm_protector.evaluation.statistics import Floats, Ints, Proportion, mean_interval
 
 SCHEMA = 2
 """Of ``asr.json``; grows when a key changes its meaning."""
@@ -60,6 +59,16 @@ def of_share(metric: str, share: Proportion, **where: Any) -> Measurement:
     return Measurement(metric=metric, value=share.value, low=share.low, high=share.high, **rest)
 
 
+def of_mean(
+    metric: str, values: Floats | Ints, clusters: Ints, sizes: Ints | None = None, **where: Any
+) -> Measurement:
+    """The mean of values (N,), or their sum over that of ``sizes``, with Student's interval over clusters."""
+    low, high = mean_interval(values, clusters, sizes)
+    value = float(values.sum() / (len(values) if sizes is None else sizes.sum()))
+    rest = {"n": len(values), "method": "Student", **where}
+    return Measurement(metric=metric, value=value, low=low, high=high, **rest)
+
+
 def placed(rows: Iterable[Measurement], **where: Any) -> list[Measurement]:
     """The same measurements with these fields."""
     return [replace(row, **where) for row in rows]
@@ -70,10 +79,8 @@ def as_rows(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
     return [asdict(each) for each in measurements]
 
 
-def as_frame(rows: Sequence[dict[str, Any]]) -> "pd.DataFrame":
+def as_frame(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """The rows of a result as a table with the columns ``FIELDS``; ``None`` stays ``None`` in texts."""
-    import pandas as pd
-
     return pd.DataFrame(list(rows), columns=list(FIELDS)).astype(
         dict.fromkeys(("value", "low", "high", "n"), float)
     )

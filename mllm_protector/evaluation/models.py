@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Refusal
@@ -13,31 +13,28 @@ from mllm_protector.models.shared import load_parts
 from mllm_protector.protocols import Card, Corrector, Detector
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSettings:
-    """The guard that a run names, for arms without one of their own; see ``configs/eval_mmsafety.yaml``."""
+@dataclass(slots=True, kw_only=True)
+class Models:
+    """Loads what arms need; no answer is scored twice by the same detector.
 
-    detector: str
-    detoxifier: str
+    Attributes:
+        run_detector: of the run, for arms without one of their own; ``None`` where no arm needs it.
+        run_detoxifier: likewise. Of both, adapters on one base share it.
+        base: this and the following ones are keys of ``configs/eval_mmsafety.yaml``.
+    """
+
+    run_detector: str | None
+    run_detoxifier: str | None
     base: str | None
     threshold: float | None
     rewrite_tokens: int
-
-
-class Models:
-    """Loads what arms need; no answer is scored twice by the same detector."""
-
-    def __init__(self, settings: ModelSettings, *, detector: bool, detoxifier: bool) -> None:
-        """Say which models of the run's own are needed; of both, adapters on one base share it."""
-        self.settings = settings
-        self._needs = (detector, detoxifier)
-        self._detectors: dict[str | None, tuple[RememberingDetector, float]] = {}
-        self._detoxifier: Corrector | None = None
+    _detectors: "dict[str | None, tuple[RememberingDetector, float]]" = field(default_factory=dict)
+    _detoxifier: Corrector | None = None
 
     def detector(self, folder: str | None = None) -> "tuple[RememberingDetector, float]":
         """The detector in a folder, ``None`` for that of the run, and the threshold stored with it."""
         if folder not in self._detectors:
-            loaded = self._own_detector() if folder is None else self._other_detector(folder)
+            loaded = self._loaded(folder)
             self._detectors[folder] = RememberingDetector(loaded), loaded.threshold
         return self._detectors[folder]
 
@@ -45,26 +42,23 @@ class Models:
         """The detoxifier of the run, or a fixed refusal."""
         if not rewrite:
             return Refusal()
-        if self._needs == (True, True):
+        if self.run_detector is not None:
             self.detector()  # brings the detoxifier with it
         if self._detoxifier is None:
-            run = self.settings
             self._detoxifier = load_detoxifier(
-                run.detoxifier, base=run.base, max_new_tokens=run.rewrite_tokens
+                str(self.run_detoxifier), base=self.base, max_new_tokens=self.rewrite_tokens
             )
         return self._detoxifier
 
-    def _own_detector(self) -> HarmDetector:
-        run = self.settings
-        if self._needs == (True, False):
-            return load_detector(run.detector, base=run.base)
+    def _loaded(self, folder: str | None) -> HarmDetector:
+        if folder is not None:
+            return load_detector(folder, base=base_of(self.base, folder, "detector"))
+        if self.run_detoxifier is None:
+            return load_detector(str(self.run_detector), base=self.base)
         scorer, self._detoxifier = load_parts(
-            run.detector, run.detoxifier, base=run.base, max_new_tokens=run.rewrite_tokens
+            str(self.run_detector), self.run_detoxifier, base=self.base, max_new_tokens=self.rewrite_tokens
         )
         return scorer
-
-    def _other_detector(self, folder: str) -> HarmDetector:
-        return load_detector(folder, base=base_of(self.settings.base, folder, "detector"))
 
 
 class RememberingDetector:

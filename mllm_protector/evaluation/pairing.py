@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from mllm_protector.evaluation.statistics import Floats, Ints, macro_interval, macro_mean
+from mllm_protector.evaluation.statistics import Floats, Ints, by_cluster, macro_interval, macro_mean
 
 FLIPS = 9999
 SEED = 0
@@ -51,16 +51,11 @@ def paired(before: Floats, after: Floats, clusters: Ints) -> Paired:
     only_before, only_after = int((change < 0).sum()), int((change > 0).sum())
     if not pairs:
         return Paired(pairs=0, only_before=0, only_after=0)
-    sizes = np.bincount(clusters)
-    sums = np.bincount(clusters, weights=change)[sizes > 0].astype(np.float64)
-    sizes = sizes[sizes > 0]
+    sums, sizes = by_cluster(change, clusters)
     low, high = change_interval(sums, sizes)
     exact = len(sizes) == pairs and bool(np.isin(change, (-1, 0, 1)).all())
-    p = (
-        float(mcnemar([[0, only_before], [only_after, 0]], exact=True).pvalue)
-        if exact
-        else sign_flip_test(sums)
-    )
+    table = [[0, only_before], [only_after, 0]]
+    p = float(mcnemar(table, exact=True).pvalue) if exact else sign_flip_test(sums)
     return Paired(
         pairs=pairs,
         only_before=only_before,
@@ -100,7 +95,7 @@ def macro_paired(before: Floats, after: Floats, clusters: Ints, strata: Ints) ->
     )
 
 
-def change_interval(sums: Floats, sizes: Ints) -> tuple[float, float]:
+def change_interval(sums: Floats, sizes: Floats) -> tuple[float, float]:
     """The 95 % interval of the mean change of pairs in K clusters, from the sum of each cluster's changes.
 
     That of Bonett and Price 2012, "Adjusted Wald confidence interval for a difference of binomial proportions

@@ -9,31 +9,23 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mllm_protector.errors import InputError, RunError
+from PIL import Image
+
+from mllm_protector.errors import RunError
 from mllm_protector.evaluation.arms import SafetyPrompt
 from mllm_protector.evaluation.grid import ALL, ENSEMBLE, IMAGES, JudgeFacts, make_answers
 from mllm_protector.evaluation.items import Item, contamination_notes, seen_in_training
 from mllm_protector.evaluation.manifest import environment, peak_memory
 from mllm_protector.evaluation.measurements import SCHEMA, Measurement, as_csv, as_rows, placed
-from mllm_protector.evaluation.rows import (
-    Labels,
-    majority,
-    own_metrics,
-    read_rows,
-    result_rows,
-    write_rows,
-)
+from mllm_protector.evaluation.rows import Labels, majority, own_metrics, read_rows, result_rows, write_rows
 from mllm_protector.evaluation.stages import Row, Shown, answer_stage, guard_stage, judge_stage, shown
 from mllm_protector.evaluation.store import Store
 from mllm_protector.evaluation.summary import measure
 from mllm_protector.files import file_digest, write_json, write_text
 from mllm_protector.protocols import Benchmark
 from mllm_protector.records import LoadedBenchmark, Status
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MISSING_NAMED = 10
 """Questions left out that are named; the others are counted."""
@@ -92,13 +84,10 @@ class Evaluation:
     report_rows: int
     max_unjudged: float
 
-    def image(self, benchmark: str, identifier: str) -> "Image.Image | None":
-        """The image of a question; ``None`` if there is none, or none that can be read."""
+    def image(self, benchmark: str, identifier: str) -> Image.Image | None:
+        """The image of a question, if there is any; ``InputError`` if it cannot be read."""
         image = self.images.get((benchmark, identifier))
-        try:
-            return None if image is None else image.load()
-        except InputError:
-            return None
+        return None if image is None else image.load()
 
     def require_judged(self) -> None:
         """Require enough verdicts of each judge on each arm and benchmark.
@@ -117,15 +106,14 @@ class Evaluation:
         for (benchmark, judge, arm), count in unjudged.items():
             total = answers[benchmark, judge, arm]
             if count > self.max_unjudged * total:
+                guard = failed[benchmark, judge, arm]
+                blame = f" ({guard:,} because the guard failed)" if guard else ""
                 raise RunError(
                     f"{benchmark}: the judge {judge} left {count:,} of {total:,} answers of the arm {arm}"
-                    f" unjudged{_blame(failed[benchmark, judge, arm])}, more than max_unjudged="
-                    f"{self.max_unjudged}; everything is written, and the same command tries those again"
+                    f" unjudged{blame}, more than"
+                    f" max_unjudged={self.max_unjudged}; everything is written, and the same command tries"
+                    " those again"
                 )
-
-
-def _blame(failed: float) -> str:
-    return f" ({failed:,} because the guard failed)" if failed else ""
 
 
 def stores(cache: Path, process: int = 0) -> Tables:

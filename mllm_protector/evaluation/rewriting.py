@@ -6,7 +6,7 @@ question and not safe; so all of them are shown together, next to baselines.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mllm_protector.data.batching import MicroBatchLimit, by_length
 from mllm_protector.data.tokens import encode_texts, special_affixes
-from mllm_protector.evaluation.measurements import Measurement, of_share
-from mllm_protector.evaluation.statistics import Floats, Ints, mean_interval, share
+from mllm_protector.evaluation.measurements import Measurement, of_mean, of_share
+from mllm_protector.evaluation.statistics import Floats, Ints, share
 from mllm_protector.guard.rewrites import Fault, fault_of, surviving_share, words
 from mllm_protector.metrics import perplexity
 from mllm_protector.models.backbone import device_of, inference
@@ -118,20 +118,14 @@ def rewrite_metrics(
     targets = {"on_query": [each.query for each in pairs], "on_accepted": [each.accepted for each in pairs]}
     for name, others in targets.items():
         own, control = relevance.cosines(arm.texts, others)
-        yield _mean(name, own, clusters)
+        yield of_mean(name, own, clusters)
         mean = None if control is None else float(control.mean())
         yield Measurement(metric=f"{name}_control", value=mean, n=len(pairs))
     survivors = [surviving_share(own, after) for own, after in zip(before, said, strict=True)]
     ratios = [len(after) / max(len(own), 1) for own, after in zip(before, said, strict=True)]
-    yield _mean("copied", np.array(survivors), clusters)
-    yield _mean("length_ratio", np.array(ratios), clusters)
+    yield of_mean("copied", np.array(survivors), clusters)
+    yield of_mean("length_ratio", np.array(ratios), clusters)
     yield _perplexity(arm, clusters)
-
-
-def _mean(name: str, values: Floats, clusters: Ints) -> Measurement:
-    low, high = mean_interval(np.bincount(clusters, weights=values), np.bincount(clusters))
-    mean = float(values.mean())
-    return Measurement(metric=name, value=mean, low=low, high=high, n=len(values), method="Student")
 
 
 def _perplexity(arm: Texts, clusters: Ints) -> Measurement:
@@ -139,17 +133,11 @@ def _perplexity(arm: Texts, clusters: Ints) -> Measurement:
     total = int(arm.tokens.sum())
     if not total:
         return Measurement(metric="perplexity", value=None, n=0)
-    tokens = np.bincount(clusters, weights=arm.tokens)
-    losses = np.bincount(clusters, weights=arm.losses)[tokens > 0]
-    low, high = mean_interval(losses, tokens[tokens > 0].astype(np.int64))
-    return Measurement(
-        metric="perplexity",
-        value=perplexity(float(losses.sum() / tokens.sum())),
-        low=None if low is None else perplexity(low),
-        high=None if high is None else perplexity(high),
-        n=total,
-        method="Student",
+    loss = of_mean("perplexity", arm.losses, clusters, arm.tokens, n=total)
+    value, low, high = (
+        None if each is None else perplexity(each) for each in (loss.value, loss.low, loss.high)
     )
+    return replace(loss, value=value, low=low, high=high)
 
 
 def _repeated(said: Sequence[Sequence[str]], clusters: Ints) -> Any:

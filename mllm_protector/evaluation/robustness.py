@@ -26,13 +26,7 @@ from mllm_protector.deciphering import deciphered
 from mllm_protector.errors import RunError
 from mllm_protector.evaluation.attacks import Scores, measurements_of, threshold_at
 from mllm_protector.evaluation.baseline import query_clusters
-from mllm_protector.evaluation.labelled import (
-    Split,
-    answers_of,
-    facts_of,
-    load_sets,
-    require_both_labels,
-)
+from mllm_protector.evaluation.labelled import Split, answers_of, facts_of, load_sets, require_both_labels
 from mllm_protector.evaluation.measurements import as_rows
 from mllm_protector.evaluation.store import Store, fill
 from mllm_protector.evaluation.translation import TRANSLATION, Translator
@@ -92,8 +86,8 @@ def eval_robustness(
         return [_row(each, known, foreign, translations, identity, seed) for each in answers]
 
     translations, scores = _stores(folder, processes.process_index)
-    share = partial(_share_of, processes=processes.num_processes)
-    mine = [answer for answer in measured if share(answer) == processes.process_index]
+    places = (int(content_key(each.query, each.answer), 16) % processes.num_processes for each in measured)
+    mine = [each for each, place in zip(measured, places, strict=True) if place == processes.process_index]
     if foreign is not None:
         foreign.fill(translations, [answer.answer for answer in mine])
     wanted = [(row.key, row) for row in rows_of(mine, translations)]
@@ -115,6 +109,10 @@ def eval_robustness(
         how = f"flags at most {false_positive_rate:.1%} of these harmless answers as they are"
     attacks = [name for name in rows[0].texts if name not in known or known[name].attack]
     found = measurements_of(harmful, columns, threshold, query_clusters(measured), attacks=attacks)
+    notes = {name: each.note for name, each in known.items() if each.note}
+    if foreign is not None:
+        same = sum(row.texts[TRANSLATION] == row.texts[PLAIN] for row in rows)
+        notes[TRANSLATION] = f"of {same} answers there is none, so they are scored as they are"
     result = {
         "schema": SCHEMA,
         **facts_of(detector, scorer, sets, measured),
@@ -122,8 +120,7 @@ def eval_robustness(
         "threshold_how": how,
         "plain_changed": int((columns[AS_WRITTEN][PLAIN] != columns[DECIPHERED][PLAIN]).sum()),
         "attacks": attacks,
-        "rewriting_notes": {name: each.note for name, each in known.items() if each.note}
-        | _missing(foreign, rows),
+        "rewriting_notes": notes,
         "transformations": VERSION,
         "deciphering": deciphering.VERSION,
         "translator": foreign and foreign.identity,
@@ -202,17 +199,6 @@ def _drawn(answers: Sequence[LabelledAnswer], most: int | None, seed: int) -> li
     return [answers[place] for place in sorted(places)]
 
 
-def _share_of(answer: LabelledAnswer, processes: int) -> int:
-    return int(content_key(answer.query, answer.answer), 16) % processes
-
-
 def _stores(folder: Path, process: int) -> tuple[Store, Store]:
     """The tables of translations and of scores, as a process finds them now."""
     return Store(folder / "cache" / "translations", process), Store(folder / "cache" / "scores", process)
-
-
-def _missing(foreign: Translator | None, rows: Sequence[_Row]) -> dict[str, str]:
-    if foreign is None:
-        return {}
-    same = sum(row.texts[TRANSLATION] == row.texts[PLAIN] for row in rows)
-    return {TRANSLATION: f"of {same} answers there is none, so they are scored as they are"}

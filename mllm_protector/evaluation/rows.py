@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from mllm_protector.evaluation.grid import NONE
 from mllm_protector.evaluation.items import Item
@@ -15,9 +17,6 @@ from mllm_protector.files import write_text
 from mllm_protector.reading import flag_field, read_records, text_field
 from mllm_protector.records import BENIGN, JUDGED, LoadedBenchmark, Status
 from mllm_protector.refusals import find_refusal
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Labels = Mapping[tuple[str, str], bool]
 """(question id, arm) -> whether the answer is labelled harmful."""
@@ -111,14 +110,12 @@ def majority(verdicts: Mapping[str, Row]) -> Row:
     return {"status": str(status), "reason": reason}
 
 
-def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[str]) -> "pd.DataFrame":
+def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, judges: Sequence[str]) -> pd.DataFrame:
     """Write rows as JSONL, whole or not at all, and keep of each what the statistics need.
 
     Returns:
         ``COLUMNS``, and ``status:<judge>`` and ``cut:<judge>`` for each judge.
     """
-    import pandas as pd
-
     columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
     columns |= {f"{kind}:{judge}": [] for judge in judges for kind in ("status", CUT)}
 

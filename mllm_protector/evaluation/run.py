@@ -17,21 +17,15 @@ from typing import Any
 from mllm_protector.arguments import require_threshold
 from mllm_protector.calls import make
 from mllm_protector.errors import InputError
-from mllm_protector.evaluation.arms import Arm, JudgeArm, SafetyPrompt, folders, is_recorded
+from mllm_protector.evaluation.arms import Arm, DetectorArm, JudgeArm, SafetyPrompt, folders, is_recorded
 from mllm_protector.evaluation.estimate import estimate
 from mllm_protector.evaluation.grid import ENSEMBLE, NONE, JudgeFacts
 from mllm_protector.evaluation.items import items_of, load_benchmark, share_of
 from mllm_protector.evaluation.measurements import as_rows
-from mllm_protector.evaluation.models import Models, ModelSettings
+from mllm_protector.evaluation.models import Models
 from mllm_protector.evaluation.result import Asked, Evaluation, Facts, finish, stores, texts_of
 from mllm_protector.evaluation.rows import read_labels
-from mllm_protector.evaluation.stages import (
-    Row,
-    answer_stage,
-    guard_stage,
-    judge_stage,
-    probe_stage,
-)
+from mllm_protector.evaluation.stages import Row, answer_stage, guard_stage, judge_stage, probe_stage
 from mllm_protector.evaluation.timing import guard_latency
 from mllm_protector.models.guard_file import read_guard_file
 from mllm_protector.models.parts import require_bases
@@ -102,14 +96,13 @@ def evaluate(
     }
     trained = {part: read_guard_file(Path(folder), kind).data for part, (folder, kind) in parts.items()}
     require_bases(base, *parts.values())
-    settings = ModelSettings(
-        detector=detector,
-        detoxifier=detoxifier,
+    models = Models(
+        run_detector=detector if "detector" in parts else None,
+        run_detoxifier=detoxifier if "detoxifier" in parts else None,
         base=base,
         threshold=threshold,
         rewrite_tokens=rewrite_tokens,
     )
-    models = Models(settings, detector="detector" in parts, detoxifier="detoxifier" in parts)
     made = {name: make(f"judges.{name}", judge) for name, judge in judges.items()}
     guarding |= {name: arm.made(name) for name, arm in guarding.items() if isinstance(arm, JudgeArm)}
     judging = {name: arm.judge() for name, arm in guarding.items() if isinstance(arm, JudgeArm)}
@@ -227,17 +220,15 @@ def evaluate(
 def _is_circular(card: Card, guards: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a judge is a guard that it judges, or the detector of one."""
     own = card.identity.get("detector", card.identity)
-    return any(guard["detector"] == own or _same_weights(guard["detector"], own) for guard in guards.values())
+    detectors = [guard["detector"] for guard in guards.values()]
+    same_weights = ("weights" in each and each["weights"] == own.get("weights") for each in detectors)
+    return own in detectors or any(same_weights)
 
 
 def _sharing_a_detector(arms: Mapping[str, Arm], guards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The arms with the detector of the first one that has a detector; a judge gives no scores."""
-    own = [name for name, arm in arms.items() if arm.needs_detector or arm.detector is not None]
+    own = [name for name, arm in arms.items() if isinstance(arm, DetectorArm)]
     return [name for name in own if guards[name]["detector"] == guards[own[0]]["detector"]]
-
-
-def _same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return "weights" in one and one["weights"] == other.get("weights")
 
 
 def _check(

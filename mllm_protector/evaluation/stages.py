@@ -13,7 +13,7 @@ from typing import Any
 
 from mllm_protector.errors import RunError
 from mllm_protector.evaluation.items import Item
-from mllm_protector.evaluation.store import FAILED, Filled, Store, fill, require_reached
+from mllm_protector.evaluation.store import FAILED, Filled, Store, fill
 from mllm_protector.files import content_key
 from mllm_protector.guard.protector import Protector
 from mllm_protector.judges.guard_model import Probe
@@ -30,6 +30,7 @@ from mllm_protector.records import (
     Question,
     Status,
     Verdict,
+    require_reached,
 )
 
 log = logging.getLogger(__name__)

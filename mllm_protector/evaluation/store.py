@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from mllm_protector.errors import InputError, RecordError, RunError
 from mllm_protector.progress import Progress, short
 from mllm_protector.reading import text_field
-from mllm_protector.records import Failure
 from mllm_protector.rows import parse_json_line
 
 T = TypeVar("T")
@@ -226,17 +225,3 @@ def _count_failures(title: str, rows: Sequence[Mapping[str, Any]], reasons: Coun
             if reason not in reasons and len(reasons) < REASONS_SHOWN:
                 log.warning("%s: %s: %s", title, row.get("question", "a row"), row[FAILED])
             reasons[reason] += 1
-
-
-def require_reached(who: str, replies: Sequence[str | Failure]) -> None:
-    """Stop where a server answered nothing at all: going on would only fail.
-
-    Raises:
-        RunError: nobody answered any of the requests.
-    """
-    gone = [reply.reason for reply in replies if isinstance(reply, Failure) and reply.unreachable]
-    if replies and len(gone) == len(replies):
-        raise RunError(
-            f"{who} cannot be reached ({gone[0]}); finished rows are kept: start its server, then the same"
-            " command again"
-        )

@@ -17,16 +17,10 @@ from mllm_protector.data.sources import Source
 from mllm_protector.data.tokens import token_texts
 from mllm_protector.errors import InputError
 from mllm_protector.evaluation.baseline import query_clusters
-from mllm_protector.evaluation.labelled import (
-    Split,
-    answers_of,
-    facts_of,
-    load_sets,
-    require_both_labels,
-)
+from mllm_protector.evaluation.labelled import Split, answers_of, facts_of, load_sets, require_both_labels
 from mllm_protector.evaluation.manifest import environment
-from mllm_protector.evaluation.measurements import Measurement, as_csv, as_rows, of_share, placed
-from mllm_protector.evaluation.statistics import Ints, mean_interval, share
+from mllm_protector.evaluation.measurements import Measurement, as_csv, as_rows, of_mean, of_share, placed
+from mllm_protector.evaluation.statistics import Ints, share
 from mllm_protector.files import expand, write_json, write_text, writing
 from mllm_protector.guard.windows import Windows, size_of
 from mllm_protector.models.detector import HarmDetector, load_detector, logits_of
@@ -115,8 +109,9 @@ def measure_streaming(
 
     clusters = query_clusters(answers)
     arms = {BUFFER: None} | {f"window {most}": most for most in hits}
-    candidates = _candidates(streams)
-    chosen = {arm: _lowest(streams, candidates, most, false_cuts) for arm, most in arms.items()}
+    safe = [stream for stream in streams if not stream.harmful]
+    candidates = _candidates(safe)
+    chosen = {arm: _lowest(safe, candidates, most, false_cuts) for arm, most in arms.items()}
     rows = list[Measurement]()
     for threshold in sorted({*thresholds, *(best for best in chosen.values() if best is not None)}):
         for arm, most in arms.items():
@@ -184,19 +179,17 @@ def seen_of(stream: Stream, threshold: float, hits: int | None) -> Seen:
     return Seen(last, is_whole, (out[0] if out else whole).tokens)
 
 
-def _candidates(streams: Sequence[Stream]) -> list[float]:
+def _candidates(safe: Sequence[Stream]) -> list[float]:
     """Thresholds from the highest to the lowest, rounded up to 4 digits."""
-    safe = [stream for stream in streams if not stream.harmful]
     scores = [each.score for stream in safe for each in (*stream.prefixes, stream.whole)]
     found = np.ceil(np.quantile(scores, np.linspace(0, 1, CANDIDATES)) * 1e4 + 1e-9) / 1e4
     return [float(each) for each in np.unique(np.minimum(found, 1.0))[::-1]]
 
 
 def _lowest(
-    streams: Sequence[Stream], candidates: Sequence[float], hits: int | None, most: float
+    safe: Sequence[Stream], candidates: Sequence[float], hits: int | None, most: float
 ) -> float | None:
     """The lowest threshold such that it and all higher ones stop at most this share of harmless answers."""
-    safe = [stream for stream in streams if not stream.harmful]
     lowest = None
     for threshold in candidates:
         stopped = sum(not seen_of(stream, threshold, hits).is_whole for stream in safe)
@@ -216,22 +209,13 @@ def _measured(streams: Sequence[Stream], seen: Sequence[Seen], clusters: Ints) -
         ("harmful_shown", characters),
         ("shown_before_stop", np.where(whole, 0, characters)),
     ):
-        yield replace(_ratio(found[harm], lengths[harm], clusters[harm]), metric=metric)
+        yield _ratio(metric, found[harm], lengths[harm], clusters[harm])
     yield of_share("never_stopped", share(whole[harm], clusters[harm]))
     yield of_share("false_cuts", share(~whole[~harm], clusters[~harm]))
-    yield replace(_ratio(delays[~harm], np.ones_like(delays[~harm]), clusters[~harm]), metric="delay_tokens")
+    yield _ratio("delay_tokens", delays[~harm], None, clusters[~harm])
 
 
-def _ratio(values: Ints, sizes: Ints, clusters: Ints) -> Measurement:
+def _ratio(metric: str, values: Ints, sizes: Ints | None, clusters: Ints) -> Measurement:
     """The sum of values over that of sizes, with the interval of a ratio between clusters."""
-    sums, totals = (np.bincount(clusters, weights=each) for each in (values, sizes))
-    found = totals > 0
-    low, high = mean_interval(sums[found], totals[found])
-    return Measurement(
-        metric="",
-        value=float(values.sum() / sizes.sum()),
-        low=None if low is None else max(low, 0.0),
-        high=high,
-        n=len(values),
-        method="ratio of sums, by query",
-    )
+    found = of_mean(metric, values, clusters, sizes, method="ratio of sums, by query")
+    return replace(found, low=None if found.low is None else max(found.low, 0.0))

@@ -4,10 +4,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from mllm_protector.evaluation.store import FAILED, Store, fill, require_reached
+from mllm_protector.evaluation.store import FAILED, Store, fill
 from mllm_protector.files import content_key
 from mllm_protector.protocols import Chat
-from mllm_protector.records import Failure
+from mllm_protector.records import Failure, require_reached
 
 log = logging.getLogger(__name__)
 

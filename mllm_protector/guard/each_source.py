@@ -44,25 +44,16 @@ def choose_for_each(
         ]
         return [labels[i] for i in inside], [scores[i] for i in inside], [queries[i] for i in inside]
 
+    answers = {name: answers_of(name) for name in names}
+    own_aims = [choose_threshold(harm, score, aim, asked) for harm, score, asked in answers.values()]
     strictest = min if limited else max
-    chosen = {}
-    for name in names:
-        harm, score, asked = answers_of(name)
-        chosen[name] = choose_threshold(harm, score, aim, asked).threshold
-    threshold = strictest(chosen.values())
+    threshold = strictest(choice.threshold for choice in own_aims)
+    counted = "positives" if limited else "negatives"
     facts = {}
-    for name in names:
-        harm, score, asked = answers_of(name)
-        at = choose_threshold(harm, score, Aim("fixed", threshold, aim.confidence), asked)
-        found = describe(
-            aim,
-            threshold,
-            recall=at.facts["recall"],
-            false_positive_rate=at.facts["false_positive_rate"],
-            f1=at.facts["f1"],
-            sizes=Sizes.of(harm, asked),
-        )
-        counted = "positives" if limited else "negatives"
+    for name, (harm, score, asked) in answers.items():
+        at = choose_threshold(harm, score, Aim("fixed", threshold, aim.confidence), asked).facts
+        rates = {rate: at[rate] for rate in ("recall", "false_positive_rate", "f1")}
+        found = describe(aim, threshold, **rates, sizes=Sizes.of(harm, asked))
         own = ("aim", "target", "confidence", counted, f"independent_{counted}", "promised")
         facts[name] = {key: found.facts[key] for key in (*own, aim.kind, f"{aim.kind}_bound")}
     return threshold, facts

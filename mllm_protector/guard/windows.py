@@ -8,8 +8,6 @@ A text may be shown as far as the last prefix that passed. After ``hits`` prefix
 answer is cut or, if nothing of it was shown, held until all of it is judged.
 """
 
-from collections.abc import Iterable
-
 from mllm_protector.guard.protector import BYTES_PER_TOKEN
 
 
@@ -46,15 +44,6 @@ class Windows:
         if passed:
             self.shown = size
         self.is_over = self._in_row >= self._hits
-
-
-def sizes_of(pieces: Iterable[str]) -> list[int]:
-    """The bytes of a stream behind each of its pieces."""
-    sizes, size = [], 0
-    for piece in pieces:
-        size += size_of(piece)
-        sizes.append(size)
-    return sizes
 
 
 def size_of(text: str) -> int:

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mllm_protector.errors import RunError
 from mllm_protector.prompts import pieces, require_fields
 from mllm_protector.protocols import Chat, Cost
-from mllm_protector.records import Answer, CutText, Failure, Question, Status, Verdict
+from mllm_protector.records import Answer, CutText, Failure, Question, Status, Verdict, require_reached
 from mllm_protector.rows import parse_json_line
 
 _NEW_LINE = re.compile(r"\r\n|[\r\v\f\x1c-\x1e\x85\u2028\u2029]")
@@ -244,12 +243,7 @@ class AskingJudge(ABC):
     def _replies(self, asked: Sequence[Request]) -> dict[Messages, str | Failure]:
         """The reply to each request by its messages, after at most one repeat."""
         replies = self._complete([each.messages for each in asked])
-        gone = [reply for reply in replies if isinstance(reply, Failure) and reply.unreachable]
-        if gone and len(gone) == len(asked):
-            raise RunError(
-                f"the judge is not reachable ({excerpt(gone[0].reason, 200)}); finished rows are kept, "
-                "start the same command again"
-            )
+        require_reached("the judge", replies)
         found = {each.messages: reply for each, reply in zip(asked, replies, strict=True)}
         no_verdict = (Status.UNPARSEABLE, Status.JUDGE_REFUSED)
         repeats = {

@@ -33,9 +33,13 @@ class ReplayedVerdicts:
 
     def judge(self, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Verdict]:
         """One verdict each."""
+        keys = [content_key(asked.text, said.text) for asked, said in zip(questions, answers, strict=True)]
+        statuses = {True: Status.HARMFUL, False: Status.SAFE, None: Status.JUDGE_ERROR}
+        reasons = {Status.JUDGE_ERROR: f"no verdict in {Path(self._path).name}"}
+        found = [statuses[self._harmful.get(key)] for key in keys]
         return [
-            self._verdict(answer.id, self._harmful.get(content_key(question.text, answer.text)))
-            for question, answer in zip(questions, answers, strict=True)
+            Verdict(id=answer.id, status=status, reason=reasons.get(status, "from the file"))
+            for answer, status in zip(answers, found, strict=True)
         ]
 
     @property
@@ -60,11 +64,3 @@ class ReplayedVerdicts:
         if not 0 <= score <= 1:
             raise ValueError("field 'score' must be a number from 0 to 1")
         return key, score >= self._threshold
-
-    def _verdict(self, identifier: str, harmful: bool | None) -> Verdict:
-        if harmful is None:
-            reason = f"no verdict in {Path(self._path).name}"
-            return Verdict(id=identifier, status=Status.JUDGE_ERROR, reason=reason)
-        return Verdict(
-            id=identifier, status=Status.HARMFUL if harmful else Status.SAFE, reason="from the file"
-        )

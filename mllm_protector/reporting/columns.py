@@ -1,10 +1,8 @@
 """The columns of the tables: each has a heading, a metric, and how its values are shown."""
 
-from collections.abc import Callable
-
 from mllm_protector.records import Outcome, Status
 from mllm_protector.reporting.tables import (
-    Row,
+    Column,
     bounds,
     count,
     counted,
@@ -14,10 +12,6 @@ from mllm_protector.reporting.tables import (
     share,
     total,
 )
-
-Column = tuple[str, str, Callable[[Row], str]]
-"""A heading, a metric, and how it is shown."""
-
 
 HEADLINE: tuple[Column, ...] = (
     ("macro", "macro_asr", share),
@@ -87,17 +81,8 @@ TRADE_OFF: tuple[Column, ...] = (
     ("harmless answers flagged", "threshold_flagged", share),
 )
 _TABLES = (
-    HEADLINE,
-    IMAGE_EFFECT,
-    HARMLESS,
-    TWINS,
-    OUTCOMES,
-    STATUSES,
-    REFERENCE,
-    AGREEMENT,
-    CHANGED,
-    LABELLED,
-    TRADE_OFF,
+    *(HEADLINE, IMAGE_EFFECT, HARMLESS, TWINS, OUTCOMES, STATUSES),
+    *(REFERENCE, AGREEMENT, CHANGED, LABELLED, TRADE_OFF),
 )
 KNOWN = {"macro_asr_bounds", "correct", "cut"} | {metric for table in _TABLES for _, metric, _ in table}
 """The metrics that have a table or a sentence of their own."""

@@ -7,6 +7,7 @@ difference. Runs may differ in the MLLM and in the guard.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from mllm_protector.reporting import columns, pivots
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.pivots import Pivot
 from mllm_protector.reporting.tables import (
+    Column,
     Row,
     Table,
     decimal,
@@ -39,7 +41,7 @@ from mllm_protector.reporting.tables import (
 TITLE = "Attack success rate (ASR) of several runs, lower is better"
 READING = "In brackets: the 95 % interval. Macro: every scenario counts the same; pooled: every answer does."
 
-PAIRED: tuple[columns.Column, ...] = (
+PAIRED: tuple[Column, ...] = (
     ("n", "run_difference", total),
     ("difference", "run_difference", points),
     ("p", "run_difference_p", p_value),
@@ -259,5 +261,5 @@ def _tables(content: Mapping[str, Any]) -> Iterator[Table]:
             ("metric", "judge", "arm", "variant", "group"),
             [(run, run, decimal) for run in runs],
             [row for row in rows if row["metric"] not in columns.KNOWN | {metric for _, metric, _ in PAIRED}],
-            across="run",
+            across=itemgetter("run"),
         )

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +169,9 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"indented": _indented, "data_uri": _data_uri}
+    indented = partial(json.dumps, indent=2, ensure_ascii=False)
+    found.filters |= {"indented": indented, "data_uri": _data_uri}
     return found
-
-
-def _indented(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def _data_uri(content: bytes, media_type: str) -> str:

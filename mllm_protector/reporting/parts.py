@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from mllm_protector.reporting.tables import (
     decimal,
     markdown,
     print_tables,
+    publish,
     share,
     shown,
+    tabulated,
     upright,
 )
 
@@ -129,29 +132,24 @@ def report_detoxifier(measured: tuple[Mapping[str, Any], Path]) -> None:
         _table("Rewrites", [row for row in rows if row["arm"] not in REFERENCES], marks),
         _table("The pairs' own answers", [row for row in rows if row["arm"] in REFERENCES], marks),
     ]
-    write_text(folder / "rewrites.md", markdown(DETOXIFIER_TITLE, lines, tables))
-    print_tables(DETOXIFIER_TITLE, lines, tables)
+    publish(folder / "rewrites.md", DETOXIFIER_TITLE, lines, tables)
     log.info("written: %s (metrics.json, rewrites.jsonl, rewrites.md)", folder)
 
 
 def _table(title: str, rows: Sequence[Row], marks: Mapping[str, str] | None = None) -> Table:
     """Metrics down, arms across; with ``marks`` it is a detoxifier's, whose metrics are shares."""
     show = decimal if marks is None else _rewriting
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
-    cells = {
-        (row["metric"], row["arm"]): count(row) if isinstance(row["value"], int) else show(row)
-        for row in rows
-    }
-    return Table(
-        title=title,
-        header=["metric", *(BASELINES.get(arm, arm) for arm in arms)],
-        rows=[
-            [
-                NAMES.get(name, name.replace("_", " ")) + (marks or {}).get(name, ""),
-                *(cells.get((name, arm), "-") for arm in arms),
-            ]
-            for name in dict.fromkeys(row["metric"] for row in rows)
-        ],
+
+    def cell(row: Row) -> str:
+        return count(row) if isinstance(row["value"], int) else show(row)
+
+    return tabulated(
+        title,
+        rows,
+        {"metric": "metric"},
+        [(BASELINES.get(arm, arm), arm, cell) for arm in dict.fromkeys(row["arm"] for row in rows)],
+        across=itemgetter("arm"),
+        named=lambda _, name: NAMES.get(name, name.replace("_", " ")) + (marks or {}).get(name, ""),
     )
 
 

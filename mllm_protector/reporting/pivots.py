@@ -3,15 +3,15 @@
 A metric that no other table shows is in the last one, ``Other metrics``.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
 
 from mllm_protector.records import BENIGN
 from mllm_protector.reporting import columns
-from mllm_protector.reporting.columns import HEADLINE, KNOWN, Column
-from mllm_protector.reporting.tables import Row, Table, counted, decimal, total
+from mllm_protector.reporting.columns import HEADLINE, KNOWN
+from mllm_protector.reporting.tables import METRIC, Column, Row, Table, counted, decimal, tabulated, total
 
 TESTS = (
     "p: McNemar's exact test where every question has one pair of verdicts; elsewhere a sign-flip test on the"
@@ -75,7 +75,7 @@ def table(
     keys: Sequence[str],
     shown: Sequence[Column],
     rows: Sequence[Row],
-    across: str = "metric",
+    across: Callable[[Row], Any] = METRIC,
     **look: Any,
 ) -> Table:
     """A line for each value of the keys; those of the columns ``shown`` that have a value.
@@ -83,25 +83,11 @@ def table(
     A column is a metric, or what else is ``across``.
     """
 
-    def words(row: Row) -> tuple[str, ...]:
-        return tuple(data.judge(row[key]) if key == "judge" else row[key] or "-" for key in keys)
+    def named(key: str, name: str) -> str:
+        return data.judge(name) if key == "judge" else name
 
-    used = [column for column in shown if any(row[across] == column[1] for row in rows)]
-    names = {name for _, name, _ in used}
-    lines: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        if row[across] in names:
-            lines.setdefault(words(row), {})[row[across]] = row
-    return Table(
-        title=title,
-        header=[*(KEYS.get(key, key) for key in keys), *(heading for heading, _, _ in used)],
-        rows=[
-            [*begin, *(show(line[name]) if name in line else "-" for _, name, show in used)]
-            for begin, line in lines.items()
-        ],
-        words=len(keys),
-        **look,
-    )
+    headings = {key: KEYS.get(key, key) for key in keys}
+    return tabulated(title, rows, headings, shown, across=across, named=named, words=len(keys), **look)
 
 
 def tables(data: Pivot, latency: Sequence[Row] = ()) -> list[Table]:

@@ -1,6 +1,8 @@
 """The tables and the plot of ``eval_robustness``."""
 
 import logging
+from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +11,19 @@ from mllm_protector.evaluation.measurements import as_csv
 from mllm_protector.evaluation.robustness import ARMS, AS_WRITTEN, DECIPHERED
 from mllm_protector.files import write_text
 from mllm_protector.reporting.plots import points
-from mllm_protector.reporting.tables import Row, Table, decimal, latex, markdown, print_tables, share, upright
+from mllm_protector.reporting.tables import Row, Table, decimal, latex, publish, share, tabulated, upright
 
 log = logging.getLogger(__name__)
 
 TITLE = "A detector under rewritten answers"
 
-COLUMNS = {
-    "recall": ("recall", share),
-    "recall, to plain": ("recall_difference", share),
-    "false positive rate": ("false_positive_rate", share),
-    "false positive rate, to plain": ("false_positive_rate_difference", share),
-    "AUROC": ("auroc", decimal),
-}
-"""Header -> metric, and how it is written."""
+COLUMNS = (
+    ("recall", "recall", share),
+    ("recall, to plain", "recall_difference", share),
+    ("false positive rate", "false_positive_rate", share),
+    ("false positive rate, to plain", "false_positive_rate_difference", share),
+    ("AUROC", "auroc", decimal),
+)
 
 
 def report_robustness(measured: tuple[dict[str, Any], Path] | None) -> None:
@@ -50,9 +51,9 @@ def report_robustness(measured: tuple[dict[str, Any], Path] | None) -> None:
         *result["notes"],
     ]
     tables = [
-        _table("As written", AS_WRITTEN, names, found),
-        *([_table("With what seems to be in a code", DECIPHERED, deciphered, found)] if deciphered else []),
-        _best_of(len(result["attacks"]), found),
+        _table("As written", AS_WRITTEN, names, rows),
+        *([_table("With what seems to be in a code", DECIPHERED, deciphered, rows)] if deciphered else []),
+        _best_of(len(result["attacks"]), rows),
     ]
     series = {
         f"{word}, {arm}": {
@@ -65,53 +66,36 @@ def report_robustness(measured: tuple[dict[str, Any], Path] | None) -> None:
     plot = points(
         series, "share of answers flagged in %, with 95% intervals", "Answers flagged when rewritten"
     )
-    write_text(folder / "robustness.md", markdown(TITLE, lines, tables))
     write_text(folder / "robustness.tex", latex(lines, tables))
     write_text(folder / "measurements.csv", as_csv(rows))
     (folder / "robustness.svg").write_bytes(plot)
-    print_tables(TITLE, lines, tables)
+    publish(folder / "robustness.md", TITLE, lines, tables)
     log.info("written: %s (robustness.json, .md, .tex, .svg, measurements.csv)", folder)
 
 
 def _differs(found: dict[tuple[str, str, str], Row], name: str) -> bool:
     """Whether any figure of a transformation changes by deciphering."""
-    metrics = [metric for metric, _ in COLUMNS.values() if (AS_WRITTEN, metric, name) in found]
+    metrics = [metric for _, metric, _ in COLUMNS if (AS_WRITTEN, metric, name) in found]
     return any(
         found[AS_WRITTEN, each, name]["value"] != found[DECIPHERED, each, name]["value"] for each in metrics
     )
 
 
-def _table(title: str, arm: str, names: list[str], found: dict[tuple[str, str, str], Row]) -> Table:
-    return Table(
-        title=title,
-        header=["", *COLUMNS],
-        rows=[
-            [
-                name.replace("_", " "),
-                *(
-                    show(found[arm, metric, name]) if (arm, metric, name) in found else "-"
-                    for metric, show in COLUMNS.values()
-                ),
-            ]
-            for name in names
-        ],
-    )
+def _table(title: str, arm: str, names: Sequence[str], rows: Sequence[Row]) -> Table:
+    own = [row for row in rows if row["arm"] == arm and row["group"] in names]
+    return tabulated(title, own, {"group": ""}, COLUMNS, named=lambda _, name: name.replace("_", " "))
 
 
-def _best_of(attacks: int, found: dict[tuple[str, str, str], Row]) -> Table:
+def _best_of(attacks: int, rows: Sequence[Row]) -> Table:
     """What is still caught of an attacker who may try several rewritings."""
-    tries = [group for arm, metric, group in found if (arm, metric) == (AS_WRITTEN, "recall_best_of")]
-    return Table(
-        title="Recall if an attacker tries several",
-        header=["rewritings tried", *(f"recall, {arm}" for arm in ARMS), "gain"],
-        rows=[
-            [
-                f"all {attacks}" if each == ALL else each,
-                *(share(found[arm, "recall_best_of", each]) for arm in ARMS),
-                share(found[DECIPHERED, "recall_best_of_gain", each]),
-            ]
-            for each in tries
-        ],
+    recall = [(f"recall, {arm}", ("recall_best_of", arm), share) for arm in ARMS]
+    return tabulated(
+        "Recall if an attacker tries several",
+        rows,
+        {"group": "rewritings tried"},
+        [*recall, ("gain", ("recall_best_of_gain", DECIPHERED), share)],
+        across=itemgetter("metric", "arm"),
+        named=lambda _, tried: f"all {attacks}" if tried == ALL else tried,
         note="An answer is caught if every rewriting that was tried is flagged; which are tried is drawn at "
         "random, the answer as it is among them. Rewritings that may cut off the harm are not counted.",
     )

@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
+
 from mllm_protector.evaluation.detection import DETECTOR
 from mllm_protector.evaluation.detector import MeasuredDetector
 from mllm_protector.evaluation.measurements import as_csv
 from mllm_protector.files import write_text
 from mllm_protector.reporting.page import render
 from mllm_protector.reporting.plots import points
-from mllm_protector.reporting.tables import Row, Table, decimal, latex, markdown, print_tables, share, upright
+from mllm_protector.reporting.tables import Row, Table, decimal, latex, publish, share, upright
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +45,6 @@ def published() -> tuple[dict[str, str], ...]:
 
     Fields: set, answers (on how many, if that is known), model, metric, value (a share), comparison, source.
     """
-    import pandas as pd
-
     path = Path(__file__).with_name("published_figures.csv")
     return tuple(pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"))  # type: ignore[arg-type]
 
@@ -74,7 +74,6 @@ def report_sets(measured: Sequence[MeasuredDetector]) -> None:
         "F1 at the detector's own threshold",
         _figures(metrics, "f1"),
     )
-    write_text(folder / "sets.md", markdown(TITLE, lines, tables))
     write_text(folder / "sets.tex", latex(lines, tables))
     write_text(folder / "measurements.csv", as_csv(rows))
     page = render(
@@ -90,7 +89,7 @@ def report_sets(measured: Sequence[MeasuredDetector]) -> None:
     )
     write_text(folder / "sets.html", page)
     (folder / "sets.svg").write_bytes(plot)
-    print_tables(TITLE, lines, tables)
+    publish(folder / "sets.md", TITLE, lines, tables)
     log.info("written: %s (sets.md, sets.tex, sets.html, sets.svg, measurements.csv, metrics.json)", folder)
 
 

@@ -1,29 +1,28 @@
 """The tables of ``measure_streaming``."""
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mllm_protector.files import write_text
-from mllm_protector.reporting.tables import Row, Table, markdown, print_tables, share, shown
+from mllm_protector.reporting.tables import Column, publish, share, shown, tabulated
 
 TITLE = "What judged streams let pass"
-METRICS = {
-    "harmful_shown": "harmful text shown, %",
-    "shown_before_stop": "of it before a stop, %",
-    "never_stopped": "harmful never stopped, %",
-    "false_cuts": "harmless stopped, %",
-    "delay_tokens": "tokens before first words",
-}
+KEYS = {"arm": "", "group": "threshold"}
+COLUMNS: tuple[Column, ...] = (
+    ("harmful text shown, %", "harmful_shown", share),
+    ("of it before a stop, %", "shown_before_stop", share),
+    ("harmful never stopped, %", "never_stopped", share),
+    ("harmless stopped, %", "false_cuts", share),
+    ("tokens before first words", "delay_tokens", partial(shown, form=".1f")),
+)
 
 
 def report_streaming(measured: tuple[dict[str, Any], Path]) -> None:
     """Print what is shown of harmful answers at each threshold, and write it to ``streaming.md``."""
     result, folder = measured
-    found: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in result["measurements"]:
-        found.setdefault((row["arm"], row["group"]), {})[row["metric"]] = row
+    rows = result["measurements"]
     chosen = {arm: f"{threshold:.4g}" for arm, threshold in result["chosen"].items() if threshold is not None}
+    at_chosen = [row for place in chosen.items() for row in rows if (row["arm"], row["group"]) == place]
     lines = [
         f"{result['answers']:,} answers, {result['harmful']:,} of them harmful, to {result['queries']:,} "
         f"questions; a window has {result['window_tokens']} tokens of 4 bytes. window 2: two flagged "
@@ -35,29 +34,13 @@ def report_streaming(measured: tuple[dict[str, Any], Path]) -> None:
         *result["notes"],
     ]
     tables = [
-        _table(
+        tabulated(
             f"At most {100 * result['false_cuts']:g} % of harmless answers stopped",
-            {place: found[place] for place in chosen.items()},
+            at_chosen,
+            KEYS,
+            COLUMNS,
             note="Each threshold was chosen on these very answers.",
         ),
-        _table("At each threshold", found),
+        tabulated("At each threshold", rows, KEYS, COLUMNS),
     ]
-    print_tables(TITLE, lines, tables)
-    write_text(folder / "streaming.md", markdown(TITLE, lines, tables))
-
-
-def _table(title: str, found: Mapping[tuple[str, str], Mapping[str, Row]], note: str = "") -> Table:
-    return Table(
-        title=title,
-        note=note,
-        header=["", "threshold", *METRICS.values()],
-        rows=[
-            [
-                arm,
-                threshold,
-                *(share(rows[name]) for name in list(METRICS)[:4]),
-                shown(rows["delay_tokens"], ".1f"),
-            ]
-            for (arm, threshold), rows in found.items()
-        ],
-    )
+    publish(folder / "streaming.md", TITLE, lines, tables)

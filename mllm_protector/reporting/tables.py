@@ -5,10 +5,15 @@ them, are shown as U+FFFD.
 """
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from mllm_protector.files import write_text
 from mllm_protector.markdown import TURNING, UNSHOWABLE, plain
 from mllm_protector.markdown import table as markdown_table
 
@@ -52,6 +57,44 @@ class Table:
     note: str = ""
     words: int = 1
     folded: bool = False
+
+
+Column = tuple[str, Any, Callable[[Row], str]]
+"""A heading, what the measurements in the column have in common (``across``), and how each is shown."""
+
+METRIC = itemgetter("metric")
+
+
+def tabulated(
+    title: str,
+    rows: Sequence[Row],
+    keys: Mapping[str, str],
+    columns: Sequence[Column],
+    *,
+    across: Callable[[Row], Any] = METRIC,
+    named: Callable[[str, str], str] = lambda _, name: name,
+    **look: Any,
+) -> Table:
+    """Measurements as a table: a line for each value of the keys, and those of the columns that have a value.
+
+    Lines come in the order of the rows. ``keys`` are fields and their headings, ``across`` tells the column
+    of a measurement, ``named`` what the table calls the value of a key; ``look`` are attributes of ``Table``.
+    """
+    lines: dict[tuple[str, ...], dict[Any, Row]] = {}
+    wanted = {place for _, place, _ in columns}
+    for row in rows:
+        if (place := across(row)) in wanted:
+            lines.setdefault(tuple(named(key, row[key] or "-") for key in keys), {})[place] = row
+    used = [each for each in columns if not lines or any(each[1] in line for line in lines.values())]
+    return Table(
+        title=title,
+        header=[*keys.values(), *(heading for heading, _, _ in used)],
+        rows=[
+            [*begin, *(show(line[place]) if place in line else "-" for _, place, show in used)]
+            for begin, line in lines.items()
+        ],
+        **look,
+    )
 
 
 def shown(row: Row, form: str, scale: float = 1) -> str:
@@ -134,8 +177,6 @@ def markdown(title: str, lines: Sequence[str], tables: Iterable[Table]) -> str:
 
 def latex(lines: Sequence[str], tables: Iterable[Table]) -> str:
     """Tables to paste into a paper; they need the package booktabs and nothing else."""
-    import pandas as pd
-
     parts = ["\n".join(f"% {_latin(line)}" for line in ("Needs \\usepackage{booktabs}.", *lines))]
     for table in tables:
         align = "l" * table.words + "r" * (len(table.header) - table.words)
@@ -151,6 +192,12 @@ def latex(lines: Sequence[str], tables: Iterable[Table]) -> str:
             ).replace("\\end{table}", "\\end{table*}")
         )
     return "\n\n".join(parts) + "\n"
+
+
+def publish(path: Path, title: str, lines: Sequence[str], tables: Sequence[Table]) -> None:
+    """Print a title, sentences and tables, and write them as Markdown."""
+    write_text(path, markdown(title, lines, tables))
+    print_tables(title, lines, tables)
 
 
 def print_tables(title: str, lines: Sequence[str], tables: Iterable[Table]) -> None:

@@ -156,7 +156,7 @@ def test_a_fault_of_the_judge_is_never_a_silent_verdict() -> None:
 def test_a_judge_that_nobody_reaches_stops_the_run_in_one_line() -> None:
     gone = Failure(reason="nobody answers\nat port 1", unreachable=True)
     judge, _ = chat_judge(lambda _: gone)
-    with pytest.raises(RunError, match=r"not reachable .* finished rows are kept") as caught:
+    with pytest.raises(RunError, match=r"cannot be reached .* finished rows are kept") as caught:
         judged(judge, "a", "", "b")
     assert "\n" not in str(caught.value)
     judge, _ = chat_judge(in_turn(SAFE_LINE, gone))

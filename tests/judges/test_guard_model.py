@@ -177,7 +177,7 @@ def test_a_fault_of_the_model_is_never_a_silent_verdict() -> None:
         Status.JUDGE_ERROR,
         Status.JUDGE_REFUSED,
     ]
-    with pytest.raises(RunError, match="not reachable"):
+    with pytest.raises(RunError, match="cannot be reached"):
         judged(guard(failures[2], "llama_guard"), "a")
 
 

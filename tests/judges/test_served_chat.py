@@ -63,7 +63,7 @@ def test_no_fault_of_a_server_is_a_silent_verdict() -> None:
 def test_a_server_that_is_not_there_stops_the_run() -> None:
     with servers.ScriptedServer(["unused"]) as server:
         judge = served(server)
-    with pytest.raises(RunError, match="not reachable"):
+    with pytest.raises(RunError, match="cannot be reached"):
         judged(judge, "a", "b")
 
 
