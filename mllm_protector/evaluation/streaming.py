@@ -104,6 +104,7 @@ def measure_streaming(
         answers = random.Random(seed).sample(answers, limit)
     require_both_labels(answers)
     scorer = load_detector(expand(detector), base=base, device=device)
+    scorer.known = {}  # each prefix begins like the one before
     facts = facts_of(detector, scorer, sets, answers)
     streams = replayed(scorer, answers, window_tokens)
 

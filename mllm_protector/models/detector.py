@@ -56,11 +56,13 @@ class HarmDetector:
     and the prompt again: time grows in proportion to n, and memory stays what ``batch_tokens`` allows. The
     overlap is a quarter of a window, at least 32 tokens, and at most half a window.
 
-    Logits of the latest rows are kept, so that of an answer that grows, as in a judged stream, only the new
-    end is computed.
-
     The worst of many windows is more often high by chance than one window: where answers are long, choose
     the threshold on answers as long as these.
+
+    Attributes:
+        known: logits of rows that were scored, which are not computed again. Give it an empty dict where
+            answers grow, as in a judged stream: then only the new end is read. ``None``, the default, to keep
+            none.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class HarmDetector:
         self.limit = MicroBatchLimit(tokens=batch_tokens)
         self.window = guard.window if window is None else window
         self.decipher = decipher
-        self._known: dict[bytes, float] = {}
+        self.known: dict[bytes, float] | None = None
         if self.window is not None and self.window < 1:
             raise InputError(f"window={self.window}: must be at least 1 token")
 
@@ -104,7 +106,7 @@ class HarmDetector:
             queries=queries, answers=answers, window=self.window, decipher=self.decipher
         )
         score = partial(score_logits, self.model, self.encoder, limit=self.limit)
-        return worst_logits(windows, score, self._known)
+        return worst_logits(windows, score, self.known)
 
     def score(self, *, queries: Sequence[str], answers: Sequence[str]) -> list[float]:
         """P(harmful) in [0, 1] of each answer to its query.

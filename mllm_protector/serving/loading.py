@@ -8,12 +8,22 @@ from mllm_protector.serving.settings import GuardSettings
 
 
 def load(settings: GuardSettings) -> Protector:
-    """Load what is computed here, and check what is served elsewhere.
+    """Load what is computed here, and check what is served elsewhere; the detector keeps its scores.
 
     Raises:
         InputError: a folder does not hold what it should, or a setting cannot be used.
         RunError: no server of a part can be used.
     """
+    from mllm_protector.models.detector import HarmDetector
+    from mllm_protector.serving.remote_detector import RemoteDetector
+
+    protector = _loaded(settings)
+    if isinstance(protector.detector, HarmDetector | RemoteDetector):
+        protector.detector.known = {}
+    return protector
+
+
+def _loaded(settings: GuardSettings) -> Protector:
     if not settings.detector_urls and settings.detoxifier_url is None:
         return Protector.from_pretrained(
             settings.detector,

@@ -34,7 +34,11 @@ HINTS = {
 
 
 class RemoteDetector:
-    """A detector behind vLLM; implements ``protocols.Detector``."""
+    """A detector behind vLLM; implements ``protocols.Detector``.
+
+    Attributes:
+        known: as in ``HarmDetector``.
+    """
 
     def __init__(
         self,
@@ -65,7 +69,7 @@ class RemoteDetector:
         self.guard = read_guard_file(folder, "detector", served=True)
         self.encoder = detector_encoder(folder, self.guard)
         self.tolerance = tolerance
-        self._known: dict[bytes, float] = {}
+        self.known: dict[bytes, float] | None = None
         _require_known(self.encoder, self.guard)
         self._replicas = Replicas(
             "detector_urls",
@@ -90,7 +94,7 @@ class RemoteDetector:
         """
         require_texts(queries=queries, answers=answers)
         windows = self.encoder.windows(queries=queries, answers=answers, window=self.guard.window)
-        worst = worst_logits(windows, lambda rows: self._replicas.run(self._logits(rows)), self._known)
+        worst = worst_logits(windows, lambda rows: self._replicas.run(self._logits(rows)), self.known)
         return self.guard.scale.scores(worst)
 
     @property

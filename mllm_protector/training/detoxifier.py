@@ -25,7 +25,7 @@ from mllm_protector.models.parts import save_part
 from mllm_protector.models.tuning import ProbeTuning, Tuning
 from mllm_protector.processes import Processes, first_process_first
 from mllm_protector.protocols import Benchmark
-from mllm_protector.ranges import Count, Seed
+from mllm_protector.ranges import Count, Seed, Share
 from mllm_protector.records import AnswerPair, Correction, corrections
 from mllm_protector.refusals import find_refusal
 from mllm_protector.training import loop
@@ -48,7 +48,7 @@ def train_detoxifier(
     benchmarks: Mapping[str, Benchmark],
     contaminated: Contaminated,
     both_harmful: Literal["drop", "safer"],
-    refusals: Literal["keep", "drop"],
+    refusals: Share,
     backbone: Callable[[], Backbone],
     tuning: Tuning | ProbeTuning,
     fit: FitConfig,
@@ -88,14 +88,13 @@ def train_detoxifier(
     )
     prepared = prepare(data, benchmarks, contaminated=contaminated, folder=run.output_dir)
     splits = prepared.splits
-
-    def learnt(part: Iterable[Any]) -> Iterator[Correction]:
-        found = corrections(_pairs(part), both_harmful)
-        return found if refusals == "keep" else (each for each in found if not find_refusal(each.accepted))
-
-    train, validation = learnt(splits.train), list(learnt(splits.validation))
+    train, validation = (
+        _with_share(corrections(_pairs(part), both_harmful), refusals, seed)
+        for part in (splits.train, splits.validation)
+    )
+    validation = list(validation)
     if len(validation) < 2:
-        which = "" if refusals == "keep" else " that does not refuse"
+        which = "" if refusals == 1 else f", with refusals={refusals}"
         raise InputError(
             f"the validation split has fewer than two harmful answers with a harmless one beside{which}"
         )
@@ -114,7 +113,9 @@ def train_detoxifier(
     loss = LanguageLoss(model)
     with first_process_first():
         encoded, encoded_validation, shuffled = (
-            tokenized(encoder, rows, content=content_key(splits.fingerprint, both_harmful, refusals, part))
+            tokenized(
+                encoder, rows, content=content_key(splits.fingerprint, both_harmful, refusals, seed, part)
+            )
             for rows, part in (
                 (train, ["train"]),
                 (validation, ["validation"]),
@@ -159,6 +160,14 @@ def shuffle_rejected(records: Sequence[Correction], seed: int) -> list[Correctio
     random.Random(seed).shuffle(order)
     donor = dict(zip(order, order[1:] + order[:1], strict=True))
     return [replace(record, rejected=records[donor[index]].rejected) for index, record in enumerate(records)]
+
+
+def _with_share(found: Iterable[Correction], refusals: float, seed: int) -> Iterator[Correction]:
+    """Only this share of those whose accepted answer refuses, drawn at random."""
+    draw = random.Random(seed)
+    for each in found:
+        if refusals == 1 or not find_refusal(each.accepted) or draw.random() < refusals:
+            yield each
 
 
 def _pairs(records: Iterable[Any]) -> Iterator[AnswerPair]:

@@ -102,7 +102,7 @@ def test_a_window_without_a_number_is_not_overlooked(make_detector: Maker):
         assert other == 4.0
 
 
-def test_of_an_answer_that_grows_only_the_new_end_is_read_and_a_broken_score_is_not_kept(
+def test_of_an_answer_that_grows_only_the_new_end_is_read_if_asked_and_a_broken_score_is_not_kept(
     make_detector: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -113,6 +113,7 @@ def test_of_an_answer_that_grows_only_the_new_end_is_read_and_a_broken_score_is_
 
     monkeypatch.setattr("mllm_protector.models.detector.score_logits", counted)
     detector = windowed(make_detector(), 40)
+    detector.known = {}
     words = [f"Mix {number} flour." for number in range(99)]
     for size in range(3, 99, 3):
         texts = {"queries": ["Why?"], "answers": [" ".join(words[:size])]}

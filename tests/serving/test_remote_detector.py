@@ -31,12 +31,6 @@ CHECK_S = 0.05
 CANARY = "CANARY-51c8"
 
 
-@pytest.fixture(autouse=True)
-def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each score is asked for, also the second time."""
-    monkeypatch.setattr("mllm_protector.models.detector.REMEMBERED", 0)
-
-
 @pytest.fixture(scope="module")
 def folder(make_detector: Callable[..., HarmDetector], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("remote")

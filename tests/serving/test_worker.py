@@ -63,9 +63,8 @@ async def test_none_of_200_different_requests_gets_anothers_reply() -> None:
 
 
 def test_a_real_detector_runs_few_times_and_scores_as_it_does_alone(
-    make_detector: Callable[..., HarmDetector], monkeypatch: pytest.MonkeyPatch
+    make_detector: Callable[..., HarmDetector],
 ) -> None:
-    monkeypatch.setattr("mllm_protector.models.detector.REMEMBERED", 0)
     detector = make_detector()
     answers = [f"an answer with the number {index}" for index in range(64)]
     alone = [detector.score(queries=["a question"], answers=[answer])[0] for answer in answers]

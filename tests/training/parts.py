@@ -70,7 +70,7 @@ def train_a_detoxifier(folder: Path, base: Path, **changes: Any) -> dict[str, An
     arguments = _arguments(folder, base) | {
         "fit": replace(CONFIG, epochs=3),
         "both_harmful": "drop",
-        "refusals": "keep",
+        "refusals": 1.0,
         "chat": False,
     }
     return train_detoxifier(**arguments | changes)

@@ -130,18 +130,21 @@ def test_pairs_whose_accepted_answer_refuses_can_be_left_out(tmp_path: Path, bas
         [replace(pair, accepted="A safe way is to ask somebody.") for pair in part]
         for part in (DATA.train, DATA.validation)
     )
-    data = Given([*train_pairs, refusing], [*validation, refusing])
+    more = [replace(refusing, query=f"q {number}") for number in range(30)]
+    data = Given([*train_pairs, *more], [*validation, *more])
     once = replace(CONFIG, max_steps=1)
     found = {}
-    for refusals in ("keep", "drop"):
-        metrics = train(tmp_path / refusals, base, data=data, refusals=refusals, fit=once)
+    for refusals in (1.0, 0.5, 0.0):
+        metrics = train(tmp_path / str(refusals), base, data=data, refusals=refusals, fit=once)
         found[refusals] = metrics["examples"], metrics["validation_examples"]
-        stored = json.loads((tmp_path / refusals / "guard.json").read_text())
+        stored = json.loads((tmp_path / str(refusals) / "guard.json").read_text())
         assert stored["data"]["refusals"] == refusals
-    assert found["drop"] == tuple(count - 1 for count in found["keep"])
+    assert found[0.0] == (len(train_pairs), len(validation))
+    assert found[1.0] == tuple(count + 30 for count in found[0.0])
+    assert all(5 < half - least < 25 for half, least in zip(found[0.5], found[0.0], strict=True))
     only = Given(train_pairs, [refusing, refusing])
-    with pytest.raises(InputError, match="beside that does not refuse"):
-        train(tmp_path / "only", base, data=only, refusals="drop")
+    with pytest.raises(InputError, match="beside, with refusals=0"):
+        train(tmp_path / "only", base, data=only, refusals=0.0)
 
 
 def test_what_cannot_be_trained_on_is_refused_in_one_line(tmp_path: Path, base: Path) -> None:
