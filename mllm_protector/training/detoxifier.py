@@ -88,11 +88,11 @@ def train_detoxifier(
     )
     prepared = prepare(data, benchmarks, contaminated=contaminated, folder=run.output_dir)
     splits = prepared.splits
-    train, validation = (
-        _with_share(corrections(_pairs(part), both_harmful), refusals, seed)
-        for part in (splits.train, splits.validation)
-    )
-    validation = list(validation)
+
+    def learnt(part: Iterable[Any]) -> Iterator[Correction]:
+        return _with_share(corrections(_pairs(part), both_harmful), refusals, seed)
+
+    train, validation = learnt(splits.train), list(learnt(splits.validation))
     if len(validation) < 2:
         which = "" if refusals == 1 else f", with refusals={refusals}"
         raise InputError(
@@ -111,11 +111,10 @@ def train_detoxifier(
     pretrained = base.load_causal_lm()
     model = tuned(pretrained, "CAUSAL_LM", [], tuning, max_length=max_length, packing=fit.packing)
     loss = LanguageLoss(model)
+    content = splits.fingerprint, both_harmful, refusals, seed
     with first_process_first():
         encoded, encoded_validation, shuffled = (
-            tokenized(
-                encoder, rows, content=content_key(splits.fingerprint, both_harmful, refusals, seed, part)
-            )
+            tokenized(encoder, rows, content=content_key(*content, part))
             for rows, part in (
                 (train, ["train"]),
                 (validation, ["validation"]),
