@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -220,7 +220,8 @@ def print_tables(title: str, lines: Sequence[str], tables: Iterable[Table]) -> N
     for table in tables:
         grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for number, name in enumerate(table.header):
-            grid.add_column(words(name), justify="left" if number < table.words else "right")
+            side: Literal["left", "right"] = "left" if number < table.words else "right"
+            grid.add_column(words(name), justify=side, overflow="fold")
         for row in table.rows:
             grid.add_row(*map(words, row))
         console.print(words(f"\n{table.title}"), style="bold")
