@@ -111,7 +111,7 @@ def train_detoxifier(
     pretrained = base.load_causal_lm()
     model = tuned(pretrained, "CAUSAL_LM", [], tuning, max_length=max_length, packing=fit.packing)
     loss = LanguageLoss(model)
-    content = splits.fingerprint, both_harmful, refusals, seed
+    content = splits.fingerprint, both_harmful, refusals < 1 and [refusals, seed]
     with first_process_first():
         encoded, encoded_validation, shuffled = (
             tokenized(encoder, rows, content=content_key(*content, part))
