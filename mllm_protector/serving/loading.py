@@ -14,12 +14,9 @@ def load(settings: GuardSettings) -> Protector:
         InputError: a folder does not hold what it should, or a setting cannot be used.
         RunError: no server of a part can be used.
     """
-    from mllm_protector.models.detector import HarmDetector
-    from mllm_protector.serving.remote_detector import RemoteDetector
-
     protector = _loaded(settings)
-    if isinstance(protector.detector, HarmDetector | RemoteDetector):
-        protector.detector.known = {}
+    detector: Any = protector.detector  # a ``HarmDetector`` or a ``RemoteDetector``
+    detector.known = {}
     return protector
 
 
